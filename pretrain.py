@@ -1,0 +1,404 @@
+"""Pretrains DeCUR: Algorithm 1, with the settings of Sec. 4 and App. B as defaults.
+
+    python pretrain.py --scenario rgbd --toy                      made-up scenes, minutes on a CPU
+    python pretrain.py --scenario rgbd                            CPU, MPS or one GPU; files under data/rgbd
+    torchrun --nproc_per_node=4 pretrain.py --scenario rgbd       many GPUs (the paper: 4 A100, 6 hours)
+
+Writes into --out: checkpoint.pt (all that --resume needs), encoder1.pth and encoder2.pth (torchvision's names, no
+classifier), log.jsonl (an object a line), args.json (the settings).
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import BadInput, Draws, augment, collate, epoch_batches, make_toy, mixed, open_pairs
+from decur import RESNETS, DeCUR, chance_and_floor, decur_loss_gram
+
+PAPER = dict(                                   # for all scenarios:
+    size=224,                                   # Sec. 4, Data augmentations
+    backbone="resnet50",                        # Sec. 4, Model architecture
+    projector="8192-8192-8192",                 # Sec. 4, Model architecture
+    lr=0.2, lr_bias=0.0048,                     # App. B; not scaled with the batch
+    weight_decay=1e-6,                          # App. B
+)
+SCENARIOS = {                                   # Sec. 4, Model architecture | Optimization
+    "sar-optical": dict(common=0.875, epochs=100, batch_size=256),
+    "rgb-dem": dict(common=0.75, epochs=100, batch_size=256),
+    "rgbd": dict(common=0.75, epochs=200, batch_size=128),
+}
+# --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 1000 of its norm a step, which a thousand
+# steps on small images want larger than the paper's tens of thousands do.
+TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128, lr=2.0, split="train")
+REST = dict(split="all", depth_unit=1000.0)     # what the paper does not say
+RUN_ONLY = ("data", "out", "resume", "save_every", "workers", "toy")  # may differ when a run is resumed
+
+
+# ---- optimisation, App. B ----
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., 2017) with momentum, as in Barlow Twins.
+
+    groups: parameters, or groups of them, of which each may have an lr of its own.  Parameters of fewer than two
+    dimensions (biases, batch normalisation) take a plain momentum step: no weight decay, no adaptation.
+    """
+
+    def __init__(self, groups, lr=0.2, weight_decay=1e-6, momentum=0.9, eta=0.001):
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if p.ndim > 1:
+                    g = g + group["weight_decay"] * p
+                    p_norm, g_norm = p.norm(), g.norm()
+                    trust = group["eta"] * p_norm / g_norm
+                    g = g * torch.where((p_norm > 0) & (g_norm > 0), trust, 1)  # weights of norm 0 move, too
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                m = self.state[p]["momentum"].mul_(group["momentum"]).add_(g)
+                p.sub_(group["lr"] * m)
+
+
+def cosine(step, steps):
+    """Decay from 1 at step 0 to 0 at step `steps`, no warm-up (App. B)."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+# ---- processes ----
+
+class Gather(torch.autograd.Function):
+    """nxK of each process -> NxK on every process, in the order of ranks; the gradient comes back summed over them.
+
+    Each process computes the whole loss from all N rows.  DistributedDataParallel averages the parameters' gradients
+    over the W processes, and the sum here is W times the gradient of one's own rows: together exactly the gradient of
+    one process with the joint batch.  (An in-place all_reduce of C, outside autograd, gives 1/W of it.)
+    The gathering itself is a sum, of rows that are zero elsewhere: gloo has no all_gather for CUDA tensors.
+    """
+
+    @staticmethod
+    def forward(ctx, z):
+        n = len(z)
+        ctx.rows = slice(dist.get_rank() * n, (dist.get_rank() + 1) * n)
+        joint = z.new_zeros(dist.get_world_size() * n, *z.shape[1:])  # NxK
+        joint[ctx.rows] = z
+        dist.all_reduce(joint)
+        return joint
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient[ctx.rows]
+
+
+def gather(z):
+    """The global batch of embeddings, NxK, from every process's nxK; differentiable.  One process: z itself."""
+    return Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
+
+
+def start_processes():
+    """What torchrun's environment says, or one process.  Returns rank, world size, device."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.device_count()
+    device = torch.device("cuda", local % cuda) if cuda else \
+        torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        own_gpu = cuda >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        dist.init_process_group("nccl" if own_gpu else "gloo")  # gloo: CPU, or several processes on one GPU
+    return rank, world, device
+
+
+def agreed(flag, device):
+    """True on all processes if it is True on one."""
+    if dist.is_initialized():
+        flag = torch.tensor(float(flag), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+# ---- checkpoints ----
+
+def write_atomically(path, write):
+    """write(file name) beside the path, flush, then rename: a killed process leaves the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_checkpoint(path, net, optimizer, step, settings):
+    if not all(p.isfinite().all() for p in net.parameters()):
+        sys.exit(f"a weight is not finite after step {step}: {path} stays as it was; a smaller --lr or --lr-bias may help")
+    checkpoint = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step, settings=settings,
+                      torch=str(torch.__version__))
+    write_atomically(path, partial(torch.save, checkpoint))
+
+
+def load_checkpoint(path, device="cpu"):
+    """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if {"model", "settings", "step"} <= checkpoint.keys():
+            return checkpoint
+        reason = "it is no checkpoint of pretrain.py"
+    except Exception as error:                  # torch raises half a dozen kinds for broken or unsafe files
+        reason = str(error).strip().splitlines()[0]
+    raise BadInput(f"{path} cannot be used ({reason}); expected a whole checkpoint.pt of tensors and plain values")
+
+
+# ---- command line ----
+
+def get_args(argv=None):
+    """The settings, each resolved to a value and the source of it.  Returns (args, {name: source})."""
+    parser = argparse.ArgumentParser(description="DeCUR pretraining (Algorithm 1). A setting that is not given is the "
+                                     "paper's for the scenario; --batch-size is that of all processes together.",
+                                     allow_abbrev=False)
+    parser.add_argument("--scenario", required=True, choices=SCENARIOS, help="which two modalities, and their settings")
+    parser.add_argument("--toy", action="store_true",
+                        help="made-up scenes, made under data/toy-SCENARIO at first use, and small settings")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="DIR", help="default: data/SCENARIO")
+    group.add_argument("--split", help="frames to use: all, train or test; default: all (Sec. 4), with --toy train")
+    group.add_argument("--depth-unit", type=float, help="steps of a depth file a metre; default: 1000, millimetres")
+    group.add_argument("--size", type=int, help="crop in pixels; default: 224")
+    group.add_argument("--workers", type=int, help="processes that read files; default: up to 8, on a CPU 0")
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", choices=RESNETS, help="default: resnet50")
+    group.add_argument("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
+    group.add_argument("--common", type=float, help="fraction of common dimensions, 0 to 1; 1: w/o decoup. (Table 4)")
+    group.add_argument("--no-intra", action="store_true", help="without L1 and L2: w/o intra (Table 4)")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, help="default: 100, rgbd 200")
+    group.add_argument("--batch-size", type=int, help="the global one; default: 256, rgbd 128")
+    group.add_argument("--lr", type=float, help="of the weights; default: 0.2")
+    group.add_argument("--lr-bias", type=float, help="of biases and batch normalisation; default: 0.0048")
+    group.add_argument("--weight-decay", type=float, help="of the weights; default: 1e-6")
+    group.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, help="default: runs/SCENARIO-decur, with --toy runs/toy-SCENARIO-decur")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    group.add_argument("--save-every", type=float, default=30, metavar="MINUTES",
+                       help="between checkpoints, besides one an epoch; default: 30")
+    args = parser.parse_args(argv)
+    sources = {name: "command line" for name, value in vars(args).items() if value not in (None, False)}
+    tables = [(TOY, "--toy")] if args.toy else []
+    tables += [(SCENARIOS[args.scenario], "paper, Sec. 4"), (PAPER, "paper, Sec. 4 and App. B"), (REST, "default")]
+    for table, source in tables:
+        for name, value in table.items():
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
+                sources[name] = source
+    toy = "toy-" if args.toy else ""
+    args.data = args.data or f"data/{toy}{args.scenario}"
+    args.out = args.out or Path(f"runs/{toy}{args.scenario}-decur")
+    widths = args.projector.split("-") if args.projector != "none" else []
+    checks = (
+        (all(w.isdecimal() and int(w) > 0 for w in widths), "--projector", "widths like 8192-8192-8192, or none"),
+        (0 <= args.common <= 1, "--common", "a fraction from 0 to 1"), (args.size >= 16, "--size", "16 or more"),
+        (args.epochs > 0, "--epochs", "1 or more"), (args.batch_size > 1, "--batch-size", "2 or more"),
+        (args.lr > 0, "--lr", "more than 0"), (args.lr_bias > 0, "--lr-bias", "more than 0"),
+        (args.weight_decay >= 0, "--weight-decay", "0 or more"), (args.depth_unit > 0, "--depth-unit", "more than 0"),
+        (args.seed >= 0, "--seed", "0 or more"), (args.save_every > 0, "--save-every", "more than 0 minutes"))
+    for fine, flag, expected in checks:
+        if not fine:
+            raise BadInput(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: expected {expected}")
+    args.widths = [int(w) for w in widths]
+    return args, sources
+
+
+def main():
+    args, sources = get_args()
+    rank, world, device = start_processes()
+    say = print if rank == 0 else lambda *_: None
+    N = args.batch_size
+    if N % world:
+        raise BadInput(f"--batch-size {N} is not a multiple of {world} processes; try {max(1, N // world) * world}")
+
+    # ---- data ----
+    if args.toy and rank == 0:
+        make_toy(args.scenario, args.data)
+    agreed(False, device)                       # the others wait until the scenes are there
+    data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed)
+    if N > len(data):
+        raise BadInput(f"--batch-size {N} is more than the {len(data)} pairs under {args.data}; at most {len(data)}")
+    steps_per_epoch = len(data) // N
+    steps = args.epochs * steps_per_epoch
+    rows = slice(rank * N // world, (rank + 1) * N // world)  # of the global batch, this process's
+    draws = Draws(args.seed, N, rows)
+    augment1, augment2 = (partial(augment, modality=m, size=args.size, draws=draws) for m in data.modalities)
+    workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count() // world)
+
+    # ---- model and optimiser ----
+    torch.manual_seed(args.seed)
+    channels1, channels2 = (views[0].shape[0] for views in data[0])
+    net = DeCUR(args.backbone, channels1, channels2, args.widths)
+    K = args.widths[-1] if args.widths else net.f1.E.dims[-1]
+    Kc = round(args.common * K)
+    if device.type == "cuda" and world > 1:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    elif world > 1:
+        say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each uses its "
+            f"{N // world} samples in encoders and projectors (the loss is of all {N})")
+    net.to(device)
+    model = DistributedDataParallel(net) if world > 1 else net
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    optimizer = LARS([dict(params=weights, lr=args.lr), dict(params=others, lr=args.lr_bias)],
+                     weight_decay=args.weight_decay)
+    base_lr = [group["lr"] for group in optimizer.param_groups]
+
+    # ---- the run's folder ----
+    settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
+    settings |= dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=[channels1, channels2])
+    checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    step = 0
+    if checkpoint_file.exists():
+        if not args.resume:
+            raise BadInput(f"{checkpoint_file} exists; expected a new --out, or --resume to go on from it")
+        checkpoint = load_checkpoint(checkpoint_file, device)
+        for name, value in settings.items():
+            if checkpoint["settings"].get(name) != value:
+                raise BadInput(f"--resume: {name} is {value}, but {checkpoint['settings'].get(name)} in {checkpoint_file}; "
+                               f"give the settings of that run, or a new --out")
+        net.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step = checkpoint["step"]
+    save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
+    if rank == 0:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            record = dict(settings, argv=sys.argv, data=str(args.data), processes=world, device=str(device),
+                          torch=str(torch.__version__), torchvision=torchvision.__version__)
+            write_atomically(args.out / "args.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+            kept = log_file.read_text().splitlines(True) if step and log_file.exists() else []
+            kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(log_file, lambda path: path.write_text("".join(kept)))
+        except OSError as error:
+            raise BadInput(f"--out {args.out} cannot be written ({error.strerror}); give a folder that can") from None
+        introduce(args, sources, data, net, steps, K, Kc, device, world)
+        if step:
+            print(f"resumed from {checkpoint_file} at step {step} of {steps}")
+
+    # ---- Algorithm 1 ----
+    stopped = []                                # signals that came
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
+    bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
+    every = 1 if steps < 500 else 50
+    saved, logged, logged_step = time.time(), time.time(), step
+    for epoch in range(step // steps_per_epoch, args.epochs):
+        data.epoch = epoch
+        batches = epoch_batches(len(data), N, args.seed, epoch)[step % steps_per_epoch:, rows]
+        loader = DataLoader(data, batch_sampler=batches.tolist(), collate_fn=collate, num_workers=workers,
+                            pin_memory=device.type == "cuda")
+        for x1, x2 in loader:                                           # load a batch of pairs
+            draws.restart(step)
+            torch.manual_seed(mixed(args.seed, step, rank))             # for whatever the encoders draw
+            x1, x2 = ([x.to(device, non_blocking=True) for x in views] for views in (x1, x2))
+            x11, x12 = augment1(x1[0]), augment1(x1[1])                 # two augmented views for each modality
+            x21, x22 = augment2(x2[0]), augment2(x2[1])                 # NxCxSxS
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                z = model(x11, x12, x21, x22)                           # f1(x11), f1(x12), f2(x21), f2(x22)
+            z11, z12, z21, z22 = (gather(z_.float()) for z_ in z)       # NxK, N the global batch, float32
+            loss, parts = decur_loss_gram(z11, z12, z21, z22, Kc, intra=not args.no_intra)  # Eq. 6
+            if not loss.isfinite():
+                parts = " ".join(f"{name} {part:.4g}" for name, part in parts.items())
+                sys.exit(f"the loss is {loss.item()} at step {step} ({parts}); {checkpoint_file} stays as it was; "
+                         f"look at the data, or take a smaller --lr or --lr-bias")
+            for group, lr in zip(optimizer.param_groups, base_lr):
+                group["lr"] = lr * cosine(step, steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            step += 1
+            bar.update()
+            if rank == 0 and (step % every == 0 or step == steps):
+                now = time.time()
+                log = dict(epoch=epoch + 1, step=step, loss=loss.item(), **{k: v.item() for k, v in parts.items()},
+                           std1=z11.std(0).mean().item(), std2=z21.std(0).mean().item(),
+                           lr=optimizer.param_groups[0]["lr"], pairs_per_s=N * (step - logged_step) / (now - logged))
+                logged, logged_step = now, step
+                tqdm.write(log_line(log, args.epochs, steps))
+                with open(log_file, "a") as file:
+                    file.write(json.dumps(log) + "\n")
+            stop = agreed(bool(stopped), device)
+            if rank == 0 and (stop or step % steps_per_epoch == 0 or time.time() - saved > 60 * args.save_every):
+                save(step=step)
+                saved = time.time()
+            if stop:
+                bar.close()
+                say(f"stopped after step {step} of {steps} and saved {checkpoint_file}; to go on, give the same command "
+                    f"with --resume")
+                return
+    bar.close()
+    if rank == 0:
+        for name, f in (("encoder1.pth", net.f1), ("encoder2.pth", net.f2)):
+            state = {key: value.cpu() for key, value in f.E.state_dict().items()}
+            write_atomically(args.out / name, partial(torch.save, state))
+        print(f"wrote checkpoint.pt, encoder1.pth, encoder2.pth, log.jsonl and args.json into {args.out}")
+
+
+def introduce(args, sources, data, net, steps, K, Kc, device, world):
+    """What runs, every setting with its source, and what the loss is by chance and at the least (README)."""
+    print(" ".join(sys.argv))
+    print(f"{len(data)} pairs of {data.modalities[0]} and {data.modalities[1]} from {args.data}; {steps} steps on {world} "
+          f"process{'es' if world > 1 else ''}, {device.type}; torch {torch.__version__}")
+    for name, source in sources.items():
+        print(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
+    count = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (net.f1.E, net.f2.E, net.f1.P, net.f2.P)]
+    print("parameters: encoders {:.2f} M + {:.2f} M, projectors {:.2f} M + {:.2f} M".format(*count))
+    N = args.batch_size
+    terms = {} if args.no_intra else dict(L1=chance_and_floor(N, K), L2=chance_and_floor(N, K))
+    terms |= dict(Lc=chance_and_floor(N, Kc)) if Kc else {}
+    terms |= dict(Lu=chance_and_floor(N, K - Kc, unique=True)) if Kc < K else {}
+    print(f"N {N}  K {K}  Kc {Kc}")
+    for i, what in enumerate(("chance (independent embeddings)", "floor (no batch goes below)")):
+        parts = " + ".join(f"{name} {term[i]:.1f}" for name, term in terms.items())
+        print(f"  {what:32s} loss {sum(term[i] for term in terms.values()):.1f} = {parts}")
+
+
+def log_line(log, epochs, steps):
+    terms = " + ".join(f"{name} {log[name]:.1f}" for name in ("L1", "L2", "Lc", "Lu") if name in log)
+    diagonals = " ".join(f"{name} {log[name]:.2f}" for name in ("C1", "C2", "Cc", "Cu") if name in log)
+    return (f"epoch {log['epoch']:03d}/{epochs} step {log['step']:06d}/{steps:06d}  loss {log['loss']:.1f} = {terms}  "
+            f"diag {diagonals}  std {log['std1']:.2f} {log['std2']:.2f}  lr {log['lr']:.4f}  "
+            f"{log['pairs_per_s']:.0f} pairs/s")
+
+
+def run(main):
+    """main(), with bad input as one line on stderr and exit code 2."""
+    try:
+        main()
+    except BadInput as error:                   # from a loader's worker it comes with the worker's traceback
+        sys.stderr.write(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.BadInput: ')}\n")
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,698 @@
+"""python -m pytest -q: a few minutes on two CPU cores, no data.  Each name is a true sentence."""
+import csv
+import json
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import data
+import decur
+import pretrain
+from data import BadInput
+from decur import BN, DeCUR, decur_loss, decur_loss_gram, loss_c, loss_u, off_diag, on_diag
+
+HERE = Path(__file__).parent
+
+
+def embeddings(N, K, dtype=torch.float64, seed=0):
+    """Four correlated NxK embeddings that need gradients."""
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.randn(N, K, generator=g, dtype=dtype)
+    return [(shared + torch.randn(N, K, generator=g, dtype=dtype)).requires_grad_() for _ in range(4)]
+
+
+def relative(a, b):
+    """The norm of the difference of two lists of tensors, relative to the norm of the second."""
+    a, b = (torch.cat([t.flatten().double() for t in tensors]) for tensors in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---- decur.py: Eq. 1-6 and Algorithm 1 ----
+
+def test_the_loss_block_runs_with_torch_alone():
+    """What the README offers for copying: the lines between the two markers."""
+    block = (HERE / "decur.py").read_text().split("# ---- Algorithm 1: copy from here")[1].split("# ---- to here")[0]
+    names = {"torch": torch}
+    exec("#" + block, names)
+    z = embeddings(8, 6)
+    assert names["decur_loss"](*z, 4)[0] == decur_loss(*z, 4)[0]
+
+
+def test_algorithm_1_C_equals_equation_1():
+    """BN's biased variance makes z.T @ z / N the normalised correlation of Eq. 1, but for eps 1e-5."""
+    zA, zB = embeddings(16, 5)[:2]
+    C = BN(zA).T @ BN(zB) / 16
+    a, b = zA - zA.mean(0), zB - zB.mean(0)
+    for i in range(5):
+        for j in range(5):
+            assert abs(C[i, j] - (a[:, i] * b[:, j]).sum() / a[:, i].norm() / b[:, j].norm()) < 1e-5
+
+
+def test_BN_is_batch_norm_in_training_mode():
+    """Biased variance and eps as nn.BatchNorm1d(affine=False)."""
+    z = embeddings(16, 5)[0]
+    assert torch.allclose(BN(z), F.batch_norm(z, None, None, training=True), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_off_diag_is_all_but_the_diagonal(K):
+    C = torch.arange(K * K).view(K, K)
+    expected = [C[i, j].item() for i in range(K) for j in range(K) if i != j]
+    assert off_diag(C).flatten().tolist() == expected
+    assert on_diag(C).tolist() == [C[i, i].item() for i in range(K)]
+
+
+def test_losses_on_a_2x2_matrix_by_hand():
+    """Eq. 2: (0.5-1)^2 + (1-1)^2 + 0.1 (0.2^2 + 0.4^2) = 0.27; Eq. 3: 0.5^2 + 1^2 + 0.1 (0.2^2 + 0.4^2) = 1.27."""
+    C = torch.tensor([[0.5, 0.2], [0.4, 1.0]])
+    assert loss_c(C, 0.1).item() == pytest.approx(0.27)
+    assert loss_u(C, 0.1).item() == pytest.approx(1.27)
+
+
+def test_the_loss_is_the_plain_sum_of_equation_6():
+    z = embeddings(9, 7)
+    loss, parts = decur_loss(*z, 4)
+    assert loss.item() == pytest.approx(sum(parts[name].item() for name in ("L1", "L2", "Lc", "Lu")))
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_identical_views_have_zero_diagonal_loss():
+    """All C_ii of C1, C2 and Cc are 1 (but for eps), and the unique diagonal is 1, its worst."""
+    z = embeddings(32, 6)[0]
+    loss, parts = decur_loss(z, z, z, z, 4, lmb1=0, lmb2=0, lmbc=0, lmbu=0)
+    assert all(parts[name] < 1e-8 for name in ("L1", "L2", "Lc"))
+    assert parts["Lu"].item() == pytest.approx(2, abs=1e-4)
+
+
+def test_chance_loss_matches_theory():
+    """Independent embeddings: mean of 800 draws within 1 % of decur.chance_and_floor."""
+    N, K, Kc = 24, 40, 30
+    sums = torch.zeros(4)
+    for seed in range(800):
+        g = torch.Generator().manual_seed(seed)
+        _, parts = decur_loss(*(torch.randn(N, K, generator=g) for _ in range(4)), Kc)
+        sums += torch.tensor([parts[name] for name in ("L1", "L2", "Lc", "Lu")])
+    chance = [decur.chance_and_floor(N, k, unique=u)[0] for k, u in ((K, 0), (K, 0), (Kc, 0), (K - Kc, 1))]
+    assert torch.allclose(sums / 800, torch.tensor(chance), rtol=0.01)
+
+
+def test_no_loss_beats_the_rank_floor():
+    """K of 64 dimensions cannot be decorrelated by 8 samples; the optimum of loss_c over embeddings meets the bound."""
+    N, K = 8, 64
+    floor = decur.chance_and_floor(N, K)[1]
+    z = torch.randn(N, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = torch.optim.LBFGS([z], max_iter=500, line_search_fn="strong_wolfe")
+    loss = lambda: loss_c(BN(z).T @ BN(z) / N, 0.0051)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+    optimizer.step(closure)
+    assert floor <= loss() < 1.2 * floor
+    assert [round(decur.chance_and_floor(256, k)[i]) for k in (8192, 7168) for i in (0, 1)] == [9566, 1122, 8224, 871]
+
+
+def test_Kc_equal_K_is_cross_modal_barlow_twins():
+    """Table 4 "w/o intra & decoup.": only Eq. 2, over all dimensions."""
+    z = embeddings(9, 7)
+    loss, parts = decur_loss(*z, 7, intra=False)
+    assert loss == loss_c(BN(z[0]).T @ BN(z[2]) / 9, 0.0051)
+    assert sorted(parts) == ["Cc", "Lc"]
+
+
+def test_affine_change_of_z_changes_nothing():
+    """BN inside the loss: scale (of either sign, the same for all) and shift of a dimension have no effect."""
+    z = [z_.detach() * 10 for z_ in embeddings(16, 6)]  # large, so that eps does not matter
+    scale, shift = torch.tensor([3.0, -2, 5, 1, 7, -4]), torch.arange(6.0)
+    changed = decur_loss(*(z_ * scale + shift for z_ in z), 4)[0]
+    assert changed.item() == pytest.approx(decur_loss(*z, 4)[0].item(), rel=1e-5)
+
+
+def test_common_by_unique_blocks_are_free():
+    """A unique dimension of modality 1 equal to a common one of modality 2 costs nothing across the modalities."""
+    z11, _, z21, _ = (z_.detach() for z_ in embeddings(16, 6))
+    before = decur_loss(z11, z11, z21, z21, 4)[1]
+    z11[:, 5] = z21[:, 0]
+    z11[:, 4] = BN(z11)[:, 4]
+    after = decur_loss(z11, z11, z21, z21, 4)[1]
+    assert after["Lc"] == before["Lc"]
+    Cu = (BN(z11).T @ BN(z21) / 16)[4:, 4:]
+    assert after["Lu"].item() == pytest.approx(loss_u(Cu, 0.0051).item())
+
+
+@pytest.mark.parametrize("N, K, Kc, intra", [
+    (16, 64, 48, True), (7, 13, 5, True), (7, 13, 5, False), (16, 32, 0, True), (16, 32, 32, True),
+    (16, 32, 32, False), (16, 32, 0, False), (33, 8, 6, True), (5, 1, 1, True), (5, 2, 1, True)])
+def test_the_gram_form_is_algorithm_1(N, K, Kc, intra):
+    """Same value, parts and gradients in float64, N below and above K, empty blocks, odd sizes, unequal lambdas."""
+    z, results = embeddings(N, K), []
+    for form in (decur_loss, decur_loss_gram):
+        loss, parts = form(*z, Kc, 0.01, 0.02, 0.03, 0.04, intra=intra)
+        gradient = torch.autograd.grad(loss, z, allow_unused=True)
+        results.append((loss, parts, [g for g in gradient if g is not None]))
+    (loss_a, parts_a, gradient_a), (loss_b, parts_b, gradient_b) = results
+    assert list(parts_a) == list(parts_b)
+    assert all(torch.isfinite(part) for part in parts_b.values())
+    assert relative([loss_b, *parts_b.values()], [loss_a, *parts_a.values()]) < 1e-12
+    assert relative(gradient_b, gradient_a) < 1e-12
+
+
+def test_the_gram_form_keeps_no_KxK_matrix():
+    """Nothing saved for the backward pass is larger than NxK."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        decur_loss_gram(*embeddings(8, 512), 384)
+    assert max(sizes) <= 8 * 512
+
+
+@pytest.mark.parametrize("form", [decur_loss, decur_loss_gram])
+def test_more_common_dimensions_than_dimensions_are_an_error(form):
+    with pytest.raises(ValueError, match="Kc = 9 common dimensions of K = 8"):
+        form(*embeddings(4, 8), 9)
+
+
+# ---- decur.py: Fig. 2 ----
+
+def test_projectors_share_no_parameter():
+    """P1 and P2, E1 and E2: two of each (the authors' code wrapped one list of layers twice)."""
+    net = DeCUR("resnet-toy", 3, 1, [16, 16, 16])
+    storages = [{p.data_ptr() for p in f.parameters()} for f in (net.f1, net.f2)]
+    assert not storages[0] & storages[1] and all(storages)
+
+
+def test_the_projector_is_that_of_section_4():
+    """Linear-BN-ReLU twice, then Linear; no biases; 151 M parameters for a ResNet-50."""
+    names = [type(layer).__name__ for layer in decur.projector(8, [4, 4, 6])]
+    assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert sum(p.numel() for p in decur.projector(8, [4, 4, 6]).parameters()) == 8 * 4 + 8 + 4 * 4 + 8 + 4 * 6
+    x = torch.randn(2, 8)
+    assert decur.projector(8, [])(x) is x       # Fig. 3b, no projector
+
+
+@pytest.mark.parametrize("name, channels", [("resnet18", 2), ("resnet50", 13), ("resnet50", 3)])
+def test_encoders_have_torchvision_names_and_any_number_of_channels(name, channels):
+    encoder = decur.resnet(name, channels)
+    reference = getattr(torchvision.models, name)(weights=None)
+    reference.conv1 = torch.nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    missing, unexpected = reference.load_state_dict(encoder.state_dict(), strict=False)
+    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+    reference.fc = torch.nn.Identity()
+    x = torch.randn(2, channels, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(encoder.eval()(x), reference.eval()(x))
+        assert [m.shape[1] for m in encoder.stages(x)] == encoder.dims
+
+
+def test_the_toy_encoder_leaves_a_4x4_map_of_32_pixels():
+    encoder = decur.resnet("resnet-toy", 2)
+    assert encoder.stages(torch.randn(2, 2, 32, 32))[-1].shape == (2, 128, 4, 4)
+
+
+# ---- processes: the loss and its gradient are those of one process with the joint batch ----
+
+def process(rank, world, folder, function, *args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def in_processes(world, folder, function, *args):
+    """function(rank, world, *args) of each of `world` gloo processes, as a list."""
+    folder.mkdir()
+    torch.multiprocessing.spawn(process, (world, folder, function, *args), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def loss_and_gradient(rank, world, intra=True):
+    z = [z_.detach().chunk(world)[rank].requires_grad_() for z_ in embeddings(16, 24, torch.float32)]
+    loss, _ = decur_loss_gram(*map(pretrain.gather, z), 18, intra=intra)
+    loss.backward()
+    return [loss.detach(), *(z_.grad / world for z_ in z)]  # DistributedDataParallel averages: / world
+
+
+def three_steps(rank, world):
+    """The parameters after three LARS steps of a two-branch network, its batch norm in evaluation mode."""
+    torch.manual_seed(0)
+    net = DeCUR("resnet-toy", 3, 1, [16, 16])
+    net.eval()
+    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    optimizer = pretrain.LARS(net.parameters(), lr=1.0)
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    draws = data.Draws(0, 8, rows)
+    for step in range(3):
+        draws.restart(step)
+        g = torch.Generator().manual_seed(step)
+        x1, x2 = torch.rand(8, 3, 36, 48, generator=g)[rows], torch.rand(8, 1, 36, 48, generator=g)[rows]
+        x = [data.augment(x_, m, 32, draws) for x_, m in ((x1, "rgb"), (x1, "rgb"), (x2, "depth"), (x2, "depth"))]
+        loss, _ = decur_loss_gram(*map(pretrain.gather, model(*x)), 12)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_give_the_one_process_gradient(world, tmp_path):
+    """gather: an in-place all_reduce of C would give 1/world of it, as the published codes do."""
+    one = loss_and_gradient(0, 1)
+    several = in_processes(world, tmp_path / "w", loss_and_gradient)
+    assert all(relative([rank[0]], [one[0]]) < 1e-6 for rank in several)
+    for view in range(1, 5):
+        assert relative([torch.cat([rank[view] for rank in several])], [one[view]]) < 1e-6
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_make_the_one_process_steps(world, tmp_path):
+    """Augmentation, gather, DistributedDataParallel and LARS together: the change of the weights is the same."""
+    one = three_steps(0, 1)
+    several = in_processes(world, tmp_path / "w", three_steps)
+    assert all(relative(rank, one) < 1e-6 for rank in several)
+
+
+# ---- pretrain.py: App. B ----
+
+def test_lars_step_by_hand():
+    """|p| = 5, |g| = 10, no decay: trust = 0.001 * 5 / 10; the second step adds 0.9 of the first."""
+    p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    optimizer = pretrain.LARS([p], lr=2.0, weight_decay=0.0)
+    p.grad = torch.tensor([[6.0, 8.0]])
+    optimizer.step()
+    assert torch.allclose(p, torch.tensor([[3 - 2 * 0.003, 4 - 2 * 0.004]]))
+    before = p.detach().clone()
+    optimizer.step()                            # trust * g = 0.001 |p| g / |g|, |p| = 4.99
+    assert torch.allclose(before - p, 2 * (torch.tensor([[0.002994, 0.003992]]) + 0.9 * torch.tensor([[0.003, 0.004]])))
+
+
+def test_lars_decays_weights_but_not_biases():
+    """wd 0.5, gradient zero: the weight's direction is 0.5 p and its trust 0.001 |p| / |0.5 p| = 0.002; biases stay."""
+    w, b = torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.full((2,), 2.0))
+    w.grad, b.grad = torch.zeros(2, 2), torch.zeros(2)
+    pretrain.LARS([w, b], lr=1.0, weight_decay=0.5).step()
+    assert torch.allclose(w, torch.full((2, 2), 2 - 0.002)) and torch.equal(b, torch.full((2,), 2.0))
+
+
+def test_lars_ignores_loss_scale_biases_do_not():
+    """Ten times the gradient: the same step of a weight, ten times the step of a bias."""
+    steps = []
+    for scale in (1, 10):
+        w, b = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+        w.grad, b.grad = scale * torch.tensor([[1.0, 2], [3, 4]]), scale * torch.tensor([1.0, 2])
+        pretrain.LARS([w, b], lr=0.1, weight_decay=0.0).step()
+        steps.append((1 - w.detach(), 1 - b.detach()))
+    assert torch.allclose(steps[0][0], steps[1][0]) and torch.allclose(10 * steps[0][1], steps[1][1])
+
+
+def test_lars_moves_a_weight_of_norm_zero():
+    w = torch.nn.Parameter(torch.zeros(2, 2))
+    w.grad = torch.ones(2, 2)
+    pretrain.LARS([w], lr=0.1).step()
+    assert torch.allclose(w, torch.full((2, 2), -0.1))
+
+
+def test_schedule_has_no_warmup_and_ends_at_zero():
+    rates = [pretrain.cosine(step, 10) for step in range(11)]
+    assert rates[0] == 1 and rates[5] == pytest.approx(0.5) and rates[10] == 0
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_defaults_are_the_papers():
+    """Sec. 4 and App. B, every scenario."""
+    for scenario, common, epochs, batch in (("sar-optical", 0.875, 100, 256), ("rgb-dem", 0.75, 100, 256),
+                                            ("rgbd", 0.75, 200, 128)):
+        args, sources = pretrain.get_args(["--scenario", scenario])
+        assert (args.common, args.epochs, args.batch_size) == (common, epochs, batch)
+        assert (args.lr, args.lr_bias, args.weight_decay, args.size) == (0.2, 0.0048, 1e-6, 224)
+        assert (args.backbone, args.widths) == ("resnet50", [8192] * 3)
+        assert sources["common"] == "paper, Sec. 4" and args.data == f"data/{scenario}"
+
+
+# ---- data.py: order, augmentation, readers, scenes ----
+
+def test_the_data_order_is_a_function_of_seed_and_epoch():
+    """Every index at most once an epoch, whole batches only, another order in another epoch."""
+    batches = data.epoch_batches(50, 8, seed=3, epoch=1)
+    assert batches.shape == (6, 8) and len(set(batches.flatten())) == 48
+    assert (batches == data.epoch_batches(50, 8, 3, 1)).all()
+    assert (batches != data.epoch_batches(50, 8, 3, 2)).any() and (batches != data.epoch_batches(50, 8, 4, 1)).any()
+
+
+def test_augmentation_does_not_depend_on_the_processes():
+    """Two processes with half the batch each make the views of one process with all of it."""
+    x = torch.randint(256, (8, 3, 36, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = []
+    for rows in (slice(0, 8), slice(0, 4), slice(4, 8)):
+        draws = data.Draws(1, 8, rows)
+        draws.restart(5)
+        views.append([data.augment(x[rows], "rgb", 24, draws) for _ in range(2)])
+    for view in range(2):
+        assert torch.allclose(torch.cat([views[1][view], views[2][view]]), views[0][view], atol=1e-5)
+    assert not torch.allclose(views[0][0], views[0][1], atol=0.1)  # two views differ
+
+
+def test_the_crop_is_an_antialiased_resize_of_a_box():
+    """triangle_filter against F.interpolate(antialias=True), boxes smaller and larger than the crop."""
+    x = torch.rand(3, 2, 40, 50, generator=torch.Generator().manual_seed(0))
+    left, w = torch.tensor([[3.0], [0], [5]]), torch.tensor([[20.0], [50], [11]])
+    top, h = torch.tensor([[0.0], [7], [29]]), torch.tensor([[40.0], [10], [11]])
+    y = data.separable(x, data.triangle_filter(top, h, 40, 16), data.triangle_filter(left, w, 50, 16))
+    for i in range(3):
+        box = x[i:i + 1, :, int(top[i]):int(top[i] + h[i]), int(left[i]):int(left[i] + w[i])]
+        expected = F.interpolate(box, (16, 16), mode="bilinear", antialias=True)
+        assert torch.allclose(y[i:i + 1], expected, atol=1e-5)
+
+
+def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
+    """Ramps in x and y show each box: its sides from the slope, its flip from the sign."""
+    B, H, W = 400, 60, 80
+    ramp = torch.stack([torch.arange(W).expand(H, W), torch.arange(H)[:, None].expand(H, W)]).float().expand(B, 2, H, W)
+    draws = data.Draws(0, B, slice(0, B))
+    draws.restart(0)
+    y = data.random_resized_crop(ramp, 10, (0.25, 0.5), draws)
+    w, h = (y[:, 0, 5, 7] - y[:, 0, 5, 2]) * 2, (y[:, 1, 7, 5] - y[:, 1, 2, 5]) * 2  # 5 of 10 pixels apart
+    area, ratio = (w.abs() * h) / (H * W), w.abs() / h
+    assert 0.24 < area.min() < 0.27 and 0.48 < area.max() < 0.51
+    assert 0.73 < ratio.min() < 0.78 and 1.28 < ratio.max() < 1.37
+    assert 0.4 < (w < 0).float().mean() < 0.6
+
+
+def test_a_box_that_never_fits_becomes_the_largest_centred_one():
+    """A strip of 8 x 100 pixels has no box of its whole area within 3/4 and 4/3: 8 x 11 in the middle."""
+    x = torch.arange(100.0).expand(1, 1, 8, 100)
+    draws = data.Draws(0, 1, slice(0, 1))
+    draws.restart(0)
+    y = data.random_resized_crop(x, 11, (1.0, 1.0), draws)
+    assert sorted(y[0, 0, 0].round().int().tolist()) == list(range(44, 55))
+
+
+def test_colours_stay_within_range_and_never_wrap():
+    """The authors' uint8 arithmetic wrapped bright pixels to dark: 230 * 1.4 -> 66."""
+    x = torch.full((64, 3, 4, 4), 230 / 255)
+    draws = data.Draws(0, 64, slice(0, 64))
+    draws.restart(0)
+    y = data.random_colour(x, (0.4, 0.0, 0.0, 0.0), 1.0, 0.0, draws)
+    assert y.min() > 0.5 and y.max() == 1
+
+
+def test_brightness_contrast_and_saturation_are_torchvisions():
+    """One at a time, factors read off a probe image, away from the clamp; float32."""
+    from torchvision.transforms.v2 import functional as functions
+    x = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
+    for k, function in enumerate((functions.adjust_brightness, functions.adjust_contrast, functions.adjust_saturation)):
+        jitter = [0.0] * 4
+        jitter[k] = 0.4
+        draws, same = data.Draws(0, 8, slice(0, 8)), data.Draws(0, 8, slice(0, 8))
+        draws.restart(k), same.restart(k)
+        factors = 1 + 0.4 * (2 * same(6)[:, 1 + k] - 1)
+        y = data.random_colour(x, jitter, 1.0, 0.0, draws)
+        expected = torch.stack([function(x_, factor.item()) for x_, factor in zip(x, factors)])
+        assert torch.allclose(y, expected, atol=2e-3)
+
+
+def test_grayscale_makes_channels_equal_for_any_number_of_them():
+    draws = data.Draws(0, 4, slice(0, 4))
+    draws.restart(0)
+    for C in (2, 3, 13):
+        x = torch.rand(4, C, 5, 5)
+        y = data.random_colour(x, (0.0,) * 4, 0.0, 1.0, draws)
+        assert torch.allclose(y, y[:, :1].expand_as(y), atol=1e-6)
+        assert C == 3 or torch.allclose(y[:, 0], x.mean(1), atol=1e-6)
+
+
+def test_hue_turns_red_into_green_into_blue_and_keeps_grey():
+    third = data.hue_rotation(torch.tensor([2 * np.pi / 3]))[0]
+    assert torch.allclose(third @ torch.eye(3), torch.eye(3).roll(1, 0), atol=1e-6)
+    assert torch.allclose(data.hue_rotation(torch.tensor([0.7]))[0] @ torch.ones(3), torch.ones(3), atol=1e-6)
+
+
+def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
+    draws = data.Draws(0, 40, slice(0, 40))
+    draws.restart(0)
+    x = torch.rand(40, 1, 56, 56, generator=torch.Generator().manual_seed(0))
+    x[:, :, :28] = 0.5
+    y = data.random_blur(x, 0.5, draws)
+    assert torch.allclose(y[:, :, :24], x[:, :, :24], atol=1e-5)  # sigma <= 0.5 pixels at 56: 8 sigma away
+    unchanged = (y == x).flatten(1).all(1)
+    assert 10 < unchanged.sum() < 30
+
+
+def test_solarize_inverts_what_is_bright():
+    x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3)
+    draws = data.Draws(0, 1, slice(0, 1))
+    draws.restart(0)
+    assert torch.allclose(data.random_solarize(x, 1.1, draws).flatten(), torch.tensor([0.2, 0.5, 0.1]))
+    assert torch.equal(data.random_solarize(x, 0.0, draws), x)
+
+
+def write_frames(root, n=4, size=(48, 36)):
+    """A small folder-form data set: colours and depths that are known."""
+    for folder in ("RGB", "Depth"):
+        (root / folder).mkdir(parents=True)
+    for i in range(n):
+        Image.new("RGB", size, (10 * i, 20, 30)).save(root / "RGB" / f"{i}.png")
+        depth = np.full(size[::-1], 2000 + 100 * i, np.uint16)
+        depth[0, 0], depth[0, 1] = 0, 65535
+        Image.fromarray(depth).save(root / "Depth" / f"{i}.png")
+    return root
+
+
+def test_a_frame_is_read_as_colour_and_metres(tmp_path):
+    """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; without a reading: the data set's mean."""
+    pairs = data.RGBD(write_frames(tmp_path / "d"), 24)
+    (rgb,), (depth,) = pairs[1]
+    assert rgb.shape == (3, 36, 48) and rgb.dtype == torch.uint8 and rgb[:, 5, 5].tolist() == [10, 20, 30]
+    assert depth.shape == (1, 36, 48) and depth[0, 5, 5].item() == pytest.approx(0.21)
+    assert depth[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
+    assert pairs.modalities == ("rgb", "depth")
+
+
+def test_frames_of_different_sizes_come_to_one_canvas_and_holes_do_not_bleed(tmp_path):
+    """Shrinking averages valid pixels only: next to a hole the depth is still 2 m, not less."""
+    root = write_frames(tmp_path / "d", 1, (192, 144))
+    Image.new("RGB", (50, 40)).save(root / "RGB" / "x.jpg")
+    depth = np.full((40, 50), 2000, np.uint16)
+    depth[:20] = 0
+    Image.fromarray(depth).save(root / "Depth" / "x.png")
+    pairs = data.RGBD(root, 24)
+    assert [pairs[i][1][0].shape for i in range(2)] == [(1, 36, 48)] * 2
+    values = pairs[1][1][0]
+    assert set(values.unique().mul(1000).round().int().tolist()) == {200, 238}
+
+
+def test_lists_name_the_frames_of_a_split(tmp_path):
+    """Bare stems, paths, suffixes, CRLF and second columns are all understood."""
+    root = write_frames(tmp_path / "d")
+    (root / "train.txt").write_bytes(b"2\r\nRGB/0.png\tLabel/0.png\r\n\r\n")
+    assert data.RGBD(root, 24, "train").ids == ["2", "0"]
+
+
+def test_collate_gives_two_views_of_each_modality():
+    one, two = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
+    x1, x2 = data.collate([([one], [one, two]), ([two], [two, one])])
+    assert x1[0] is x1[1] and x1[0].shape == (2, 1, 2, 2)
+    assert torch.equal(x2[0], torch.stack([one, two])) and torch.equal(x2[1], torch.stack([two, one]))
+
+
+def toy(folder, scenes=48, held_out=16):
+    data.make_toy("rgbd", folder, scenes, held_out)
+    return folder
+
+
+def test_made_up_scenes_are_seeded_and_hold_what_factors_csv_says(tmp_path):
+    """The common object is nearer than the wall and bright; the painting leaves no trace in depth, the pane none in RGB."""
+    a, b = toy(tmp_path / "a", 6, 2), toy(tmp_path / "b", 6, 2)
+    files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+    assert len(files) == 8 * 3 + 3 and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
+    rows = list(csv.DictReader(open(a / "factors.csv")))
+    assert (a / "train.txt").read_text().split() == [row["id"] for row in rows[:6]]
+    for row in rows:
+        rgb, depth, label = (np.array(Image.open(a / d / f"{row['id']}.png")).astype(float) for d in ("RGB", "Depth", "Label"))
+        depth[depth == 0] = np.nan
+        masks = {key: label == 2 + 4 * k + int(row[key]) for k, key in enumerate(("common", "unique1", "unique2"))}
+        wall = label == 1
+        assert all(mask.sum() > 30 for mask in masks.values())
+        assert rgb[masks["common"]].mean() > rgb[wall].mean() > rgb[masks["unique1"]].mean()
+        assert np.nanmean(depth[masks["common"]]) < np.nanmean(depth[wall]) < np.nanmean(depth[masks["unique2"]])
+
+
+def test_shapes_have_the_same_area():
+    """Otherwise mean brightness would give the factor away; 4 in units of the shape's radius."""
+    v, u = (np.mgrid[0:600, 0:600] - 299.5) / 100
+    for shape in data.SHAPES:
+        assert data.draw_shape(shape, u, v).sum() / 1e4 == pytest.approx(4, rel=0.01)
+
+
+# ---- pretrain.py as a program ----
+
+SMALL = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 --batch-size 16 --lr 1"
+
+
+def pretrain_here(flags, monkeypatch):
+    """pretrain.main() in this process, by its command line."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *shlex.split(flags)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        pretrain.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def log_of(out):
+    """log.jsonl without the speed, the only thing in it that two equal runs do not share."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "pairs_per_s"} for row in rows]
+
+
+def test_pretrain_runs_and_loss_falls(tmp_path):
+    """The command line as users have it: log, settings, checkpoint and encoders that torchvision's names fit."""
+    root, out = toy(tmp_path / "scenes"), tmp_path / "out"
+    command = [sys.executable, HERE / "pretrain.py", *SMALL.split(), "--epochs", "8", "--data", root, "--out", out]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "chance (independent embeddings)" in result.stdout and "step 000024/000024" in result.stdout
+    log = log_of(out)
+    assert [row["step"] for row in log] == list(range(1, 25))
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    for row in log:
+        assert row["loss"] == pytest.approx(row["L1"] + row["L2"] + row["Lc"] + row["Lu"], rel=1e-5)
+    assert json.loads((out / "args.json").read_text())["K"] == 32
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    for k, channels in ((1, 3), (2, 1)):
+        encoder = decur.resnet("resnet-toy", channels)
+        encoder.load_state_dict(torch.load(out / f"encoder{k}.pth", weights_only=True))
+        assert torch.equal(encoder.conv1.weight, checkpoint["model"][f"f{k}.E.conv1.weight"])
+
+
+def test_resume_equals_no_interruption(tmp_path, monkeypatch):
+    """SIGTERM in the middle of an epoch, then --resume: weights and log are those of an unbroken run, bit for bit."""
+    root, whole, broken = toy(tmp_path / "scenes"), tmp_path / "whole", tmp_path / "broken"
+    flags = f"{SMALL} --epochs 30 --data {root}"  # 3 steps an epoch
+    pretrain_here(f"{flags} --out {whole}", monkeypatch)
+    command = [sys.executable, HERE / "pretrain.py", *shlex.split(f"{flags} --out {broken}")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while "step 000007" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert "--resume" in process.communicate(timeout=60)[0] and process.returncode == 0
+    step = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
+    assert 7 <= step < 90
+    with open(broken / "log.jsonl", "a") as file:  # a process killed later would have left lines after the checkpoint
+        file.write(json.dumps(dict(step=step + 1)) + "\n" + '{"step": ')
+    pretrain_here(f"{flags} --out {broken} --resume", monkeypatch)
+    a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, broken))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    assert log_of(whole) == log_of(broken)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    root, out = toy(tmp_path / "scenes"), tmp_path / "out"
+    monkeypatch.setattr(pretrain, "augment", lambda x, modality, size, draws, calls=[]: (
+        calls.append(1), data.augment(x, modality, size, draws) * (float("nan") if len(calls) > 20 else 1))[1])
+    with pytest.raises(SystemExit, match=r"the loss is nan at step 5 \(L1 nan"):
+        pretrain_here(f"{SMALL} --epochs 4 --data {root} --out {out}", monkeypatch)
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 3 and all(p.isfinite().all() for p in checkpoint["model"].values())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path, monkeypatch):
+    """Got, expected, remedy, for every kind of bad input that a run can meet."""
+    root, out = toy(tmp_path / "scenes", 20, 4), tmp_path / "out"
+
+    def refused(flags, pattern):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(BadInput, match=pattern) as error:
+            pretrain_here(flags, monkeypatch)
+        assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    run = f"{SMALL} --epochs 1 --out {out}"
+    refused(f"{run} --data {tmp_path}/nowhere", "no folder .*nowhere.*--toy")
+    refused(f"{run} --data {tmp_path}", "no jpg or png under .*RGB")
+    refused(f"{run} --data {root} --split val", "no .*val.txt")
+    refused(f"{run} --data {root} --batch-size 21", "--batch-size 21 is more than the 20 pairs")
+    refused(f"{run} --data {root} --projector 32-x", "--projector 32-x: expected widths")
+    refused(f"{run} --data {root} --common 1.5", "--common 1.5")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(pretrain.dist, "init_process_group", lambda backend: None)
+    refused(f"{run} --data {root}", "--batch-size 16 is not a multiple of 3 processes; try 15")
+    monkeypatch.delenv("WORLD_SIZE")
+
+    lonely, broken, hollow, picture = (write_frames(tmp_path / name, 16) for name in "abcd")
+    (lonely / "Depth" / "3.png").unlink()
+    refused(f"{run} --data {lonely} --split all", r"only one of RGB and Depth \(the first: 3\)")
+    file = broken / "RGB" / "5.png"
+    file.write_bytes(file.read_bytes()[:60])
+    refused(f"{run} --data {broken} --split all", "5.png cannot be read")
+    Image.fromarray(np.zeros((36, 48), np.uint16)).save(hollow / "Depth" / "2.png")
+    refused(f"{run} --data {hollow} --split all", "2.png has no valid depth")
+    Image.new("RGB", (48, 36)).save(picture / "Depth" / "0.png")
+    refused(f"{run} --data {picture} --split all", "0.png is uint8 .*expected depth as one 16-bit channel")
+
+    (tmp_path / "file").write_text("")
+    refused(f"{SMALL} --epochs 1 --data {root} --out {tmp_path}/file/out", "--out .* cannot be written")
+    out2 = tmp_path / "out2"
+    pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {out2}", monkeypatch)
+    out, again = out2, f"{SMALL} --data {root} --out {out2}"
+    refused(f"{again} --epochs 1", "checkpoint.pt exists; expected a new --out, or --resume")
+    refused(f"{again} --epochs 2 --resume", "--resume: epochs is 2, but 1 in")
+    refused(f"{again} --epochs 1 --resume --common 0.5", "--resume: common is 0.5, but 0.75 in")
+    whole = (out / "checkpoint.pt").read_bytes()
+    (out / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    refused(f"{again} --epochs 1 --resume", "checkpoint.pt cannot be used")
+    with open(out / "checkpoint.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    refused(f"{again} --epochs 1 --resume", "checkpoint.pt cannot be used")
+
+
+def test_bad_input_exits_with_code_2_and_one_line(tmp_path):
+    """Also from a loader's worker, which wraps the message in its traceback."""
+    root = write_frames(tmp_path / "d", 16)
+    (root / "Depth" / "7.png").write_bytes(b"not a picture")
+    command = [sys.executable, HERE / "pretrain.py", *SMALL.replace("train", "all").split(), "--epochs", "1",
+               "--workers", "1", "--data", root, "--out", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.fullmatch(r"error: .*7\.png cannot be read \(.*\); copy or download it again", result.stderr.splitlines()[-1])
+    assert not list((tmp_path / "out").glob("checkpoint*"))
+
+
+def test_torchrun_trains_on_two_cpu_processes(tmp_path):
+    """One code path; the warning about batch normalisation; the same data whatever the number of processes."""
+    root, out = toy(tmp_path / "scenes"), tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "pretrain.py",
+               *SMALL.split(), "--epochs", "1", "--data", root, "--out", out]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "cannot synchronise batch normalisation" in result.stdout
+    assert [row["step"] for row in log_of(out)] == [1, 2, 3]
+
+
+def test_readme_commands_parse(monkeypatch):
+    """Every `python script.py ...` and torchrun line in the README names flags that exist."""
+    for line in re.findall(r"^ *(?:python|torchrun [^\n]*?)(?= )(.*)$", (HERE / "README.md").read_text(), re.M):
+        words = shlex.split(line.split("#")[0])
+        if words[0] == "pretrain.py":
+            pretrain.get_args(words[1:])
