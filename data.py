@@ -353,8 +353,8 @@ def indoor_scene(rng, H=48, W=64):
     rgb = wall + 0.12 * np.stack([smooth_noise(rng, H, W, 6) for _ in range(3)], -1)
     rgb = rgb + (thing - rgb) * m_common[..., None] + (paint - rgb) * m_paint[..., None]
     rgb = rgb + rng.normal(0, 0.04, rgb.shape)
-    z = 3 + rng.uniform(-0.1, 0.1) + 0.1 * smooth_noise(rng, H, W, 6)  # m
-    z = z + rng.uniform(0.7, 0.9) * (m_pane - m_common) + rng.normal(0, 0.03, z.shape)
+    z = 3 + 0.1 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
+    z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
     label = np.ones((H, W), np.uint8)
     for which, (shape, mask) in enumerate(((unique2, m_pane), (unique1, m_paint), (common, m_common))):

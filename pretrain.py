@@ -390,6 +390,7 @@ def log_line(log, epochs, steps):
 
 def run(main):
     """main(), with bad input as one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main()
     except BadInput as error:                   # from a loader's worker it comes with the worker's traceback
