@@ -1,11 +1,13 @@
 """DeCUR: Decoupling Common and Unique Representations for Multimodal Self-supervision.
 
 The method itself, to be read beside Sec. 3 and Algorithm 1 of the paper (arXiv:2309.05300, version 1).
-Nothing here knows of files, arguments or processes.
+Nothing here knows of data sets, arguments or processes.
 
     Eq. 1-6, Algorithm 1    on_diag off_diag BN loss_c loss_u decur_loss       (torch alone: copy the block)
     the same, without KxK   decur_loss_gram                                    (what pretrain.py uses)
-    Fig. 2, App. B          resnet projector DeCUR                             (E1, P1, E2, P2)
+    Tables 1-3, compared    barlow_twins_loss vicreg_loss simclr_loss clip_loss
+    Fig. 2, App. B          resnet mit projector DeCUR                         (E1, P1, E2, P2)
+    weights in and out      read_weights load_encoder save_encoder
 
     paper                     here                shape
     X'_M1, X''_M1  (x1.1 x1.2)  x11, x12          NxC1xHxW   two augmented views of modality 1
@@ -21,14 +23,19 @@ Nothing here knows of files, arguments or processes.
 `python decur.py` times both forms of the loss at the paper's N and K.
 """
 import argparse
+import hashlib
+import json
 import multiprocessing
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import stochastic_depth
 
 
 # ---- Algorithm 1: copy from here; it needs `import torch` and nothing else ----
@@ -155,6 +162,56 @@ def chance_and_floor(N, k, lmb=0.0051, unique=False):
     return k + (k + lmb * k * (k - 1)) / (N - 1), max(0.0, k * a / (1 + a))
 
 
+# ---- Tables 1-3: what DeCUR is compared with ----
+# Functions of embeddings before any normalisation, zA and zB: NxK, float32 or float64, N the global batch, outside
+# autocast.  Across modalities they get z11 and z21; Barlow Twins within one modality gets z11 and z12.  Each returns
+# a scalar.  Barlow Twins and VICReg ask for DeCUR's own projector; SimCLR and CLIP for a smaller one, see below.
+
+def barlow_twins_loss(zA, zB, lmb=0.0051):
+    """Barlow Twins (Zbontar et al., 2021), Eq. 1-2; lambda as in DeCUR.  This is Table 4's "w/o intra&decoup."."""
+    zA, zB = BN(zA), BN(zB)                     # NxK
+    return loss_gram((zA * zB).mean(0), 1, gram(zA), gram(zB), lmb)
+
+
+def vicreg_loss(zA, zB, lmb=25, mu=25, nu=1):
+    """VICReg (Bardes et al., 2022), Eq. 1-6 and its Algorithm 1; weights of its Sec. 4.2.
+
+    Its Eq. 5 sums the squared distance over the dimensions, its Algorithm 1 takes the mean: here the mean, for which
+    the weights were chosen.  Its published code also halves v.
+    """
+    N, K = zA.shape
+    s = (zA - zB).pow(2).mean()                                     # Eq. 5  invariance
+    v = c = 0
+    for z in (zA - zA.mean(0), zB - zB.mean(0)):
+        var = z.pow(2).sum(0) / (N - 1)                             # K    on_diag(cov), unbiased
+        v = v + F.relu(1 - (var + 1e-4).sqrt()).mean()              # Eq. 1-2  variance: a hinge at gamma = 1
+        cov2 = (z @ z.T / (N - 1)).pow(2).sum()                     # sum_ij cov_ij^2, by the identity above
+        c = c + (cov2 - var.pow(2).sum()) / K                       # Eq. 3-4  covariance
+    return lmb * s + mu * v + nu * c                                # Eq. 6
+
+
+def simclr_loss(zA, zB, tau=0.1):
+    """NT-Xent over the 2N embeddings, SimCLR (Chen et al., 2020a), Eq. 1.
+
+    tau 0.1: the best in its Table 5.  Its projector (Sec. 2.3) is 2048-128.
+    """
+    N = len(zA)
+    z = F.normalize(torch.cat((zA, zB)))                            # 2NxK  rows of length 1
+    similarity = (z @ z.T / tau).fill_diagonal_(-torch.inf)         # 2Nx2N  k != i
+    return F.cross_entropy(similarity, torch.arange(2 * N, device=z.device).roll(N))  # i's partner: i + N mod 2N
+
+
+def clip_loss(zA, zB, tau=0.07):
+    """Symmetric cross-entropy over the N pairs, CLIP (Radford et al., 2021), Fig. 3.
+
+    tau 0.07: where CLIP starts (Sec. 2.5); it learns tau from there, here it stays.  Its projector is linear
+    (Sec. 2.3), for a ResNet-50 to 1024 dimensions (Table 19).
+    """
+    logits = F.normalize(zA) @ F.normalize(zB).T / tau              # NxN
+    pair = torch.arange(len(zA), device=zA.device)
+    return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
+
+
 # ---- Fig. 2: encoders E1, E2 and projectors P1, P2 ----
 
 RESNETS = {                                     # block, blocks a stage, width of the first stage
@@ -205,6 +262,107 @@ def resnet(name, channels):
     return ResNet(name, channels)
 
 
+# SegFormer's encoders (Xie et al., 2021), "MiT", under the published parameter names; maps are NxHxWxC inside
+
+MITS = {                                        # width and number of blocks of the four stages: its Table 6
+    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
+    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
+    "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
+    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3)),
+    "mit_b4": ((64, 128, 320, 512), (3, 8, 27, 3)),
+    "mit_b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
+}
+
+
+def convolve(conv, x):
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)          # NxHxWxC
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on keys and values of a map R times smaller per axis, its Eq. 1-2."""
+
+    def __init__(self, C, heads, R):
+        super().__init__()
+        self.heads, self.reduce = heads, R > 1
+        self.q, self.kv, self.proj = nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(C, C)
+        if self.reduce:
+            self.sr, self.norm = nn.Conv2d(C, C, R, stride=R), nn.LayerNorm(C)
+
+    def forward(self, x):
+        y = self.norm(convolve(self.sr, x)) if self.reduce else x   # NxH/RxW/RxC
+        qkv = (self.q(x), *self.kv(y).chunk(2, dim=-1))
+        q, k, v = (t.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)
+        out = F.scaled_dot_product_attention(q, k, v)               # N x heads x HW x C/heads
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+class MixFFN(nn.Module):
+    """Linear, 3x3 depthwise convolution (it tells the tokens where they are), GELU, Linear, its Eq. 3."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.fc1, self.fc2, self.dwconv = nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.Module()
+        self.dwconv.dwconv = nn.Conv2d(4 * C, 4 * C, 3, padding=1, groups=4 * C)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(convolve(self.dwconv.dwconv, self.fc1(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, C, heads, R, drop):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(C, eps=1e-6), Attention(C, heads, R)
+        self.norm2, self.mlp, self.drop = nn.LayerNorm(C, eps=1e-6), MixFFN(C), drop
+
+    def forward(self, x):                       # drop path: each sample skips each branch with probability `drop`
+        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop, "row", self.training)
+
+
+class MiT(nn.Module):
+    """SegFormer's encoder for any number of input channels.  Call and `stages` as for `ResNet`; the maps are normed."""
+
+    def __init__(self, name, channels):
+        super().__init__()
+        self.channels, (self.dims, depths) = channels, MITS[name]
+        drops = [0.1 * n / (sum(depths) - 1) for n in range(sum(depths))]  # by depth in the whole net
+        widths = (channels, *self.dims)
+        for s, (C, depth, heads, R) in enumerate(zip(self.dims, depths, (1, 2, 5, 8), (8, 4, 2, 1))):
+            kernel, stride = (3, 2) if s else (7, 4)                # overlapping patches
+            embed = nn.Module()
+            embed.proj = nn.Conv2d(widths[s], C, kernel, stride, padding=kernel // 2)
+            embed.norm = nn.LayerNorm(C)
+            blocks = [Block(C, heads, R, drops.pop(0)) for _ in range(depth)]
+            setattr(self, f"patch_embed{s + 1}", embed)
+            setattr(self, f"block{s + 1}", nn.Sequential(*blocks))
+            setattr(self, f"norm{s + 1}", nn.LayerNorm(C, eps=1e-6))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Conv2d):                     # normal, std sqrt(2 / fan_out)
+                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.zeros_(module.bias)
+
+    def stages(self, x):
+        maps = []
+        for s in "1234":
+            embed, block, norm = (getattr(self, name + s) for name in ("patch_embed", "block", "norm"))
+            x = embed.norm(embed.proj(x).permute(0, 2, 3, 1))       # NxHxWxC
+            x = norm(block(x)).permute(0, 3, 1, 2)                  # NxCxHxW  the stage's map and the next one's input
+            maps.append(x)
+        return maps
+
+    def forward(self, x):
+        return self.stages(x)[-1].mean((2, 3))  # Nxd
+
+
+def mit(name, channels):
+    """Sec. 4: "additional segformers for RGB-Depth"; App. B: B2 and B5.  name: a key of MITS.  Random weights."""
+    return MiT(name, channels)
+
+
 def projector(d, widths):
     """Sec. 4, App. B: Linear, BatchNorm and ReLU for each width, for the last one Linear only; no biases.
 
@@ -231,7 +389,7 @@ class DeCUR(nn.Module):
 
 def branch(backbone, channels, widths):
     f = nn.Sequential()
-    f.E = resnet(backbone, channels)
+    f.E = mit(backbone, channels) if backbone in MITS else resnet(backbone, channels)
     f.P = projector(f.E.dims[-1], widths)
     return f
 
