@@ -26,6 +26,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -392,6 +393,78 @@ def branch(backbone, channels, widths):
     f.E = mit(backbone, channels) if backbone in MITS else resnet(backbone, channels)
     f.P = projector(f.E.dims[-1], widths)
     return f
+
+
+# ---- weights in and out ----
+
+BRANCHES = (("f1.E.", "backbone_1."), ("f2.E.", "backbone_2."))  # in a file with both encoders: ours, the authors'
+BESIDE = ("f1.P.", "f2.P.", "projector", "bn.")                  # what else is in it
+CLASSIFIER = {"fc.weight", "fc.bias", "head.weight", "head.bias"}
+
+
+def read_weights(file, backbone):
+    """A list of the state dicts in `file`: of one encoder, or of both modalities' in their order.
+
+    file   checkpoint.pt or encoder?.pth of this project, a torchvision state dict, a SegFormer mit_b?.pth, a DeCUR
+           file of the authors; or "imagenet" for torchvision's own weights of `backbone`, downloaded once
+    Raises ValueError where a file holds more than tensors and plain values: loading it could run code.
+    """
+    if file == "imagenet":
+        if backbone not in torchvision.models.list_models():
+            raise ValueError(f"torchvision has no ImageNet weights for {backbone}: give a file instead")
+        weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except OSError as error:
+            raise ValueError(f"could not download {weights.url} ({error}): fetch it elsewhere and give the file")
+    else:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError):
+            raise ValueError(f"{file} is no file of tensors and plain values alone: refused, it could run code")
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds a {type(state).__name__}, expected a state dict")
+    for key in ("model", "state_dict"):
+        state = state.get(key, state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    rest = {key: value for key, value in state.items() if not key.startswith((*BRANCHES[0], *BRANCHES[1], *BESIDE))}
+    encoders = [{key.removeprefix(branch): value for branch in branches for key, value in state.items()
+                 if key.startswith(branch)} for branches in BRANCHES]
+    return [{**encoder, **rest} for encoder in encoders if encoder] or [rest]
+
+
+def load_encoder(E, state, bgr=False):
+    """Load one state dict of `read_weights` into the encoder E.  Returns a line: the keys matched, and those not.
+
+    bgr    the weights know images as blue, green, red: reverse the input channels of the first convolution
+    Raises ValueError, with E untouched, unless every key of E is matched and no more than a classifier is left over.
+    """
+    own = E.state_dict()
+    first = next(iter(own))                     # the first convolution's weight: CxC_inxkxk
+    if first in state and state[first].shape[1] != E.channels:
+        raise ValueError(f"{first} takes {state[first].shape[1]} input channels, this encoder {E.channels}")
+    if bgr and E.channels != 3:
+        raise ValueError(f"BGR weights for an encoder of {E.channels} input channels: expected 3")
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]  # before torch 0.4.1
+    unexpected = [key for key in state if key not in own]
+    lists = {"of another shape": shapes, "missing": missing, "unexpected": unexpected}
+    report = f"{len(own.keys() & state.keys()) - len(shapes)} of {len(own)} keys matched" + "".join(
+        f", {len(keys)} {name}: {' '.join(keys[:4])}{' ...' * (len(keys) > 4)}" for name, keys in lists.items() if keys)
+    if shapes or missing or not CLASSIFIER.issuperset(unexpected):
+        raise ValueError(f"{report}; expected all, and nothing beside a classifier: is it another backbone?")
+    if bgr:
+        state = {**state, first: state[first].flip(1)}
+    E.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    return report
+
+
+def save_encoder(E, path, about):
+    """Write E's state dict, under torchvision's or SegFormer's names, to `path`, and what is `about` it beside, as .json."""
+    path = Path(path)
+    torch.save({key: value.cpu().contiguous() for key, value in E.state_dict().items()}, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps({**about, "sha256": sha256}, indent=2) + "\n")
 
 
 # ---- python decur.py: both forms of the loss, side by side ----
