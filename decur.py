@@ -7,7 +7,7 @@ Nothing here knows of data sets, arguments or processes.
     the same, without KxK   decur_loss_gram                                    (what pretrain.py uses)
     Tables 1-3, compared    barlow_twins_loss vicreg_loss simclr_loss clip_loss
     Fig. 2, App. B          resnet mit projector DeCUR                         (E1, P1, E2, P2)
-    weights in and out      read_weights load_encoder save_encoder
+    starting from weights   read_weights load_encoder
 
     paper                     here                shape
     X'_M1, X''_M1  (x1.1 x1.2)  x11, x12          NxC1xHxW   two augmented views of modality 1
@@ -23,13 +23,10 @@ Nothing here knows of data sets, arguments or processes.
 `python decur.py` times both forms of the loss at the paper's N and K.
 """
 import argparse
-import hashlib
-import json
 import multiprocessing
 import pickle
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torchvision
@@ -377,15 +374,21 @@ def projector(d, widths):
 
 
 class DeCUR(nn.Module):
-    """Two branches that share no parameter, Fig. 2.  f1, f2: NxCxHxW -> NxK, each an encoder E and a projector P."""
+    """Two branches that share no parameter, Fig. 2.  f1, f2: NxCxHxW -> NxK, each an encoder E and a projector P.
 
-    def __init__(self, backbone, channels1, channels2, widths):
+    views   which of the four are encoded: what DeCUR is compared with asks for two.  z of the others is None, and a
+            modality without views has no branch.
+    """
+
+    def __init__(self, backbone, channels1, channels2, widths, views=(True, True, True, True)):
         super().__init__()
-        self.f1 = branch(backbone, channels1, widths)
-        self.f2 = branch(backbone, channels2, widths)
+        self.views = views
+        self.f1 = branch(backbone, channels1, widths) if any(views[:2]) else None
+        self.f2 = branch(backbone, channels2, widths) if any(views[2:]) else None
 
-    def forward(self, x11, x12, x21, x22):
-        return self.f1(x11), self.f1(x12), self.f2(x21), self.f2(x22)  # NxK each, not yet normalised
+    def forward(self, x11, x12, x21, x22):      # NxK each, not yet normalised
+        fx = zip(self.views, (self.f1, self.f1, self.f2, self.f2), (x11, x12, x21, x22))
+        return tuple(f(x) if view else None for view, f, x in fx)
 
 
 def branch(backbone, channels, widths):
@@ -395,7 +398,7 @@ def branch(backbone, channels, widths):
     return f
 
 
-# ---- weights in and out ----
+# ---- starting from published weights, or one's own ----
 
 BRANCHES = (("f1.E.", "backbone_1."), ("f2.E.", "backbone_2."))  # in a file with both encoders: ours, the authors'
 BESIDE = ("f1.P.", "f2.P.", "projector", "bn.")                  # what else is in it
@@ -455,16 +458,9 @@ def load_encoder(E, state, bgr=False):
         raise ValueError(f"{report}; expected all, and nothing beside a classifier: is it another backbone?")
     if bgr:
         state = {**state, first: state[first].flip(1)}
+        report += ", input channels reversed"
     E.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     return report
-
-
-def save_encoder(E, path, about):
-    """Write E's state dict, under torchvision's or SegFormer's names, to `path`, and what is `about` it beside, as .json."""
-    path = Path(path)
-    torch.save({key: value.cpu().contiguous() for key, value in E.state_dict().items()}, path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".json").write_text(json.dumps({**about, "sha256": sha256}, indent=2) + "\n")
 
 
 # ---- python decur.py: both forms of the loss, side by side ----
