@@ -3,11 +3,13 @@
     python pretrain.py --scenario rgbd --toy                      made-up scenes, minutes on a CPU
     python pretrain.py --scenario rgbd                            CPU, MPS or one GPU; files under data/rgbd
     torchrun --nproc_per_node=4 pretrain.py --scenario rgbd       many GPUs (the paper: 4 A100, 6 hours)
+    python pretrain.py --scenario rgbd --method barlowtwins       what DeCUR is compared with: Tables 1-3
 
-Writes into --out: checkpoint.pt (all that --resume needs), encoder1.pth and encoder2.pth (torchvision's names, no
-classifier), log.jsonl (an object a line), args.json (the settings).
+Writes into --out: checkpoint.pt (all that --resume needs), encoder1.pth and encoder2.pth (torchvision's or SegFormer's
+names, no classifier) with a .json beside each that says what it wants to see, log.jsonl, args.json (the settings).
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -25,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import BadInput, Draws, augment, collate, epoch_batches, make_toy, mixed, open_pairs
-from decur import RESNETS, DeCUR, chance_and_floor, decur_loss_gram
+from data import MODALITIES, BadInput, Draws, augment, collate, epoch_batches, make_toy, mixed, open_pairs
+from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, chance_and_floor, clip_loss, decur_loss_gram, load_encoder,
+                   read_weights, simclr_loss, vicreg_loss)
 
 PAPER = dict(                                   # for all scenarios:
     size=224,                                   # Sec. 4, Data augmentations
@@ -40,6 +43,17 @@ SCENARIOS = {                                   # Sec. 4, Model architecture | O
     "rgb-dem": dict(common=0.75, epochs=100, batch_size=256),
     "rgbd": dict(common=0.75, epochs=200, batch_size=128),
 }
+# Tables 1-3: the loss, and what it changes of the above.  None but DeCUR has unique dimensions.
+METHODS = {
+    "decur": (decur_loss_gram, dict()),
+    "barlowtwins": (barlow_twins_loss, dict(common=1.0)),  # -cross; with --modality, Barlow Twins-SAR and -RGB
+    "vicreg": (vicreg_loss, dict(common=1.0)),
+    "simclr": (simclr_loss, dict(common=1.0, projector="2048-128")),  # SimCLR, Sec. 2.3
+    "clip": (clip_loss, dict(common=1.0, projector="1024")),  # CLIP, Sec. 2.3 and Table 19
+}
+# App. B, segformers: AdamW at 1e-4, for all parameters.  The weight decay is not said there: it is the 0.01 of App. B's
+# other AdamW (RGB-DEM transfer), of SegFormer and of CMX; none on biases and norms, as there.
+SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
 # --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 1000 of its norm a step, which a thousand
 # steps on small images want larger than the paper's tens of thousands do.
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128, lr=2.0, split="train")
@@ -156,6 +170,31 @@ def save_checkpoint(path, net, optimizer, step, settings):
     write_atomically(path, partial(torch.save, checkpoint))
 
 
+def export(path, E, about):
+    """The encoder alone, as plain tensors, and in .json what is about it: what it wants to see, how it came to be."""
+    write_atomically(path, partial(torch.save, {name: tensor.cpu() for name, tensor in E.state_dict().items()}))
+    about = dict(about, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    write_atomically(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(about, indent=1)))
+
+
+def start_from(files, net, args):
+    """Load --weights into the encoders; yields a line for each.  Raises BadInput unless they fit to the last key."""
+    encoders = [f.E for f in net.children()]  # one, or both modalities'
+    try:
+        found = [(file, state) for file in files for state in read_weights(file, args.backbone)]
+        if args.modality and len(found) == 2:
+            found = [found[args.modality - 1]]
+        if files == ["imagenet"]:
+            found *= len(encoders)
+        if len(found) != len(encoders):
+            raise ValueError(f"{len(found)} encoder{'s' * (len(found) != 1)}, expected {len(encoders)}: a file with both, "
+                             f"or one for each modality")
+        for E, (file, state) in zip(encoders, found):
+            yield f"{file}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}"
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--weights {' '.join(files)}: {error}") from None
+
+
 def load_checkpoint(path, device="cpu"):
     """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
     try:
@@ -185,25 +224,32 @@ def get_args(argv=None):
     group.add_argument("--size", type=int, help="crop in pixels; default: 224")
     group.add_argument("--workers", type=int, help="processes that read files; default: up to 8, on a CPU 0")
     group = parser.add_argument_group("model")
-    group.add_argument("--backbone", choices=RESNETS, help="default: resnet50")
+    group.add_argument("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
+    group.add_argument("--modality", type=int, choices=(1, 2), help="barlowtwins of two views of this one (Tables 1-2)")
+    group.add_argument("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; a mit trains with AdamW")
+    group.add_argument("--weights", nargs="+", metavar="FILE",
+                       help="start from a file with both encoders, from one for each, or from imagenet")
+    group.add_argument("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' did")
     group.add_argument("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
     group.add_argument("--common", type=float, help="fraction of common dimensions, 0 to 1; 1: w/o decoup. (Table 4)")
     group.add_argument("--no-intra", action="store_true", help="without L1 and L2: w/o intra (Table 4)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, help="default: 100, rgbd 200")
     group.add_argument("--batch-size", type=int, help="the global one; default: 256, rgbd 128")
-    group.add_argument("--lr", type=float, help="of the weights; default: 0.2")
-    group.add_argument("--lr-bias", type=float, help="of biases and batch normalisation; default: 0.0048")
-    group.add_argument("--weight-decay", type=float, help="of the weights; default: 1e-6")
+    group.add_argument("--lr", type=float, help="of the weights; default: 0.2, mit 1e-4")
+    group.add_argument("--lr-bias", type=float, help="of biases and norms; default: 0.0048, mit 1e-4")
+    group.add_argument("--weight-decay", type=float, help="of the weights; default: 1e-6, mit 0.01")
     group.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, help="default: runs/SCENARIO-decur, with --toy runs/toy-SCENARIO-decur")
+    group.add_argument("--out", type=Path, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-SCENARIO-METHOD")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     group.add_argument("--save-every", type=float, default=30, metavar="MINUTES",
                        help="between checkpoints, besides one an epoch; default: 30")
     args = parser.parse_args(argv)
     sources = {name: "command line" for name, value in vars(args).items() if value not in (None, False)}
-    tables = [(TOY, "--toy")] if args.toy else []
+    tables = [(METHODS[args.method][1], f"--method {args.method}")]
+    tables += [(SEGFORMER, "paper, App. B; see SEGFORMER")] if args.backbone in MITS else []
+    tables += [(TOY, "--toy")] if args.toy else []
     tables += [(SCENARIOS[args.scenario], "paper, Sec. 4"), (PAPER, "paper, Sec. 4 and App. B"), (REST, "default")]
     for table, source in tables:
         for name, value in table.items():
@@ -212,11 +258,16 @@ def get_args(argv=None):
                 sources[name] = source
     toy = "toy-" if args.toy else ""
     args.data = args.data or f"data/{toy}{args.scenario}"
-    args.out = args.out or Path(f"runs/{toy}{args.scenario}-decur")
+    args.out = args.out or Path(f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
     widths = args.projector.split("-") if args.projector != "none" else []
     checks = (
         (all(w.isdecimal() and int(w) > 0 for w in widths), "--projector", "widths like 8192-8192-8192, or none"),
-        (0 <= args.common <= 1, "--common", "a fraction from 0 to 1"), (args.size >= 16, "--size", "16 or more"),
+        (0 <= args.common <= 1, "--common", "a fraction from 0 to 1"),
+        (args.method == "decur" or args.common == 1, "--common", f"nothing else for --method {args.method} than 1"),
+        (args.method == "decur" or not args.no_intra, "--no-intra", "--method decur"),
+        (args.method == "barlowtwins" or not args.modality, "--modality", "it with --method barlowtwins alone"),
+        (not args.bgr or args.weights and args.scenario != "sar-optical", "--bgr", "it with --weights for RGB images"),
+        (args.size >= 16, "--size", "16 or more"),
         (args.epochs > 0, "--epochs", "1 or more"), (args.batch_size > 1, "--batch-size", "2 or more"),
         (args.lr > 0, "--lr", "more than 0"), (args.lr_bias > 0, "--lr-bias", "more than 0"),
         (args.weight_decay >= 0, "--weight-decay", "0 or more"), (args.depth_unit > 0, "--depth-unit", "more than 0"),
@@ -253,8 +304,12 @@ def main():
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
     channels1, channels2 = (views[0].shape[0] for views in data[0])
-    net = DeCUR(args.backbone, channels1, channels2, args.widths)
-    K = args.widths[-1] if args.widths else net.f1.E.dims[-1]
+    if args.modality:                           # two views of one modality
+        encoded = [args.modality == m for m in (1, 1, 2, 2)]
+    else:                                       # x12 and x22 stand in intra-modal terms alone
+        encoded = [True, args.method == "decur" and not args.no_intra] * 2
+    net = DeCUR(args.backbone, channels1, channels2, args.widths, encoded)
+    K = args.widths[-1] if args.widths else next(net.children()).E.dims[-1]
     Kc = round(args.common * K)
     if device.type == "cuda" and world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -265,8 +320,9 @@ def main():
     model = DistributedDataParallel(net) if world > 1 else net
     weights = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
-    optimizer = LARS([dict(params=weights, lr=args.lr), dict(params=others, lr=args.lr_bias)],
-                     weight_decay=args.weight_decay)
+    groups = [dict(params=weights, lr=args.lr, weight_decay=args.weight_decay),
+              dict(params=others, lr=args.lr_bias, weight_decay=0)]
+    optimizer = torch.optim.AdamW(groups) if args.backbone in MITS else LARS(groups)
     base_lr = [group["lr"] for group in optimizer.param_groups]
 
     # ---- the run's folder ----
@@ -285,6 +341,9 @@ def main():
         net.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
+    elif args.weights:
+        for line in start_from(args.weights, net, args):
+            say(line)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
         try:
@@ -321,8 +380,12 @@ def main():
             x21, x22 = augment2(x2[0]), augment2(x2[1])                 # NxCxSxS
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = model(x11, x12, x21, x22)                           # f1(x11), f1(x12), f2(x21), f2(x22)
-            z11, z12, z21, z22 = (gather(z_.float()) for z_ in z)       # NxK, N the global batch, float32
-            loss, parts = decur_loss_gram(z11, z12, z21, z22, Kc, intra=not args.no_intra)  # Eq. 6
+            z = [z_ if z_ is None else gather(z_.float()) for z_ in z]  # NxK, N the global batch, float32
+            z11, z12, z21, z22 = z                                      # None: not a view of this method
+            if args.method == "decur":
+                loss, parts = decur_loss_gram(z11, z12, z21, z22, Kc, intra=not args.no_intra)  # Eq. 6
+            else:                                                       # Tables 1-3
+                loss, parts = METHODS[args.method][0](*(z_ for z_ in z if z_ is not None)), {}
             if not loss.isfinite():
                 parts = " ".join(f"{name} {part:.4g}" for name, part in parts.items())
                 sys.exit(f"the loss is {loss.item()} at step {step} ({parts}); {checkpoint_file} stays as it was; "
@@ -338,7 +401,7 @@ def main():
             if rank == 0 and (step % every == 0 or step == steps):
                 now = time.time()
                 log = dict(epoch=epoch + 1, step=step, loss=loss.item(), **{k: v.item() for k, v in parts.items()},
-                           std1=z11.std(0).mean().item(), std2=z21.std(0).mean().item(),
+                           **{f"std{m}": z_.std(0).mean().item() for m, z_ in ((1, z11), (2, z21)) if z_ is not None},
                            lr=optimizer.param_groups[0]["lr"], pairs_per_s=N * (step - logged_step) / (now - logged))
                 logged, logged_step = now, step
                 tqdm.write(log_line(log, args.epochs, steps))
@@ -355,10 +418,12 @@ def main():
                 return
     bar.close()
     if rank == 0:
-        for name, f in (("encoder1.pth", net.f1), ("encoder2.pth", net.f2)):
-            state = {key: value.cpu() for key, value in f.E.state_dict().items()}
-            write_atomically(args.out / name, partial(torch.save, state))
-        print(f"wrote checkpoint.pt, encoder1.pth, encoder2.pth, log.jsonl and args.json into {args.out}")
+        for name, modality, f in (("encoder1", data.modalities[0], net.f1), ("encoder2", data.modalities[1], net.f2)):
+            if f is not None:
+                export(args.out / f"{name}.pth", f.E, dict(
+                    modality=modality, input="values in [0, 1], then (x - mean) / std", **MODALITIES[modality],
+                    backbone=args.backbone, method=args.method, epoch=args.epochs, settings=settings))
+        print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
 
 
 def introduce(args, sources, data, net, steps, K, Kc, device, world):
@@ -368,13 +433,15 @@ def introduce(args, sources, data, net, steps, K, Kc, device, world):
           f"process{'es' if world > 1 else ''}, {device.type}; torch {torch.__version__}")
     for name, source in sources.items():
         print(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
-    count = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (net.f1.E, net.f2.E, net.f1.P, net.f2.P)]
-    print("parameters: encoders {:.2f} M + {:.2f} M, projectors {:.2f} M + {:.2f} M".format(*count))
+    count = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for f in net.children() for part in (f.E, f.P)]
+    print(f"parameters: encoders {' + '.join(count[::2])}, projectors {' + '.join(count[1::2])}")
     N = args.batch_size
     terms = {} if args.no_intra else dict(L1=chance_and_floor(N, K), L2=chance_and_floor(N, K))
     terms |= dict(Lc=chance_and_floor(N, Kc)) if Kc else {}
     terms |= dict(Lu=chance_and_floor(N, K - Kc, unique=True)) if Kc < K else {}
     print(f"N {N}  K {K}  Kc {Kc}")
+    if args.method != "decur":
+        return
     for i, what in enumerate(("chance (independent embeddings)", "floor (no batch goes below)")):
         parts = " + ".join(f"{name} {term[i]:.1f}" for name, term in terms.items())
         print(f"  {what:32s} loss {sum(term[i] for term in terms.values()):.1f} = {parts}")
@@ -383,9 +450,10 @@ def introduce(args, sources, data, net, steps, K, Kc, device, world):
 def log_line(log, epochs, steps):
     terms = " + ".join(f"{name} {log[name]:.1f}" for name in ("L1", "L2", "Lc", "Lu") if name in log)
     diagonals = " ".join(f"{name} {log[name]:.2f}" for name in ("C1", "C2", "Cc", "Cu") if name in log)
-    return (f"epoch {log['epoch']:03d}/{epochs} step {log['step']:06d}/{steps:06d}  loss {log['loss']:.1f} = {terms}  "
-            f"diag {diagonals}  std {log['std1']:.2f} {log['std2']:.2f}  lr {log['lr']:.4f}  "
-            f"{log['pairs_per_s']:.0f} pairs/s")
+    terms = f"{log['loss']:.1f} = {terms}  diag {diagonals}" if terms else f"{log['loss']:.4f}"  # SimCLR's are below 7
+    stds = " ".join(f"{log[name]:.2f}" for name in ("std1", "std2") if name in log)
+    return (f"epoch {log['epoch']:03d}/{epochs} step {log['step']:06d}/{steps:06d}  loss {terms}  std {stds}  "
+            f"lr {log['lr']:.4g}  {log['pairs_per_s']:.0f} pairs/s")
 
 
 def run(main):

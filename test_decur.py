@@ -1,6 +1,9 @@
 """python -m pytest -q: a few minutes on two CPU cores, no data.  Each name is a true sentence."""
+import argparse
 import csv
+import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -225,6 +228,274 @@ def test_the_toy_encoder_leaves_a_4x4_map_of_32_pixels():
     assert encoder.stages(torch.randn(2, 2, 32, 32))[-1].shape == (2, 128, 4, 4)
 
 
+# ---- Tables 1-3: the methods that DeCUR is compared with ----
+
+def two_views(scale=1.0):
+    return [scale * z.detach() for z in embeddings(6, 5)[:2]]  # NxK, float64
+
+
+def test_barlow_twins_is_its_equations_1_and_2():
+    """Zbontar et al. 2021, Eq. 1-2 (as DeCUR's Eq. 1 and 2), one element at a time."""
+    zA, zB = two_views(scale=1000)              # so large that BN's eps, which Eq. 1 has not, does not count
+    a, b = (zA - zA.mean(0)).tolist(), (zB - zB.mean(0)).tolist()
+    N, K, loss = len(a), len(a[0]), 0
+    for i in range(K):
+        for j in range(K):
+            dot = sum(a[n][i] * b[n][j] for n in range(N))
+            lengths = math.sqrt(sum(a[n][i] ** 2 for n in range(N)) * sum(b[n][j] ** 2 for n in range(N)))
+            loss += (1 - dot / lengths) ** 2 if i == j else 0.0051 * (dot / lengths) ** 2
+    assert math.isclose(decur.barlow_twins_loss(zA, zB).item(), loss, rel_tol=1e-9)
+
+
+def test_barlow_twins_is_decur_without_intra_and_without_unique():
+    """Table 4, "w/o intra&decoup.": "a cross-modal Barlow Twins remains"."""
+    zA, zB = two_views()
+    for loss in (decur.decur_loss, decur.decur_loss_gram):
+        assert torch.allclose(loss(zA, zA, zB, zB, Kc=5, intra=False)[0], decur.barlow_twins_loss(zA, zB), rtol=1e-12)
+
+
+def test_vicreg_is_its_equations_1_to_6():
+    """Bardes et al. 2022, Eq. 1-6, one element at a time; Eq. 5 as a mean over dimensions, as in its Algorithm 1."""
+    zA, zB = two_views(scale=0.7)
+    N, K = zA.shape
+    s = sum((zA[n, i] - zB[n, i]).item() ** 2 for n in range(N) for i in range(K)) / (N * K)
+    v = c = 0
+    for z in (zA.tolist(), zB.tolist()):
+        mean = [sum(z[n][i] for n in range(N)) / N for i in range(K)]
+        for i in range(K):
+            for j in range(K):
+                cov = sum((z[n][i] - mean[i]) * (z[n][j] - mean[j]) for n in range(N)) / (N - 1)
+                if i == j:
+                    v += max(0, 1 - math.sqrt(cov + 1e-4)) / K
+                else:
+                    c += cov ** 2 / K
+    assert v > 0.1                              # the hinge takes part
+    assert math.isclose(decur.vicreg_loss(zA, zB).item(), 25 * s + 25 * v + 1 * c, rel_tol=1e-12)
+
+
+def test_simclr_is_its_equation_1():
+    """Chen et al. 2020, Eq. 1: of the other 2N - 1 embeddings the partner is the right one."""
+    zA, zB = two_views()
+    z, N = torch.cat((zA, zB)).tolist(), len(zA)
+    cosine = [[sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)) for b in z]
+              for a in z]
+    loss = 0
+    for i in range(2 * N):
+        total = sum(math.exp(cosine[i][k] / 0.1) for k in range(2 * N) if k != i)
+        loss -= math.log(math.exp(cosine[i][(i + N) % (2 * N)] / 0.1) / total) / (2 * N)
+    assert math.isclose(decur.simclr_loss(zA, zB).item(), loss, rel_tol=1e-12)
+
+
+def test_clip_is_its_figure_3():
+    """Radford et al. 2021, Fig. 3: of the N embeddings of the other modality the partner is right, both ways."""
+    zA, zB = two_views()
+    a, b, N = zA.tolist(), zB.tolist(), len(zA)
+    e = [[math.exp(sum(x * y for x, y in zip(p, q)) / math.sqrt(sum(x * x for x in p) * sum(y * y for y in q)) / 0.07)
+          for q in b] for p in a]
+    loss = -sum(math.log(e[i][i] / sum(e[i])) + math.log(e[i][i] / sum(row[i] for row in e)) for i in range(N)) / 2 / N
+    assert math.isclose(decur.clip_loss(zA, zB).item(), loss, rel_tol=1e-12)
+
+
+def test_methods_ignore_what_their_papers_say_they_ignore():
+    """Barlow Twins an affine change of a dimension, VICReg a shift of both, SimCLR and CLIP lengths and a rotation."""
+    zA, zB = two_views(scale=1000)
+    per_dimension, per_sample = torch.arange(1, 6).double(), torch.arange(1, 7).double()[:, None]
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    same = lambda loss, a, b: torch.allclose(loss(a, b), loss(zA, zB), rtol=1e-6)
+    assert same(decur.barlow_twins_loss, zA * per_dimension - 3, zB / per_dimension + 7)
+    assert same(decur.vicreg_loss, zA + per_dimension, zB + per_dimension)
+    assert not same(decur.vicreg_loss, zA * 2, zB * 2)
+    for loss in (decur.simclr_loss, decur.clip_loss):
+        assert same(loss, zA * per_sample, zB)
+        assert same(loss, zA @ rotation, zB @ rotation)
+        assert not same(loss, zA + per_dimension * 1000, zB)
+    for loss in (decur.barlow_twins_loss, decur.vicreg_loss, decur.simclr_loss, decur.clip_loss):
+        assert same(loss, zB, zA), f"{loss.__name__} is not symmetric"
+        assert same(loss, zA.flip(0), zB.flip(0)), f"{loss.__name__} knows the order of the batch"
+        assert not same(loss, zA, zB.flip(0)), f"{loss.__name__} does not know the pairs"
+
+
+def test_chance_of_contrastive_losses():
+    """Equal embeddings say nothing: SimCLR guesses one of 2N - 1, CLIP one of N."""
+    z = torch.ones(8, 3)
+    assert math.isclose(decur.simclr_loss(z, z).item(), math.log(15), rel_tol=1e-6)
+    assert math.isclose(decur.clip_loss(z, z).item(), math.log(8), rel_tol=1e-6)
+
+
+# ---- Sec. 4: SegFormer's encoders ----
+
+def test_mit_has_the_published_number_of_parameters():
+    """Without classifier; SegFormer's Table 1 has them in millions: 3.4 13.1 24.2 44.0 60.8 81.4."""
+    published = {"mit_b0": 3319392, "mit_b1": 13151424, "mit_b2": 24196288, "mit_b3": 44072128, "mit_b4": 60842688,
+                 "mit_b5": 81443008}
+    with torch.device("meta"):                  # no memory, no time
+        assert {name: sum(p.numel() for p in decur.mit(name, 3).parameters()) for name in decur.MITS} == published
+
+
+def mit_keys(depths):
+    """The names in a published mit_b*.pth but its classifier's, from their grammar."""
+    keys = []
+    for S, depth in enumerate(depths, 1):
+        keys += [f"patch_embed{S}.proj", f"patch_embed{S}.norm", f"norm{S}"]
+        names = "norm1 norm2 attn.q attn.kv attn.proj mlp.fc1 mlp.fc2 mlp.dwconv.dwconv".split()
+        keys += [f"block{S}.{n}.{name}" for n in range(depth) for name in names + ["attn.sr", "attn.norm"] * (S < 4)]
+    return {f"{key}.{kind}" for key in keys for kind in ("weight", "bias")}
+
+
+def test_mit_has_the_published_names():
+    """Only so do mit_b*.pth load here, and ours in CMX."""
+    with torch.device("meta"):
+        for name, (_, depths) in decur.MITS.items():
+            assert decur.mit(name, 3).state_dict().keys() == mit_keys(depths)
+    assert len(mit_keys((2, 2, 2, 2))) == 2 * (4 * 3 + 8 * 8 + 6 * 2)  # stages' own, blocks', reductions'
+
+
+def test_mit_has_four_stages_at_any_size():
+    """Strides 4, 2, 2, 2, each output (n - 1) // stride + 1; sides need not be equal nor divisible."""
+    E = decur.mit("mit_b0", 5).eval()
+    x = torch.randn(2, 5, 70, 50)
+    maps = E.stages(x)
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 18, 13), (2, 64, 9, 7), (2, 160, 5, 4), (2, 256, 3, 2)]
+    assert (E.dims[-1], E.channels) == (256, 5)
+    assert torch.allclose(E(x), maps[-1].mean((2, 3)))
+    assert all(abs(m.mean(1)).max() < 1e-5 for m in maps)  # normed: what a fresh layer norm leaves has mean 0
+
+
+def test_attention_of_mit_by_hand():
+    """SegFormer Eq. 1: softmax(q k / sqrt(C / heads)) v, head by head, keys and values of a reduced map."""
+    torch.manual_seed(0)
+    attention = decur.Attention(C=4, heads=2, R=2).double()
+    x = torch.randn(1, 4, 6, 4, dtype=torch.float64)
+    y = attention.norm(attention.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))[0].reshape(6, 4)  # 4x6 -> 2x3 tokens
+    q, kv = attention.q(x)[0].reshape(24, 4), attention.kv(y)
+    out = torch.zeros(24, 4, dtype=torch.float64)
+    for head in (slice(0, 2), slice(2, 4)):
+        k, v = kv[:, :4][:, head], kv[:, 4:][:, head]               # the first C values are k, the others v
+        for n in range(24):
+            weight = torch.stack([(q[n, head] @ k[m] / math.sqrt(2)).exp() for m in range(6)])
+            out[n, head] = (weight / weight.sum()) @ v
+    assert torch.allclose(attention(x), attention.proj(out).view(1, 4, 6, 4))
+
+
+def test_drop_path_grows_with_depth_and_rests_in_evaluation():
+    """0 for the first block to 0.1 for the last; a sample's branch is dropped whole or divided by what is kept."""
+    E = decur.mit("mit_b0", 3)
+    drops = [block.drop for S in "1234" for block in getattr(E, f"block{S}")]
+    assert torch.allclose(torch.tensor(drops), torch.arange(8) / 70)
+    block = E.block4[1]
+    x = torch.randn(64, 1, 1, 256)
+    with torch.no_grad():
+        step = block.eval()(x) - x
+        block.mlp = torch.nn.Identity()         # y + y / 0.9 or y: the branches are told apart
+        block.norm2 = torch.nn.Identity()
+        x1, kept = x + block.attn(block.norm1(x)) / 0.9, block.train()(x)
+    assert step.abs().max() > 0
+    for n in range(64):                         # attention dropped or not, identity branch dropped or not
+        assert any(torch.allclose(kept[n], y * f, atol=1e-5) for y in (x[n], x1[n]) for f in (1, 1 + 1 / 0.9))
+
+
+# ---- weights in and out ----
+
+def backbone_1_and_2(E1, E2, module="module."):
+    """A file of the authors: two backbones, projectors, the loss's batch norm, all under one prefix."""
+    state = {**{f"backbone_1.{k}": v for k, v in E1.state_dict().items()},
+             **{f"backbone_2.{k}": v for k, v in E2.state_dict().items()},
+             "projector1.0.weight": torch.zeros(4, 4), "projector2.0.weight": torch.zeros(4, 4),
+             "bn.running_mean": torch.zeros(4), "bn.num_batches_tracked": torch.tensor(3)}
+    return {module + k: v for k, v in state.items()}
+
+
+def same_weights(A, B):
+    return all(torch.equal(a, b) for a, b in zip(A.state_dict().values(), B.state_dict().values(), strict=True))
+
+
+def test_weights_of_every_kind_load(tmp_path):
+    """Ours, torchvision's, SegFormer's, the authors': one encoder or both in a file."""
+    model = decur.DeCUR("resnet-toy", 2, 13, (8, 8))
+    E1, E2 = model.f1.E, model.f2.E
+    mit = decur.mit("mit_b0", 3)
+    head = {"head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)}
+    fc = {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)}
+    one = {"ours": E1.state_dict(), "torchvision": {**E1.state_dict(), **fc},
+           "old torchvision": {k: v for k, v in E1.state_dict().items() if "num_batches" not in k},
+           "the authors' alone": {f"module.backbone_1.{k}": v for k, v in E1.state_dict().items()},
+           "the authors' alone, flat": {"model": {**E1.state_dict(), **fc}}}
+    both = {"ours": {"model": model.state_dict(), "epoch": 3, "args": {"method": "decur"}},
+            "the authors'": {"model": backbone_1_and_2(E1, E2), "epoch": 99, "optimizer": {"state": {}}},
+            "the authors', flat": backbone_1_and_2(E1, E2, module="")}
+    for kind, state in one.items():
+        torch.save(state, tmp_path / "file.pth")
+        states = decur.read_weights(tmp_path / "file.pth", "resnet-toy")
+        assert len(states) == 1, kind
+        fresh = decur.resnet("resnet-toy", 2)
+        report = decur.load_encoder(fresh, states[0])
+        assert same_weights(fresh, E1), kind
+        assert report.endswith("2 unexpected: fc.weight fc.bias") == ("fc.bias" in states[0]), report
+    for kind, state in both.items():
+        torch.save(state, tmp_path / "file.pth")
+        states = decur.read_weights(tmp_path / "file.pth", "resnet-toy")
+        assert len(states) == 2, kind
+        for state, E in zip(states, (E1, E2)):
+            fresh = decur.resnet("resnet-toy", E.channels)
+            assert "keys matched" in decur.load_encoder(fresh, state)
+            assert same_weights(fresh, E), kind
+    for state in ({**mit.state_dict(), **head}, {"state_dict": {**mit.state_dict(), **head}}):
+        torch.save(state, tmp_path / "mit_b0.pth")
+        fresh = decur.mit("mit_b0", 3)
+        report = decur.load_encoder(fresh, *decur.read_weights(tmp_path / "mit_b0.pth", "mit_b0"))
+        assert report == "176 of 176 keys matched, 2 unexpected: head.weight head.bias"
+        assert same_weights(fresh, mit)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    """Another number of channels, another backbone, something over, something missing: an error, nothing loaded."""
+    E = decur.resnet("resnet-toy", 3)
+    before = {k: v.clone() for k, v in E.state_dict().items()}
+    good = decur.resnet("resnet-toy", 3).state_dict()
+    missing = {k: v for k, v in good.items() if k != "layer4.0.bn2.bias"}
+    for state, words in ((decur.resnet("resnet-toy", 13).state_dict(), "13 input channels, this encoder 3"),
+                         (decur.resnet("resnet18", 3).state_dict(), "of another shape"),
+                         (decur.mit("mit_b0", 3).state_dict(), "missing: conv1.weight"),
+                         (missing, "1 missing: layer4.0.bn2.bias"),
+                         ({**good, "da1_l3.proj.weight": torch.zeros(2)}, "1 unexpected: da1_l3.proj.weight")):
+        with pytest.raises(ValueError, match=words):
+            decur.load_encoder(E, state)
+    assert all(torch.equal(v, before[k]) for k, v in E.state_dict().items())
+    joint = backbone_1_and_2(E, E)
+    joint["module.da1_l3.proj.weight"] = torch.zeros(2)  # the authors' deformable attention between the stages
+    torch.save({"model": joint}, tmp_path / "rda.pth")
+    for state in decur.read_weights(tmp_path / "rda.pth", "resnet-toy"):
+        with pytest.raises(ValueError, match="1 unexpected: da1_l3.proj.weight"):
+            decur.load_encoder(E, state)
+
+
+def test_files_that_could_run_code_are_refused(tmp_path):
+    """weights_only=True: tensors and plain values, no other objects; the message is one line."""
+    torch.save({"model": {}, "args": argparse.Namespace(lr=0.2)}, tmp_path / "code.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("not weights at all")
+    for name, words in (("code.pth", "could run code"), ("text.pth", "could run code"), ("list.pth", "a list")):
+        with pytest.raises(ValueError, match=words) as error:
+            decur.read_weights(tmp_path / name, "resnet-toy")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="no ImageNet weights for mit_b2"):
+        decur.read_weights("imagenet", "mit_b2")
+
+
+def test_bgr_weights_are_turned_around():
+    """The authors read images with OpenCV, so that their first channel is blue; only the first convolution cares."""
+    for make, name in ((decur.resnet, "resnet-toy"), (decur.mit, "mit_b0")):
+        theirs, ours = make(name, 3).eval(), make(name, 3).eval()
+        assert decur.load_encoder(ours, theirs.state_dict(), bgr=True).endswith("input channels reversed")
+        rgb = torch.rand(2, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.allclose(ours(rgb), theirs(rgb.flip(1)), atol=1e-5)
+            assert not torch.allclose(ours(rgb), theirs(rgb), atol=1e-3)
+    with pytest.raises(ValueError, match="13 input channels: expected 3"):
+        E = decur.resnet("resnet-toy", 13)
+        decur.load_encoder(E, E.state_dict(), bgr=True)
+
+
 # ---- processes: the loss and its gradient are those of one process with the joint batch ----
 
 def process(rank, world, folder, function, *args):
@@ -241,11 +512,17 @@ def in_processes(world, folder, function, *args):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def loss_and_gradient(rank, world, intra=True):
-    z = [z_.detach().chunk(world)[rank].requires_grad_() for z_ in embeddings(16, 24, torch.float32)]
-    loss, _ = decur_loss_gram(*map(pretrain.gather, z), 18, intra=intra)
-    loss.backward()
-    return [loss.detach(), *(z_.grad / world for z_ in z)]  # DistributedDataParallel averages: / world
+def losses_and_gradients(rank, world):
+    """Of DeCUR and of all that it is compared with: {name: [loss, gradient of each view]}."""
+    results = {}
+    for name, (loss_of, _) in pretrain.METHODS.items():
+        z = [z_.detach().chunk(world)[rank].requires_grad_() for z_ in embeddings(16, 24, torch.float32)]
+        z = z if name == "decur" else z[:2]
+        gathered = list(map(pretrain.gather, z))
+        loss = loss_of(*gathered, 18)[0] if name == "decur" else loss_of(*gathered)
+        loss.backward()
+        results[name] = [loss.detach(), *(z_.grad / world for z_ in z)]  # DistributedDataParallel averages: / world
+    return results
 
 
 def three_steps(rank, world):
@@ -273,12 +550,12 @@ def three_steps(rank, world):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_give_the_one_process_gradient(world, tmp_path):
-    """gather: an in-place all_reduce of C would give 1/world of it, as the published codes do."""
-    one = loss_and_gradient(0, 1)
-    several = in_processes(world, tmp_path / "w", loss_and_gradient)
-    assert all(relative([rank[0]], [one[0]]) < 1e-6 for rank in several)
-    for view in range(1, 5):
-        assert relative([torch.cat([rank[view] for rank in several])], [one[view]]) < 1e-6
+    """gather: an in-place all_reduce of C would give 1/world of it, as the published codes do.  All methods alike."""
+    several = in_processes(world, tmp_path / "w", losses_and_gradients)
+    for name, one in losses_and_gradients(0, 1).items():
+        assert all(relative([rank[name][0]], [one[0]]) < 1e-6 for rank in several), name
+        for view in range(1, len(one)):
+            assert relative([torch.cat([rank[name][view] for rank in several])], [one[view]]) < 1e-6, name
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -694,6 +971,93 @@ def test_torchrun_trains_on_two_cpu_processes(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "cannot synchronise batch normalisation" in result.stdout
     assert [row["step"] for row in log_of(out)] == [1, 2, 3]
+
+
+# ---- pretrain.py: methods, ablations and weights ----
+
+@pytest.mark.parametrize("flags, views", [
+    ("--method decur", 4), ("--no-intra", 2), ("--common 0 --projector none", 4), ("--method barlowtwins", 2),
+    ("--method vicreg", 2), ("--method simclr", 2), ("--method clip", 2), ("--method barlowtwins --modality 2", 2)])
+def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, tmp_path, monkeypatch):
+    """Tables 1-4, Fig. 3: one trainer; the JSON beside an encoder says how it came to be and what it wants to see."""
+    root, out, encoded = toy(tmp_path / "scenes", 16, 2), tmp_path / "out", []
+    forward = decur.ResNet.forward
+    monkeypatch.setattr(decur.ResNet, "forward", lambda E, x: (encoded.append(E.channels), forward(E, x))[1])
+    pretrain_here(f"{SMALL} --epochs 2 {flags} --data {root} --out {out}", monkeypatch)
+    assert len(encoded) == 2 * views            # two steps
+    written = sorted(path.name for path in out.glob("encoder*"))
+    both = ["encoder1.json", "encoder1.pth", "encoder2.json", "encoder2.pth"]
+    assert written == (both[2:] if "--modality 2" in flags else both)
+    assert set(encoded) == ({1} if "--modality 2" in flags else {3, 1})
+    about = json.loads((out / "encoder2.json").read_text())
+    assert (about["modality"], about["bands"], about["mean"]) == ("depth", ["depth"], [0.238])
+    assert about["method"] == (flags.split()[1] if "--method" in flags else "decur")
+    assert about["settings"]["no_intra"] == ("--no-intra" in flags) and about["epoch"] == 2
+    assert about["sha256"] == hashlib.sha256((out / "encoder2.pth").read_bytes()).hexdigest()
+    decur.load_encoder(decur.resnet("resnet-toy", 1), *decur.read_weights(out / "encoder2.pth", "resnet-toy"))
+
+
+def test_barlowtwins_is_decur_without_intra_and_decoupling(tmp_path, monkeypatch):
+    """Table 4's row and Tables 1-2's are one run, to the last bit but rounding."""
+    root = toy(tmp_path / "scenes", 16, 2)
+    for name, flags in (("a", "--method barlowtwins"), ("b", "--no-intra --common 1.0")):
+        pretrain_here(f"{SMALL} --epochs 2 {flags} --data {root} --out {tmp_path / name}", monkeypatch)
+    a, b = (torch.load(tmp_path / name / "encoder1.pth", weights_only=True) for name in "ab")
+    assert relative(list(a.values()), list(b.values())) < 1e-5
+
+
+def test_methods_take_the_projector_and_the_rate_that_their_papers_ask_for():
+    """SimCLR Sec. 2.3, CLIP Sec. 2.3 and Table 19; App. B for segformers; all others as DeCUR."""
+    settings = lambda flags: pretrain.get_args(f"--scenario rgbd {flags}".split())[0]
+    widths = {method: settings(f"--method {method}").widths for method in pretrain.METHODS}
+    assert widths == {"decur": [8192] * 3, "barlowtwins": [8192] * 3, "vicreg": [8192] * 3, "simclr": [2048, 128],
+                      "clip": [1024]}
+    assert settings("--method clip --projector 64-64").widths == [64, 64]
+    assert settings("--method clip").out == Path("runs/rgbd-clip")
+    args = settings("--backbone mit_b5")
+    assert (args.lr, args.lr_bias, args.weight_decay, args.common) == (1e-4, 1e-4, 0.01, 0.75)
+
+
+def test_segformers_train_with_adamw_that_spares_biases_and_norms(tmp_path, monkeypatch):
+    """App. B: "AdamW optimizer and a learning rate of 1e-4"."""
+    root, out = toy(tmp_path / "scenes", 16, 2), tmp_path / "out"
+    flags = SMALL.replace("resnet-toy", "mit_b0").replace(" --lr 1", "")
+    pretrain_here(f"{flags} --epochs 1 --data {root} --out {out}", monkeypatch)
+    optimizer = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]
+    assert "exp_avg_sq" in optimizer["state"][0]
+    decayed, spared = optimizer["param_groups"]
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
+    net = DeCUR("mit_b0", 3, 1, [32, 32, 32])
+    spared_names = {name for name, p in net.named_parameters() if p.ndim < 2}
+    assert len(spared["params"]) == len(spared_names)
+    assert all(name.endswith("bias") or "norm" in name or ".P." in name for name in spared_names)
+    assert json.loads((out / "encoder1.json").read_text())["backbone"] == "mit_b0"
+
+
+def test_weights_start_a_run_or_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    """A file with both encoders, or one for each modality; what fits only in part does not start."""
+    root, first = toy(tmp_path / "scenes", 16, 2), tmp_path / "first"
+    run = f"{SMALL} --epochs 1 --data {root}"
+    pretrain_here(f"{run} --out {first}", monkeypatch)
+    both, one, two = (first / name for name in ("checkpoint.pt", "encoder1.pth", "encoder2.pth"))
+    monkeypatch.setattr(pretrain, "cosine", lambda step, steps: 0)  # a learning rate of 0: weights stay as loaded
+    for n, (files, flags) in enumerate(((f"{both}", ""), (f"{one} {two}", ""),
+                                        (f"{both}", "--method barlowtwins --modality 2"))):
+        out = tmp_path / str(n)
+        pretrain_here(f"{run} --out {out} --weights {files} {flags}", monkeypatch)
+        assert "72 of 72 keys matched" in capsys.readouterr().out
+        a, b = (torch.load(folder / "encoder2.pth", weights_only=True) for folder in (first, out))
+        assert all(torch.equal(a[key], b[key]) for key in a if "running" not in key and "num_batches" not in key)
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
+    for files, words in ((f"{one}", "1 encoder, expected 2"), (f"{two} {one}", "1 input channels, this encoder 3"),
+                         (f"{tmp_path}/nowhere.pth", "No such file"), (f"{tmp_path}/code.pth", "could run code"),
+                         ("imagenet", "no ImageNet weights")):
+        with pytest.raises(BadInput, match=words) as error:
+            pretrain_here(f"{run} --out {tmp_path}/refused --weights {files}", monkeypatch)
+        assert "\n" not in str(error.value) and not (tmp_path / "refused").exists()
+    for flags in ("--bgr", "--modality 1", "--method clip --no-intra", "--method clip --common 0.5"):
+        with pytest.raises(BadInput, match="expected"):
+            pretrain.get_args(f"--scenario rgbd {flags}".split())
 
 
 def test_readme_commands_parse(monkeypatch):
