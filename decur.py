@@ -260,7 +260,8 @@ def resnet(name, channels):
     return ResNet(name, channels)
 
 
-# SegFormer's encoders (Xie et al., 2021), "MiT", under the published parameter names; maps are NxHxWxC inside
+# SegFormer's encoders (Xie et al., 2021), "MiT", under the published parameter names.  Maps are NxHxWxC inside.  Layer
+# norms have eps 1e-6, but 1e-5 after patch embeddings and reductions: so were the published weights trained.
 
 MITS = {                                        # width and number of blocks of the four stages: its Table 6
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
@@ -343,12 +344,15 @@ class MiT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.zeros_(module.bias)
 
+    def stage(self, s, x):                      # s: 1 to 4
+        embed, block, norm = (getattr(self, f"{name}{s}") for name in ("patch_embed", "block", "norm"))
+        x = embed.norm(embed.proj(x).permute(0, 2, 3, 1))           # NxHxWxC
+        return norm(block(x)).permute(0, 3, 1, 2)                   # NxCxHxW
+
     def stages(self, x):
         maps = []
-        for s in "1234":
-            embed, block, norm = (getattr(self, name + s) for name in ("patch_embed", "block", "norm"))
-            x = embed.norm(embed.proj(x).permute(0, 2, 3, 1))       # NxHxWxC
-            x = norm(block(x)).permute(0, 3, 1, 2)                  # NxCxHxW  the stage's map and the next one's input
+        for s in (1, 2, 3, 4):
+            x = self.stage(s, x)                # each stage takes the normed map of the one before
             maps.append(x)
         return maps
 

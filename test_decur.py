@@ -350,6 +350,18 @@ def test_mit_has_the_published_names():
     assert len(mit_keys((2, 2, 2, 2))) == 2 * (4 * 3 + 8 * 8 + 6 * 2)  # stages' own, blocks', reductions'
 
 
+def test_mit_starts_as_published():
+    """Linear weights of std 0.02, convolutions' sqrt(2 / fan_out), biases 0; two different eps of layer norms."""
+    torch.manual_seed(0)
+    E = decur.mit("mit_b0", 3)
+    assert E.block4[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert E.patch_embed4.proj.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
+    assert E.block4[0].mlp.dwconv.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
+    assert all(p.abs().max() == 0 for name, p in E.named_parameters() if name.endswith("bias"))
+    eps = {name: m.eps for name, m in E.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert all(value == (1e-5 if "embed" in name or "attn" in name else 1e-6) for name, value in eps.items())
+
+
 def test_mit_has_four_stages_at_any_size():
     """Strides 4, 2, 2, 2, each output (n - 1) // stride + 1; sides need not be equal nor divisible."""
     E = decur.mit("mit_b0", 5).eval()
@@ -377,21 +389,20 @@ def test_attention_of_mit_by_hand():
     assert torch.allclose(attention(x), attention.proj(out).view(1, 4, 6, 4))
 
 
-def test_drop_path_grows_with_depth_and_rests_in_evaluation():
-    """0 for the first block to 0.1 for the last; a sample's branch is dropped whole or divided by what is kept."""
+def test_drop_path_grows_with_depth_and_drops_a_branch_of_a_sample_whole():
+    """0 for the first block of the net to 0.1 for the last; what is kept is divided by the probability to be kept."""
+    torch.manual_seed(0)
     E = decur.mit("mit_b0", 3)
     drops = [block.drop for S in "1234" for block in getattr(E, f"block{S}")]
     assert torch.allclose(torch.tensor(drops), torch.arange(8) / 70)
-    block = E.block4[1]
-    x = torch.randn(64, 1, 1, 256)
+    block, x = E.block4[1], torch.randn(64, 2, 2, 256)
+    block.drop, block.norm2, block.mlp = 0.5, torch.nn.Identity(), torch.nn.Identity()  # y + y / 0.5 or y
     with torch.no_grad():
-        step = block.eval()(x) - x
-        block.mlp = torch.nn.Identity()         # y + y / 0.9 or y: the branches are told apart
-        block.norm2 = torch.nn.Identity()
-        x1, kept = x + block.attn(block.norm1(x)) / 0.9, block.train()(x)
-    assert step.abs().max() > 0
-    for n in range(64):                         # attention dropped or not, identity branch dropped or not
-        assert any(torch.allclose(kept[n], y * f, atol=1e-5) for y in (x[n], x1[n]) for f in (1, 1 + 1 / 0.9))
+        attended, out = x + block.attn(block.norm1(x)) / 0.5, block.train()(x)
+        cases = [y[n] * f for n in range(64) for y in (x, attended) for f in (1, 3)]
+        case = [[torch.allclose(out[n], cases[4 * n + c], atol=1e-5) for c in range(4)].index(True) for n in range(64)]
+        assert set(case) == {0, 1, 2, 3}        # by sample, and by branch
+        assert torch.allclose(block.eval()(x), 2 * (x + block.attn(block.norm1(x))), atol=1e-5)
 
 
 # ---- weights in and out ----
@@ -1018,20 +1029,20 @@ def test_methods_take_the_projector_and_the_rate_that_their_papers_ask_for():
     assert (args.lr, args.lr_bias, args.weight_decay, args.common) == (1e-4, 1e-4, 0.01, 0.75)
 
 
-def test_segformers_train_with_adamw_that_spares_biases_and_norms(tmp_path, monkeypatch):
-    """App. B: "AdamW optimizer and a learning rate of 1e-4"."""
-    root, out = toy(tmp_path / "scenes", 16, 2), tmp_path / "out"
-    flags = SMALL.replace("resnet-toy", "mit_b0").replace(" --lr 1", "")
-    pretrain_here(f"{flags} --epochs 1 --data {root} --out {out}", monkeypatch)
-    optimizer = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]
-    assert "exp_avg_sq" in optimizer["state"][0]
-    decayed, spared = optimizer["param_groups"]
+def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars(tmp_path, monkeypatch):
+    """App. B: "For segformer backbones, we use AdamW optimizer and a learning rate of 1e-4"; LARS otherwise."""
+    root, states = toy(tmp_path / "scenes", 16, 2), {}
+    for backbone in ("mit_b0", "resnet-toy"):
+        flags, out = SMALL.replace("resnet-toy", backbone).replace(" --lr 1", ""), tmp_path / backbone
+        pretrain_here(f"{flags} --epochs 1 --data {root} --out {out}", monkeypatch)
+        states[backbone] = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]
+        assert json.loads((out / "encoder1.json").read_text())["backbone"] == backbone
+    assert "exp_avg_sq" in states["mit_b0"]["state"][0] and list(states["resnet-toy"]["state"][0]) == ["momentum"]
+    decayed, spared = states["mit_b0"]["param_groups"]
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
-    net = DeCUR("mit_b0", 3, 1, [32, 32, 32])
-    spared_names = {name for name, p in net.named_parameters() if p.ndim < 2}
+    spared_names = [name for name, p in DeCUR("mit_b0", 3, 1, [32, 32, 32]).named_parameters() if p.ndim < 2]
     assert len(spared["params"]) == len(spared_names)
     assert all(name.endswith("bias") or "norm" in name or ".P." in name for name in spared_names)
-    assert json.loads((out / "encoder1.json").read_text())["backbone"] == "mit_b0"
 
 
 def test_weights_start_a_run_or_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
