@@ -343,6 +343,7 @@ class MiT(nn.Module):
                 nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.zeros_(module.bias)
+        self.to(memory_format=torch.channels_last)  # as the maps are inside, and so the gradients
 
     def stage(self, s, x):                      # s: 1 to 4
         embed, block, norm = (getattr(self, f"{name}{s}") for name in ("patch_embed", "block", "norm"))

@@ -172,7 +172,7 @@ def save_checkpoint(path, net, optimizer, step, settings):
 
 def export(path, E, about):
     """The encoder alone, as plain tensors, and in .json what is about it: what it wants to see, how it came to be."""
-    write_atomically(path, partial(torch.save, {name: tensor.cpu() for name, tensor in E.state_dict().items()}))
+    write_atomically(path, partial(torch.save, {name: t.cpu().contiguous() for name, t in E.state_dict().items()}))
     about = dict(about, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     write_atomically(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(about, indent=1)))
 
