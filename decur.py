@@ -424,12 +424,12 @@ def read_weights(file, backbone):
         try:
             state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except OSError as error:
-            raise ValueError(f"could not download {weights.url} ({error}): fetch it elsewhere and give the file")
+            raise ValueError(f"no {weights.url} ({error}): fetch it where there is a network, give the file") from None
     else:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError):
-            raise ValueError(f"{file} is no file of tensors and plain values alone: refused, it could run code")
+            raise ValueError(f"{file} is no file of tensors and plain values alone: it could run code") from None
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds a {type(state).__name__}, expected a state dict")
     for key in ("model", "state_dict"):

@@ -187,8 +187,8 @@ def start_from(files, net, args):
         if files == ["imagenet"]:
             found *= len(encoders)
         if len(found) != len(encoders):
-            raise ValueError(f"{len(found)} encoder{'s' * (len(found) != 1)}, expected {len(encoders)}: a file with both, "
-                             f"or one for each modality")
+            raise ValueError(f"{len(found)} encoder{'s' * (len(found) != 1)}, expected {len(encoders)}; "
+                             f"give a file with both, or one for each modality")
         for E, (file, state) in zip(encoders, found):
             yield f"{file}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}"
     except (OSError, ValueError) as error:

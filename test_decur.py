@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from functools import partial
 from pathlib import Path
 
@@ -325,7 +326,7 @@ def test_chance_of_contrastive_losses():
 # ---- Sec. 4: SegFormer's encoders ----
 
 def test_mit_has_the_published_number_of_parameters():
-    """Without classifier; SegFormer's Table 1 has them in millions: 3.4 13.1 24.2 44.0 60.8 81.4."""
+    """Without the classifier."""
     published = {"mit_b0": 3319392, "mit_b1": 13151424, "mit_b2": 24196288, "mit_b3": 44072128, "mit_b4": 60842688,
                  "mit_b5": 81443008}
     with torch.device("meta"):                  # no memory, no time
@@ -491,6 +492,22 @@ def test_files_that_could_run_code_are_refused(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no ImageNet weights for mit_b2"):
         decur.read_weights("imagenet", "mit_b2")
+
+
+def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
+    """Asked for as tensors alone and with its checksum; without a network, the message says where the file is."""
+    def download(url, **kwargs):
+        assert kwargs["weights_only"] and kwargs["check_hash"] and "resnet18" in url
+        return torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    report = decur.load_encoder(decur.resnet("resnet18", 3), *decur.read_weights("imagenet", "resnet18"))
+    assert report == "120 of 120 keys matched, 2 unexpected: fc.weight fc.bias"
+
+    def no_network(url, **kwargs):
+        raise urllib.error.URLError("unreachable")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    with pytest.raises(ValueError, match="no https://.*resnet18.*pth .*unreachable"):
+        decur.read_weights("imagenet", "resnet18")
 
 
 def test_bgr_weights_are_turned_around():
