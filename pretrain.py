@@ -304,6 +304,7 @@ def main():
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
     channels1, channels2 = (views[0].shape[0] for views in data[0])
+    # What is encoded; made are all four views, so that every method sees the same pixels.
     if args.modality:                           # two views of one modality
         encoded = [args.modality == m for m in (1, 1, 2, 2)]
     else:                                       # x12 and x22 stand in intra-modal terms alone
