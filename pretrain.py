@@ -54,8 +54,8 @@ METHODS = {
 # App. B, segformers: AdamW at 1e-4, for all parameters.  The weight decay is not said there: it is the 0.01 of App. B's
 # other AdamW (RGB-DEM transfer), of SegFormer and of CMX; none on biases and norms, as there.
 SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
-# --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 1000 of its norm a step, which a thousand
-# steps on small images want larger than the paper's tens of thousands do.
+# --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step (eta / (1 - momentum)
+# is 1 / 100), which a thousand steps on small images want larger than the paper's tens of thousands do.
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128, lr=2.0, split="train")
 REST = dict(split="all", depth_unit=1000.0)     # what the paper does not say
 RUN_ONLY = ("data", "out", "resume", "save_every", "workers", "toy")  # may differ when a run is resumed
@@ -141,6 +141,11 @@ def start_processes():
         own_gpu = cuda >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
         dist.init_process_group("nccl" if own_gpu else "gloo")  # gloo: CPU, or several processes on one GPU
     return rank, world, device
+
+
+def ignore_interrupt(worker):
+    """For a loader's worker: Ctrl-C reaches it too, but the main process wants to end its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def agreed(flag, device):
@@ -372,10 +377,10 @@ def main():
         data.epoch = epoch
         batches = epoch_batches(len(data), N, args.seed, epoch)[step % steps_per_epoch:, rows]
         loader = DataLoader(data, batch_sampler=batches.tolist(), collate_fn=collate, num_workers=workers,
-                            pin_memory=device.type == "cuda")
+                            worker_init_fn=ignore_interrupt, pin_memory=device.type == "cuda")
         for x1, x2 in loader:                                           # load a batch of pairs
             draws.restart(step)
-            torch.manual_seed(mixed(args.seed, step, rank))             # for whatever the encoders draw
+            torch.manual_seed(mixed(args.seed, step, 1 + rank))         # for drop path
             x1, x2 = ([x.to(device, non_blocking=True) for x in views] for views in (x1, x2))
             x11, x12 = augment1(x1[0]), augment1(x1[1])                 # two augmented views for each modality
             x21, x22 = augment2(x2[0]), augment2(x2[1])                 # NxCxSxS
