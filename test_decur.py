@@ -57,6 +57,15 @@ def test_the_loss_block_runs_with_torch_alone():
     assert names["decur_loss"](*z, 4)[0] == decur_loss(*z, 4)[0]
 
 
+def test_the_loss_in_the_readme_is_the_loss():
+    """Its 20 lines, run as they stand there."""
+    block = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(block, names)
+    z = embeddings(8, 6)
+    assert names["decur_loss"](*z, 4).item() == pytest.approx(decur_loss(*z, 4)[0].item(), rel=1e-12)
+
+
 def test_algorithm_1_C_equals_equation_1():
     """BN's biased variance makes z.T @ z / N the normalised correlation of Eq. 1, but for eps 1e-5."""
     zA, zB = embeddings(16, 5)[:2]
