@@ -350,10 +350,10 @@ def indoor_scene(rng, H=48, W=64):
     unique2, m_pane = place(rng, H, W, (0.24, 0.4), sides[1])
     m_paint, m_pane = (m * (1 - m_common) for m in (m_paint, m_pane))
     wall, thing, paint = (grey + rng.uniform(-0.05, 0.05, 3) for grey in (0.5, 0.9, 0.1))
-    rgb = wall + 0.12 * np.stack([smooth_noise(rng, H, W, 6) for _ in range(3)], -1)
+    rgb = wall + 0.3 * np.stack([smooth_noise(rng, H, W, 16) for _ in range(3)], -1)
     rgb = rgb + (thing - rgb) * m_common[..., None] + (paint - rgb) * m_paint[..., None]
     rgb = rgb + rng.normal(0, 0.04, rgb.shape)
-    z = 3 + 0.1 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
+    z = 3 + 0.25 * smooth_noise(rng, H, W, 16) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
     label = np.ones((H, W), np.uint8)
