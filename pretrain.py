@@ -148,9 +148,11 @@ def start_processes():
     return rank, world, device
 
 
-def ignore_interrupt(worker):
-    """For a loader's worker: Ctrl-C reaches it too, but the main process wants to end its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker):
+    """For a loader's worker: Ctrl-C and torchrun signal whole process groups, but the main process
+    wants to end its step and save."""
+    if os.name == "posix":
+        os.setpgrp()
 
 
 def agreed(flag, device):
@@ -413,7 +415,7 @@ def main():
         data.epoch = epoch
         batches = epoch_batches(len(data), N, args.seed, epoch)[step % steps_per_epoch:, rows]
         loader = DataLoader(data, batch_sampler=batches.tolist(), collate_fn=collate,
-                            num_workers=workers, worker_init_fn=ignore_interrupt,
+                            num_workers=workers, worker_init_fn=leave_group,
                             pin_memory=device.type == "cuda")
         for x1, x2 in loader:                                           # load a batch of pairs
             draws.restart(step)
