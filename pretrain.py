@@ -270,8 +270,8 @@ def get_args(argv=None):
     add("--save-every", type=float, default=30, metavar="MINUTES",
         help="between checkpoints, besides one an epoch; default: 30")
     args = parser.parse_args(argv)
-    sources = {name: "command line" for name, value in vars(args).items()
-               if value not in (None, False)}
+    sources = {name: "default" if value == parser.get_default(name) else "command line"
+               for name, value in vars(args).items() if value is not None and value is not False}
     tables = [(METHODS[args.method][1], f"--method {args.method}")]
     tables += [(SEGFORMER, "paper, App. B; see SEGFORMER")] if args.backbone in MITS else []
     tables += [(TOY, "--toy")] if args.toy else []
