@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -410,6 +411,7 @@ def main():
         signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
     every = 1 if steps < 500 else 50
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     saved, logged, logged_step = time.time(), time.time(), step
     for epoch in range(step // steps_per_epoch, args.epochs):
         data.epoch = epoch
@@ -425,7 +427,7 @@ def main():
             x11, x12 = augment1(x1[0]), augment1(x1[1])                 # NxCxSxS
             x21, x22 = augment2(x2[0]), augment2(x2[1])                 # NxCxSxS
             # compute embeddings: f1(x11), f1(x12), f2(x21), f2(x22)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast:
                 z = model(x11, x12, x21, x22)
             z = [z_ if z_ is None else gather(z_.float()) for z_ in z]  # NxK, N the global batch
             z11, z12, z21, z22 = z                                      # None: not of this method
