@@ -211,10 +211,10 @@ def start_from(files, net, args):
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if {"model", "settings", "step"} <= checkpoint.keys():
             return checkpoint
         reason = "it is no checkpoint of pretrain.py"
@@ -373,7 +373,7 @@ def main():
         if not args.resume:
             raise BadInput(f"{checkpoint_file} exists; "
                            f"expected a new --out, or --resume to go on from it")
-        checkpoint = load_checkpoint(checkpoint_file, device)
+        checkpoint = load_checkpoint(checkpoint_file)
         for name, value in settings.items():
             before = checkpoint["settings"].get(name)
             if before != value:
@@ -382,6 +382,7 @@ def main():
         net.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
+        del checkpoint                          # gigabytes
     elif args.weights:
         for line in start_from(args.weights, net, args):
             say(line)
