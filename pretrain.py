@@ -55,8 +55,7 @@ METHODS = {
     "clip": (clip_loss, dict(common=1.0, projector="1024")),  # CLIP, Sec. 2.3 and Table 19
 }
 # App. B, segformers: AdamW at 1e-4, for all parameters.  The weight decay is not said there: it is
-# the 0.01 of App. B's other AdamW (RGB-DEM transfer), of SegFormer and of CMX; none on biases and
-# norms, as there.
+# the 0.01 of App. B's other AdamW (RGB-DEM transfer) and of CMX; none on biases and norms, as CMX.
 SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
 # --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step
 # (eta / (1 - momentum) is 1 / 100): a thousand steps want more than the paper's tens of thousands.
@@ -298,7 +297,9 @@ def get_args(argv=None):
          "it with --method barlowtwins alone"),
         (not args.bgr or args.weights and args.scenario != "sar-optical", "--bgr",
          "it with --weights for RGB images"),
-        (args.size >= 16, "--size", "16 or more"), (args.epochs > 0, "--epochs", "1 or more"),
+        (args.size >= 16, "--size", "16 or more"),
+        (args.size >= 32 or args.backbone not in MITS, "--size", "32 or more for a mit"),
+        (args.epochs > 0, "--epochs", "1 or more"),
         (args.batch_size > 1, "--batch-size", "2 or more"), (args.seed >= 0, "--seed", "0 or more"),
         (args.lr > 0, "--lr", "more than 0"), (args.lr_bias > 0, "--lr-bias", "more than 0"),
         (args.weight_decay >= 0, "--weight-decay", "0 or more"),
