@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -54,8 +55,7 @@ METHODS = {
     "clip": (clip_loss, dict(common=1.0, projector="1024")),  # CLIP, Sec. 2.3 and Table 19
 }
 # App. B, segformers: AdamW at 1e-4, for all parameters.  The weight decay is not said there: it is
-# the 0.01 of App. B's other AdamW (RGB-DEM transfer), of SegFormer and of CMX; none on biases and
-# norms, as there.
+# the 0.01 of App. B's other AdamW (RGB-DEM transfer) and of CMX; none on biases and norms, as CMX.
 SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
 # --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step
 # (eta / (1 - momentum) is 1 / 100): a thousand steps want more than the paper's tens of thousands.
@@ -148,9 +148,11 @@ def start_processes():
     return rank, world, device
 
 
-def ignore_interrupt(worker):
-    """For a loader's worker: Ctrl-C reaches it too, but the main process wants to end its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker):
+    """For a loader's worker: Ctrl-C and torchrun signal whole process groups, but the main process
+    wants to end its step and save."""
+    if os.name == "posix":
+        os.setpgrp()
 
 
 def agreed(flag, device):
@@ -208,10 +210,10 @@ def start_from(files, net, args):
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if {"model", "settings", "step"} <= checkpoint.keys():
             return checkpoint
         reason = "it is no checkpoint of pretrain.py"
@@ -268,8 +270,8 @@ def get_args(argv=None):
     add("--save-every", type=float, default=30, metavar="MINUTES",
         help="between checkpoints, besides one an epoch; default: 30")
     args = parser.parse_args(argv)
-    sources = {name: "command line" for name, value in vars(args).items()
-               if value not in (None, False)}
+    sources = {name: "default" if value == parser.get_default(name) else "command line"
+               for name, value in vars(args).items() if value is not None and value is not False}
     tables = [(METHODS[args.method][1], f"--method {args.method}")]
     tables += [(SEGFORMER, "paper, App. B; see SEGFORMER")] if args.backbone in MITS else []
     tables += [(TOY, "--toy")] if args.toy else []
@@ -295,7 +297,9 @@ def get_args(argv=None):
          "it with --method barlowtwins alone"),
         (not args.bgr or args.weights and args.scenario != "sar-optical", "--bgr",
          "it with --weights for RGB images"),
-        (args.size >= 16, "--size", "16 or more"), (args.epochs > 0, "--epochs", "1 or more"),
+        (args.size >= 16, "--size", "16 or more"),
+        (args.size >= 32 or args.backbone not in MITS, "--size", "32 or more for a mit"),
+        (args.epochs > 0, "--epochs", "1 or more"),
         (args.batch_size > 1, "--batch-size", "2 or more"), (args.seed >= 0, "--seed", "0 or more"),
         (args.lr > 0, "--lr", "more than 0"), (args.lr_bias > 0, "--lr-bias", "more than 0"),
         (args.weight_decay >= 0, "--weight-decay", "0 or more"),
@@ -370,7 +374,7 @@ def main():
         if not args.resume:
             raise BadInput(f"{checkpoint_file} exists; "
                            f"expected a new --out, or --resume to go on from it")
-        checkpoint = load_checkpoint(checkpoint_file, device)
+        checkpoint = load_checkpoint(checkpoint_file)
         for name, value in settings.items():
             before = checkpoint["settings"].get(name)
             if before != value:
@@ -379,6 +383,7 @@ def main():
         net.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
+        del checkpoint                          # gigabytes
     elif args.weights:
         for line in start_from(args.weights, net, args):
             say(line)
@@ -408,12 +413,13 @@ def main():
         signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
     every = 1 if steps < 500 else 50
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     saved, logged, logged_step = time.time(), time.time(), step
     for epoch in range(step // steps_per_epoch, args.epochs):
         data.epoch = epoch
         batches = epoch_batches(len(data), N, args.seed, epoch)[step % steps_per_epoch:, rows]
         loader = DataLoader(data, batch_sampler=batches.tolist(), collate_fn=collate,
-                            num_workers=workers, worker_init_fn=ignore_interrupt,
+                            num_workers=workers, worker_init_fn=leave_group,
                             pin_memory=device.type == "cuda")
         for x1, x2 in loader:                                           # load a batch of pairs
             draws.restart(step)
@@ -423,7 +429,7 @@ def main():
             x11, x12 = augment1(x1[0]), augment1(x1[1])                 # NxCxSxS
             x21, x22 = augment2(x2[0]), augment2(x2[1])                 # NxCxSxS
             # compute embeddings: f1(x11), f1(x12), f2(x21), f2(x22)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast:
                 z = model(x11, x12, x21, x22)
             z = [z_ if z_ is None else gather(z_.float()) for z_ in z]  # NxK, N the global batch
             z11, z12, z21, z22 = z                                      # None: not of this method
