@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (MODALITIES, BadInput, Draws, augment, collate, epoch_batches, make_toy, mixed,
-                  open_pairs)
+from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, augment, collate, epoch_batches,
+                  make_toy, mixed, open_pairs)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, chance_and_floor, clip_loss,
                    decur_loss_gram, load_encoder, read_weights, simclr_loss, vicreg_loss)
 
@@ -43,8 +43,9 @@ PAPER = dict(                                   # for all scenarios:
 )
 SCENARIOS = {                                   # Sec. 4, Model architecture | Optimization
     "sar-optical": dict(common=0.875, epochs=100, batch_size=256),
-    "rgb-dem": dict(common=0.75, epochs=100, batch_size=256),
+    "rgb-dem": dict(common=0.75, epochs=100, batch_size=256, split="train"),
     "rgbd": dict(common=0.75, epochs=200, batch_size=128),
+    "custom": dict(common=0.8, epochs=100, batch_size=256),  # the paper's "general percentage"
 }
 # Tables 1-3: the loss, and what it changes of the above.  None but DeCUR has unique dimensions.
 METHODS = {
@@ -62,7 +63,8 @@ SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128,
            lr=2.0, split="train")
 REST = dict(split="all", depth_unit=1000.0)     # what the paper does not say
-RUN_ONLY = ("data", "out", "resume", "save_every", "workers", "toy")  # may differ at --resume
+# may differ at --resume:
+RUN_ONLY = ("data", "data1", "data2", "out", "resume", "save_every", "workers", "toy")
 
 
 # ---- optimisation, App. B ----
@@ -238,6 +240,10 @@ def get_args(argv=None):
         help="made-up scenes, made under data/toy-SCENARIO at first use, and small settings")
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="default: data/SCENARIO")
+    for k in (1, 2):
+        add(f"--data{k}", metavar="DIR", help=f"with custom: images of modality {k}")
+        add(f"--augment{k}", choices=AUGMENTATIONS, metavar="MODALITY",
+            help=f"with custom: augment modality {k} as this: {', '.join(AUGMENTATIONS)}")
     add("--split",
         help="frames to use: all, train or test; default: all (Sec. 4), with --toy train")
     add("--depth-unit", type=float,
@@ -283,6 +289,10 @@ def get_args(argv=None):
                 setattr(args, name, value)
                 sources[name] = source
     toy = "toy-" if args.toy else ""
+    if args.scenario == "custom":
+        if args.toy or not (args.data1 and args.data2):
+            raise BadInput("--scenario custom: expected --data1 and --data2, two folders, no --toy")
+        args.data = [args.data1, args.data2]
     args.data = args.data or f"data/{toy}{args.scenario}"
     args.out = args.out or Path(f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
     widths = args.projector.split("-") if args.projector != "none" else []
@@ -326,7 +336,8 @@ def main():
     if args.toy and rank == 0:
         make_toy(args.scenario, args.data)
     agreed(False, device)                       # the others wait until the scenes are there
-    data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed)
+    data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
+                      augment_as=(args.augment1, args.augment2))
     if N > len(data):
         raise BadInput(f"--batch-size {N} is more than the {len(data)} pairs under {args.data}; "
                        f"at most {len(data)}")
@@ -367,7 +378,8 @@ def main():
     # ---- the run's folder ----
     settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
     settings |= dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities),
-                     channels=[channels1, channels2])
+                     channels=[channels1, channels2],
+                     inputs=[MODALITIES[m] for m in data.modalities])
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step = 0
     if checkpoint_file.exists():
