@@ -95,8 +95,9 @@ S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11",
 MODALITIES = {                                  # range: what x in [0, 1] is; mean and std of that x
     # The authors used no statistics for what is seen from above: 0 and 1 change nothing.
     "sar": dict(bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
-                range="dB, 2 % cut in each image and band, mean -+ 2 std of the data set (-12.55 -+ "
-                "2 x 5.26, -20.19 -+ 2 x 5.91; BigEarthNet: -12.59 -+ 2 x 5.04, -19.22 -+ 2 x 5.42)"),
+                range="dB, 2 % cut in each image and band, mean -+ 2 std of the data set "
+                "(-12.55 -+ 2 x 5.26, -20.19 -+ 2 x 5.91; BigEarthNet: -12.59 -+ 2 x 5.04, "
+                "-19.22 -+ 2 x 5.42)"),
     "ms": dict(bands=S2, mean=(0.0,) * 13, std=(1.0,) * 13,
                range="reflectance 0 to 1 (files: x 10000), clipped"),
     "aerial": dict(bands=("red", "green", "blue"), mean=(0.0,) * 3, std=(1.0,) * 3,
@@ -454,7 +455,7 @@ class SSL4EO:
             raise BadInput(f"{root} holds .zarr.zip files, which is SSL4EO-S12 v1.1; expected "
                            "v1.0, s1/ and s2c/ with a GeoTIFF a band: v1.1 is not read, and its "
                            "values differ")
-        else:                                   # 97 ids have no folder, some copies' have six digits
+        else:                                   # 97 ids have no folder; some copies' are shorter
             s1, s2 = ({name for name in listed(root / folder) if re.fullmatch(r"\d{6,7}", name)}
                       for folder in ("s1", "s2c"))
             self.ids, self.lonely = sorted(s1 & s2), sorted(s1 ^ s2)
