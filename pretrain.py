@@ -111,7 +111,7 @@ class Gather(torch.autograd.Function):
     parameters' gradients over the W processes, and the sum here is W times the gradient of one's
     own rows: together exactly the gradient of one process with the joint batch.  (An in-place
     all_reduce of C, outside autograd, gives 1/W of it.)  The gathering itself is a sum, of rows
-    that are zero elsewhere: gloo has no all_gather for CUDA tensors.
+    that are zero elsewhere: gloo documents no all_gather for CUDA tensors.
     """
 
     @staticmethod
@@ -245,7 +245,7 @@ def get_args(argv=None):
         add(f"--augment{k}", choices=AUGMENTATIONS, metavar="MODALITY",
             help=f"with custom: augment modality {k} as this: {', '.join(AUGMENTATIONS)}")
     add("--split",
-        help="frames to use: all, train or test; default: all (Sec. 4), with --toy train")
+        help="frames to use: all, train or test; default: all, rgb-dem and --toy train (Sec. 4)")
     add("--depth-unit", type=float,
         help="steps of a depth file a metre; default: 1000, millimetres")
     add("--size", type=int, help="crop in pixels; default: 224")
@@ -307,6 +307,8 @@ def get_args(argv=None):
          "it with --method barlowtwins alone"),
         (not args.bgr or args.weights and args.scenario != "sar-optical", "--bgr",
          "it with --weights for RGB images"),
+        *((args.scenario == "custom" or not getattr(args, name), f"--{name}",
+           "it with --scenario custom") for name in ("data1", "data2", "augment1", "augment2")),
         (args.size >= 16, "--size", "16 or more"),
         (args.size >= 32 or args.backbone not in MITS, "--size", "32 or more for a mit"),
         (args.epochs > 0, "--epochs", "1 or more"),
