@@ -1,5 +1,4 @@
-"""From files to batches: readers, one normaliser per modality, data sets, augmentations and made-up
-scenes.
+"""From files to batches: readers, normalisers, HHA, data sets, augmentations, made-up scenes.
 
 SAR-optical, SSL4EO-S12 v1.0 (not v1.1, which is zarr and has other values); one GeoTIFF a band:
 
@@ -971,6 +970,8 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
     into .lonely. Raises BadInput with the path, the layout and the remedy where there is none.
     """
     if name == "custom":
+        if split != "all":
+            raise BadInput(f"--split {split}: one's own pairs have no lists; expected all")
         return Pairs(*root, strict=strict, **custom)
     if not Path(root).is_dir():
         raise BadInput(f"no folder {root}; {TREE}; give --data DIR, or try the made-up scenes: "
@@ -1009,11 +1010,10 @@ def epoch_batches(n, batch_size, seed, epoch):
 
 # ---- augmentations, Sec. 4: batched, on any device, each image with parameters of its own ----
 
-# The paper follows BYOL (Grill et al., 2020, App. B).  BYOL treats its two views unequally;
-# Algorithm 1 has one augment1 for both, so the probabilities of blur (1 and 0.1) and solarize (0
-# and 0.2) are BYOL's mean, near what the authors ran. Their crops are kept too, (0.5, 1) of the
-# area indoors where BYOL has (0.08, 1): two modalities are cropped independently, and small crops
-# of one scene would show different things.
+# The paper follows BYOL (Grill et al., 2020, App. B).  BYOL treats its two views unequally (blur 1
+# and 0.1, solarize 0 and 0.2); Algorithm 1 has one augment1 for both: solarize has the mean of the
+# two, blur the authors' 0.5.  Their crops are kept too, (0.5, 1) of the area indoors where BYOL has
+# (0.08, 1): two modalities are cropped independently, and small crops would show different things.
 BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
 # Seen from above no side is up: flips both ways for all four modalities (the paper names both for
 # SAR and DEM).
@@ -1136,7 +1136,7 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
     Brightness b and contrast c are x -> c b x + (1 - c) b m with m the image's mean luma;
     saturation s blends with the luma; hue turns the colour about the grey axis, which is linear,
     unlike a shift of HSV's hue (they differ little up to 0.1 of a turn); grayscale is s = 0.
-    Paper: BYOL draws the order of the four.  Here: this order, so that they fold.
+    Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold.
     """
     B, C, shape = *x.shape[:2], x.shape
     u = draws(6)                                                        # Bx6

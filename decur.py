@@ -438,10 +438,10 @@ def read_weights(file, backbone):
         except (pickle.UnpicklingError, EOFError, RuntimeError):
             raise ValueError(f"{file} is no file of tensors and plain values alone: "
                              f"it could run code") from None
+    for key in ("model", "state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds a {type(state).__name__}, expected a state dict")
-    for key in ("model", "state_dict"):
-        state = state.get(key, state)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     beside = (*BRANCHES[0], *BRANCHES[1], *BESIDE)
     rest = {key: value for key, value in state.items() if not key.startswith(beside)}

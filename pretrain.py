@@ -332,7 +332,10 @@ def main():
     N = args.batch_size
     if N % world:
         raise BadInput(f"--batch-size {N} is not a multiple of {world} processes; "
-                       f"try {max(1, N // world) * world}")
+                       f"try {max(2, N // world) * world}")
+    if N // world < 2:
+        raise BadInput(f"--batch-size {N} leaves {N // world} sample to each of {world} processes, "
+                       f"too few for batch normalisation; at least {2 * world}")
 
     # ---- data ----
     if args.toy and rank == 0:
@@ -349,7 +352,8 @@ def main():
     draws = Draws(args.seed, N, rows)
     augment1, augment2 = (partial(augment, modality=modality, size=args.size, draws=draws)
                           for modality in data.modalities)
-    workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // world)
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if device.type == "cpu" else min(8, cores)
     workers = workers if args.workers is None else args.workers
 
     # ---- model and optimiser ----

@@ -662,7 +662,9 @@ def test_defaults_are_the_papers():
         assert (args.common, args.epochs, args.batch_size) == (common, epochs, batch)
         assert (args.lr, args.lr_bias, args.weight_decay, args.size) == (0.2, 0.0048, 1e-6, 224)
         assert (args.backbone, args.widths) == ("resnet50", [8192] * 3)
-        assert sources["common"] == "paper, Sec. 4" and args.data == f"data/{scenario}"
+        assert sources["common"] == "paper, Sec. 4" and sources["seed"] == "default"
+        assert args.data == f"data/{scenario}"
+    assert pretrain.get_args(["--scenario", "rgbd", "--common", "0"])[1]["common"] == "command line"
 
 
 # ---- data.py: order, augmentation, readers, scenes ----
