@@ -1251,7 +1251,7 @@ def indoor_scene(rng, H=48, W=64):
     rgb = wall + 0.3 * np.stack([smooth_noise(rng, H, W, 16) for _ in range(3)], -1)
     rgb = rgb + (thing - rgb) * m_common[..., None] + (paint - rgb) * m_paint[..., None]
     rgb = rgb + rng.normal(0, 0.04, rgb.shape)
-    z = 3 + 0.25 * smooth_noise(rng, H, W, 16) + 0.8 * (m_pane - m_common)  # m
+    z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
     label = scene_label((common, m_common), (unique1, m_paint), (unique2, m_pane))

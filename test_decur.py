@@ -1365,7 +1365,7 @@ def test_pretraining_runs_on_ones_own_pairs_and_tells_what_its_encoders_expect(t
 
 # ---- pretrain.py as a program ----
 
-SMALL = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 --batch-size 16 --lr 4"
+SMALL = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 --batch-size 16 --lr 2"
 
 
 def pretrain_here(flags, monkeypatch):
@@ -1394,7 +1394,8 @@ def test_pretrain_runs_and_loss_falls(tmp_path):
     assert "chance (independent embeddings)" in result.stdout and "step 000048/000048" in result.stdout
     log = log_of(out)
     assert [row["step"] for row in log] == list(range(1, 49))
-    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+    first, last = (sum(row["loss"] for row in rows) for rows in (log[:6], log[-6:]))
+    assert last < 0.8 * first
     for row in log:
         assert row["loss"] == pytest.approx(row["L1"] + row["L2"] + row["Lc"] + row["Lu"], rel=1e-5)
     assert json.loads((out / "args.json").read_text())["K"] == 32
