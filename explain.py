@@ -12,8 +12,8 @@
     not there     made-up scenes only       linear_probe                              factors.png    .npz
 
 A sentence on how to read each is printed beside its path.  Two dictionaries run through the file: `parts`, from
-"common" and "unique" to their columns of an embedding, and attributions, from the same names to tensors; a method without
-unique dimensions has no such entry.  Images are seen whole, without augmentation, by networks in evaluation mode.
+"common" and "unique" to their columns of an embedding, and attributions, from the same names to tensors; a method
+without unique dimensions has no such entry.  Networks are in evaluation mode and see whole images, not augmented.
 """
 import argparse
 import csv
@@ -290,7 +290,8 @@ def read_factors(f, parts, fresh, x, y, x_test, y_test, seed):
     rows = {part: (z[:, columns], z_test[:, columns]) for part, columns in parts.items()}
     rows |= {name: (features(E, x), features(E, x_test))
              for name, E in (("backbone", f.E), ("random encoder", random), ("supervised encoder", taught))}
-    return {name: [linear_probe(a, y_, b, y_test_) for y_, y_test_ in zip(y.T, y_test.T)] for name, (a, b) in rows.items()}
+    return {name: [linear_probe(a, y[:, i], b, y_test[:, i]) for i in range(y.shape[1])]
+            for name, (a, b) in rows.items()}
 
 
 # ---- figures, with Pillow: one font, one margin, colours that colour-blind readers can tell apart ----
@@ -453,7 +454,7 @@ def picture_gradcam(save, loader, cams, modalities):
                 numbers.setdefault(f"modality{m + 1}_{part}", []).append(a[0].cpu().numpy())
         rows.append(tiles)
     image, pen = page(M + len(tiles) * (side + 4) + 2 * M, TOP + len(rows) * (side + 4) + M,
-                      "GradCAM: what raises the mean of the common, of the unique dimensions (violet: nothing, yellow: most)")
+                      "GradCAM: what raises the mean of common, of unique dimensions (violet: nothing, yellow: most)")
     for row, tiles in enumerate(rows):
         for column, (words, tile) in enumerate(tiles):
             x, y = M + column * (side + 4) + M * (2 * column >= len(tiles)), TOP + row * (side + 4)
@@ -461,16 +462,16 @@ def picture_gradcam(save, loader, cams, modalities):
             image.paste(tile.resize((side, side), Image.Resampling.BICUBIC), (x, y))
             if row == 0:
                 pen.text((x, y - LINE - 2), words, INK, FONT)
-    save("gradcam", image, "A row is a pair: common maps should lie on what both modalities show, unique ones on what one "
-         "alone shows.", **numbers)
+    save("gradcam", image, "A row is a pair: common maps should lie on what both modalities show, unique ones on "
+         "what one alone shows.", **numbers)
 
 
 def picture_spatial(save, loader, cams):
     """Fig. 5a.  cams: `gradcam_vis` of each modality's network."""
     stats = [gradcam_stat(cams[0](x1), cams[1](x2)) for x1, x2 in loader]
     logs = {part: torch.cat([stat[part] for stat in stats]).cpu().numpy() for part in stats[0]}
-    # Paper: "normalize the results of each patch to 0 to 1".  Here: min-max over all pairs, since one number has no range
-    # of its own, and over common and unique together, since they could not be compared otherwise.
+    # Paper: "normalize the results of each patch to 0 to 1".  Here: min-max over all pairs, since one number has no
+    # range of its own, and over common and unique together, since they could not be compared otherwise.
     low, high = min(a.min() for a in logs.values()), max(a.max() for a in logs.values())
     scores = {part: (a - low) / max(high - low, 1e-12) for part, a in logs.items()}
     image, pen = page(560, TOP + len(scores) * (220 + M),
@@ -478,7 +479,7 @@ def picture_spatial(save, loader, cams):
                       [(f"{part}, mean {a.mean():.3f} (line)", COLOURS[part]) for part, a in scores.items()])
     for i, (part, a) in enumerate(scores.items()):
         nothing = np.mean(logs[part] < math.log(2e-8))
-        print(f"overlap of GradCAM maps, {part}: mean {a.mean():.3f}; {nothing:.0%} of the pairs share no highlighted pixel")
+        print(f"overlap of GradCAM maps, {part}: mean {a.mean():.3f}; {nothing:.0%} of the pairs share no bright pixel")
         counts, edges = np.histogram(a, 40, (0, 1))
         highest = 1.05 * counts.max()
         at = axes(pen, panel(i, 1, 528, 220), (0, 1), (0, highest), part, "score: 0 least overlap of the set, 1 most")
@@ -508,7 +509,7 @@ def picture_spectral(save, loader, nets, parts, steps, modalities):
     step, left, middle, right = 46, 200, 560, 928
     longest = max(np.abs(a).mean(0).max() for both in scores for a in both.values())
     image, pen = page(right + M, TOP + LINE + len(bands) * step + M,
-                      "Integrated gradients: importance of the bands for the mean of the common, of the unique dimensions",
+                      "Integrated gradients: what each band adds to the mean of the common, of the unique dimensions",
                       [(part, COLOURS[part]) for part in parts])
     pen.text((left, TOP - 8), "mean magnitude", INK, FONT)
     pen.text((middle, TOP - 8), "images by signed score, from -1 to 1", INK, FONT)
@@ -526,8 +527,9 @@ def picture_spectral(save, loader, nets, parts, steps, modalities):
                      COLOURS[part], 2)
         pen.line((middle, y + 35, right, y + 35), GREY)
         pen.line(((middle + right) / 2, y, (middle + right) / 2, y + 38), GREY)
-    save("spectral", image, "How much each band moves the mean of the common, of the unique dimensions, relative to the "
-         "modality's largest score.", **{f"modality{m + 1}_{part}": a for m in (0, 1) for part, a in scores[m].items()})
+    save("spectral", image, "How much each band moves the mean of the common, of the unique dimensions, relative to "
+         "the modality's largest score.",
+         **{f"modality{m + 1}_{part}": a for m in (0, 1) for part, a in scores[m].items()})
 
 
 def picture_factors(save, net, settings, parts, scenes, y, seed):
@@ -588,7 +590,7 @@ def open_data(settings, root, split):
     got = [f"{name} ({len(views[0])} channels)" for name, views in zip(data.modalities, data[0])]
     expected = [f"{name} ({channels} channels)" for name, channels in zip(settings["modalities"], settings["channels"])]
     if got != expected:
-        raise BadInput(f"{root} holds {' and '.join(got)}, expected {' and '.join(expected)} as in pretraining; give --data")
+        raise BadInput(f"{root} holds {' and '.join(got)}, the checkpoint knows {' and '.join(expected)}; give --data")
     return data
 
 
@@ -601,8 +603,8 @@ def batches(data, rows, size, batch_size, workers, device, text):
 
 @torch.no_grad()
 def embed(net, loader, N, kept):
-    """One pass over the samples.  Returns the embeddings of the first `kept`, in batches (z1, z2), NxK on the CPU, and of
-    each modality mean and biased variance over all samples, K each."""
+    """One pass over the samples.  Returns the embeddings of the first `kept`, in batches (z1, z2), NxK on the CPU, and
+    of each modality mean and biased variance over all samples, K each."""
     z, n, sums = ([], []), 0, [0, 0]
     for x in loader:
         for m, f in enumerate((net.f1, net.f2)):
