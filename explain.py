@@ -349,12 +349,12 @@ def ticks(low, high):
     return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def bars(pen, at, edges, heights, colour, base):
-    """Histogram bars that stand on `base`."""
+def bars(pen, at, edges, heights, base, colour, outline=None):
+    """Histogram bars that stand on `base`, filled, or outlined with None as their colour."""
     for x0, x1, y0, height in zip(edges, edges[1:], base, heights):
         (x0, y1), (x1, y0) = at(x0, y0 + height), at(x1, y0)
         if y0 > y1:                             # nothing is nothing, not a line
-            pen.rectangle((x0, y1, x1 - 2, y0 - 1), colour)
+            pen.rectangle((x0, y1, x1 - 2, y0 - 1), colour, outline, 2)
 
 
 def viridis(value):
@@ -395,21 +395,21 @@ def picture_alignment(save, z, parts, others):
     drawn = max(30, int(max(a.max() for a in losses.values()) / width) + 1)  # bins
     edges = np.arange(drawn + 1) * width
     legend = [(f"{part} dimensions", COLOURS[part]) for part in parts]
-    legend += [("all of the compared run", INK)] if others else []
+    legend += [("all of the compared run (outlined)", INK)] if others else []
     image, pen = page(944, TOP + -(-len(z) // 2) * (250 + M),
                       "Cross-modal alignment: percentage of the dimensions by their loss, Eq. 7", legend)
     for i, batch in enumerate(found):
         shares = {part: counts[:drawn].numpy() * 100 / z[i][0].shape[1] for part, (_, counts) in batch.items()}
         other = others[i][1][:drawn].numpy() * 100 / len(others[i][0]) if others else np.zeros(1)
         highest = 1.05 * max(sum(shares.values()).max(), other.max())
-        at = axes(pen, panel(i, 2, 448, 250), (0, edges[-1]), (0, highest), f"batch {i + 1}",
+        at = axes(pen, panel(i, 2, 448 if len(z) > 1 else 912, 250), (0, edges[-1]), (0, highest), f"batch {i + 1}",
                   "loss: 0 aligned, 1 unrelated, above 1 opposed")
         base = np.zeros(drawn)
         for part, share in shares.items():
-            bars(pen, at, edges, share, COLOURS[part], base)
+            bars(pen, at, edges, share, base, COLOURS[part])
             base = base + share
         if others:
-            pen.line([at(x, y) for x0, x1, y in zip(edges, edges[1:], other) for x in (x0, x1)], INK, 2)
+            bars(pen, at, edges, other, np.zeros(drawn), None, INK)
         pen.line((*at(1, 0), *at(1, highest)), GREY)
     save("alignment", image, "Every dimension's loss between the modalities: common ones should stand at 0, unique "
          "ones around 1.", **losses)
@@ -483,7 +483,7 @@ def picture_spatial(save, loader, cams):
         counts, edges = np.histogram(a, 40, (0, 1))
         highest = 1.05 * counts.max()
         at = axes(pen, panel(i, 1, 528, 220), (0, 1), (0, highest), part, "score: 0 least overlap of the set, 1 most")
-        bars(pen, at, edges, counts, COLOURS[part], np.zeros(40))
+        bars(pen, at, edges, counts, np.zeros(40), COLOURS[part])
         pen.line((*at(a.mean(), 0), *at(a.mean(), highest)), INK, 2)
     save("spatial", image, "How far the two modalities look at the same places: unique should stand further left than "
          "common (the paper: a slight trend).", **scores)
