@@ -1607,30 +1607,30 @@ def test_weights_start_a_run_or_are_refused_in_one_line(tmp_path, monkeypatch, c
 # ---- explain.py: Algorithm 2 ----
 
 def tiny_branch(seed=0, channels=2, K=6):
-    """An encoder with batch norm and ReLU, and a projector, in evaluation mode with statistics of its own."""
+    """An encoder with batch norm and ReLU, and a projector, in evaluation mode."""
     torch.manual_seed(seed)
-    f = nn.Sequential(nn.Conv2d(channels, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(inplace=True),
-                      nn.Conv2d(5, 7, 3, padding=1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                      nn.Linear(7, K))
+    f = nn.Sequential(nn.Conv2d(channels, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(True),
+                      nn.Conv2d(5, 7, 3, padding=1), nn.ReLU(inplace=True),
+                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, K))
     f(torch.randn(32, channels, 8, 8))
     return f.eval().requires_grad_(False).double()
 
 
 def explained_branch(n=10):
-    """Images, a branch, and its outputs as Sec. 7 prepares them, with the statistics of these images."""
+    """Images, a branch, and its outputs as Sec. 7 prepares them."""
     f, x = tiny_branch(), torch.randn(n, 2, 8, 8, dtype=torch.float64)
     z, parts = f(x), dict(common=slice(0, 4), unique=slice(4, 6))
     return x, f, explain.prepared(f, z.mean(0), z.var(0, unbiased=False), parts), parts
 
 
 def test_alignment_losses_by_hand():
-    """Eq. 7 of dimensions with C_ii = 1, 0, -1; Algorithm 2's range (0, 1) leaves the third out, and 4 is the most."""
+    """Eq. 7 of C_ii = 1, 0, -1; Algorithm 2's range (0, 1) leaves the third out; 4 is the most."""
     a, b = torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, -1, 1, -1])
-    losses, counts = explain.alignment_histogram(torch.stack((a, a, a), 1), torch.stack((a, b, -a), 1), bins=2)
+    z1, z2 = torch.stack((a, a, a), 1), torch.stack((a, b, -a), 1)
+    losses, counts = explain.alignment_histogram(z1, z2, bins=2)
     assert torch.allclose(losses, torch.tensor([0.0, 1, 4]), atol=1e-4)
     assert counts.tolist() == [1, 1]
-    counts = explain.alignment_histogram(torch.stack((a, -a), 1), torch.stack((a, a), 1), bins=4, top=4)[1]
-    assert counts.tolist() == [1, 0, 0, 1]
+    assert explain.alignment_histogram(z1, z2, bins=4, top=4)[1].tolist() == [1, 1, 0, 1]
 
 
 def test_alignment_is_the_diagonal_of_C():
@@ -1641,21 +1641,22 @@ def test_alignment_is_the_diagonal_of_C():
 
 
 def test_affinities_of_equidistant_points_are_equal():
-    """t-SNE's P is symmetric with sum 1; among the corners of a simplex nobody is nearer than anybody else."""
+    """t-SNE's P is symmetric with sum 1; at a simplex's corners nobody is nearer than others."""
     P = explain.affinities(3 * torch.eye(12), 4.0)
     assert torch.allclose(P, (1 - torch.eye(12)) / (12 * 11))
 
 
 def test_affinities_have_the_perplexity_asked_for():
-    """Two far groups of 10 points: a perplexity of 5 sees one's own group alone, 15 has to see both."""
+    """Two far groups of 10 points: a perplexity of 5 sees one's own alone, 15 has to see both."""
     x = torch.cat((torch.randn(10, 3), torch.randn(10, 3) + 40))
-    assert explain.affinities(x, 5.0)[:10, 10:].sum() < 1e-6 < 1e-2 < explain.affinities(x, 15.0)[:10, 10:].sum()
-    assert all(explain.affinities(x, p).isfinite().all() for p in (5.0, 15.0))
+    near, far = explain.affinities(x, 5.0), explain.affinities(x, 15.0)
+    assert near[:10, 10:].sum() < 1e-6 < 1e-2 < far[:10, 10:].sum()
+    assert near.isfinite().all() and far.isfinite().all()
     assert explain.affinities(torch.ones(8, 3), 2.0).isfinite().all()
 
 
 def test_tsne_lays_aligned_dimensions_together_and_unique_ones_apart():
-    """Fig. 1: each common dimension lies nearest to its partner, the unique ones of a modality among themselves."""
+    """Fig. 1: a common dimension lies nearest to its partner, unique ones to their modality's."""
     torch.manual_seed(0)
     common, shared1, shared2 = torch.randn(64, 12), torch.randn(64, 1), torch.randn(64, 1)
     z1, z2 = (torch.cat((common + 0.05 * torch.randn(64, 12), shared + 0.5 * torch.randn(64, 8)), 1)
@@ -1663,13 +1664,14 @@ def test_tsne_lays_aligned_dimensions_together_and_unique_ones_apart():
     y, kl = explain.tsne_vis(z1, z2)
     nearest = explain.distances(y).fill_diagonal_(torch.inf).argmin(1)
     assert y.shape == (40, 2) and 0 < kl < 1
-    assert nearest[:12].tolist() == list(range(20, 32)) and nearest[20:32].tolist() == list(range(12))
+    assert nearest[:12].tolist() == list(range(20, 32))
+    assert nearest[20:32].tolist() == list(range(12))
     assert all(12 <= i < 20 for i in nearest[12:20]) and all(32 <= i < 40 for i in nearest[32:])
 
 
 @pytest.mark.parametrize("channels_last", (False, True))
 def test_gradcam_by_hand(channels_last):
-    """A head w . mean(A) has the gradient w / hw, so the map is sum_k w_k A_k / hw; SegFormer's layers are NxhxwxC."""
+    """A head w . mean(A) has the gradient w / hw: sum_k w_k A_k / hw; SegFormer's A is NxhxwxC."""
     w = torch.tensor([[2.0, -1, 0], [0, 1, 1]])
     layer = nn.LayerNorm(3) if channels_last else nn.Conv2d(3, 3, 1)
     x = torch.randn(4, 5, 6, 3) if channels_last else torch.randn(4, 3, 5, 6)
@@ -1684,29 +1686,34 @@ def test_gradcam_by_hand(channels_last):
 
 
 def test_batch_statistics_kill_saliency():
-    """Why `prepared` holds them constant: features normalised by their own batch sum to 0 whatever x is."""
+    """Why `prepared` holds them constant: features normalised by their own batch sum to 0."""
     x, f, net, _ = explained_branch()
     dead = lambda x: torch.stack([part.mean(1) for part in BN(f(x)).split((4, 2), 1)], 1)
-    for saliency in (lambda net: explain.gradcam(net, f[3], x, 0), lambda net: explain.integrated_gradients(net, x)):
+    for saliency in (lambda net: explain.gradcam(net, f[3], x, 0),
+                     lambda net: explain.integrated_gradients(net, x)):
         assert saliency(dead).abs().max() < 1e-12 < 1e-4 < saliency(net).abs().max()
 
 
 def test_saliency_does_not_depend_on_the_batch():
-    """Nor do the embedding's mean and variance: maps of one image at a time are those of all ten."""
+    """Maps of one image at a time are those of all ten; mean and variance are those of all, too."""
     x, f, net, parts = explained_branch()
-    for vis in (partial(explain.gradcam_vis, net, f[3], parts), partial(explain.IG_vis, net, parts, 3)):
+    for vis in (partial(explain.gradcam_vis, net, f[3], parts),
+                partial(explain.IG_vis, net, parts, 3)):
         whole, single = vis(x), [vis(x_) for x_ in x.split(1)]
-        assert all(torch.allclose(whole[part], torch.cat([s[part] for s in single])) for part in parts)
+        for part in parts:
+            assert torch.allclose(whole[part], torch.cat([s[part] for s in single]))
     pair = nn.Module()
     pair.f1 = pair.f2 = f
     for B in (3, 10):
         z, ((mean, var), _) = explain.embed(pair, ([x_, x_] for x_ in x.split(B)), 4, 8)
-        assert [len(z1) for z1, _ in z] == [4, 4] and torch.allclose(torch.cat([z1 for z1, _ in z]), f(x)[:8])
-        assert torch.allclose(mean, f(x).mean(0).float()) and torch.allclose(var, f(x).var(0, unbiased=False).float())
+        assert [len(z1) for z1, _ in z] == [4, 4]
+        assert torch.allclose(torch.cat([z1 for z1, _ in z]), f(x)[:8])
+        assert torch.allclose(mean, f(x).mean(0).float())
+        assert torch.allclose(var, f(x).var(0, unbiased=False).float())
 
 
 def test_integrated_gradients_by_hand():
-    """Of a linear function w.x they are w x, of the sum of squares x^2 - x0^2 at x0 = 0: the midpoint rule is exact."""
+    """Of w.x they are w (x - x0), of the sum of squares x^2 - x0^2: the midpoint rule is exact."""
     x, w = torch.randn(3, 2, 4, 4), torch.randn(2, 4, 4)
     net = lambda x: torch.stack(((w * x).sum((1, 2, 3)), x.pow(2).sum((1, 2, 3))), 1)
     assert torch.allclose(explain.integrated_gradients(net, x, None, 0, 5), w * x, atol=1e-6)
@@ -1717,27 +1724,28 @@ def test_integrated_gradients_by_hand():
 
 
 def test_integrated_gradients_are_complete():
-    """They sum to net(x) - net(x0); with kinks, as ReLU's, up to an error that more steps make smaller."""
+    """They sum to net(x) - net(x0), with ReLU's kinks up to an error that steps make smaller."""
     x, _, net, _ = explained_branch()
     gain = (net(x) - net(torch.zeros_like(x)))[:, 1]
-    total = [explain.integrated_gradients(net, x, None, 1, steps).sum((1, 2, 3)) for steps in (4, 256)]
+    total = [explain.integrated_gradients(net, x, None, 1, steps).sum((1, 2, 3))
+             for steps in (4, 256)]
     coarse, fine = ((a - gain).abs().mean() / gain.abs().mean() for a in total)
     assert fine < 1e-3 and fine < coarse / 4
     att = explain.IG_vis(net, dict(common=slice(0, 4), unique=slice(4, 6)), 4, x)
-    assert torch.allclose(explain.IG_stat(att)["unique"], att["unique"].mean((2, 3)))  # Nx2, a value a band
+    assert torch.allclose(explain.IG_stat(att)["unique"], att["unique"].mean((2, 3)))  # Nx2
 
 
 def test_overlap_scores_by_hand():
-    """Algorithm 2 (4): min-max of the positive part, product, mean over the pixels, logarithm of it plus 1e-8."""
+    """Algorithm 2 (4): min-max of positive parts, product, mean over pixels, log of it + 1e-8."""
     left, right = torch.tensor([[[-3.0, 0], [2, 4]]]), torch.tensor([[[5.0, 0], [5, 10]]])
     assert explain.norm(left).tolist() == [[[0, 0], [0.5, 1]]]
     scores = explain.gradcam_stat(dict(common=left, unique=left), dict(common=right, unique=-right))
     assert torch.allclose(scores["common"], torch.tensor([(0.25 + 1) / 4 + 1e-8]).log())
-    assert torch.allclose(scores["unique"], torch.tensor([1e-8]).log())  # a map without positive part is 0, not NaN
+    assert torch.allclose(scores["unique"], torch.tensor([1e-8]).log())  # no positive part: not NaN
 
 
 def test_gradcam_looks_after_the_last_convolution():
-    """Algorithm 2's last_conv2 of torchvision's blocks, never a shortcut; for SegFormer the end of its last stage."""
+    """Algorithm 2's last_conv2, never a shortcut; for SegFormer the end of its last stage."""
     for backbone, name in (("resnet-toy", "layer4.0.conv2"), ("resnet18", "layer4.1.conv2"),
                            ("resnet50", "layer4.2.conv3"), ("mit_b0", "norm4")):
         with torch.device("meta"):
@@ -1746,7 +1754,7 @@ def test_gradcam_looks_after_the_last_convolution():
 
 
 def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
-    """Four classes along two features are read, classes drawn at random are at chance on unseen samples."""
+    """Four classes along two features are read; classes drawn at random, at chance, unseen."""
     torch.manual_seed(0)
     x, noise = torch.randn(400, 6), torch.randint(4, (400,))
     y = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0)
@@ -1755,11 +1763,13 @@ def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
 
 
 def test_the_plain_view_is_the_whole_image_normalised():
-    """For any number of channels and uint8 as well as float: constants stay, the size is S, the mean is kept."""
+    """Any number of channels, uint8 and float: constants stay, the size is S, the mean is kept."""
     x = torch.full((2, 3, 48, 64), 51, dtype=torch.uint8)
-    assert torch.allclose(data.plain(x, "rgb", 32), data.normalise(torch.full((2, 3, 32, 32), 0.2), "rgb"), atol=1e-6)
+    expected = data.normalise(torch.full((2, 3, 32, 32), 0.2), "rgb")
+    assert torch.allclose(data.plain(x, "rgb", 32), expected, atol=1e-6)
     z = torch.rand(2, 1, 48, 64)
-    assert torch.allclose(data.plain(z, "depth", 16).mean(), data.normalise(z, "depth").mean(), atol=1e-2)
+    expected = data.normalise(z, "depth").mean()
+    assert torch.allclose(data.plain(z, "depth", 16).mean(), expected, atol=1e-2)
 
 
 def test_images_are_shown_as_one_sees_them():
@@ -1772,7 +1782,8 @@ def test_images_are_shown_as_one_sees_them():
 
 def test_ticks_are_round_and_few():
     """At most six, within the axis."""
-    assert explain.ticks(0, 1.5) == [0, 0.5, 1, 1.5] and explain.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert explain.ticks(0, 1.5) == [0, 0.5, 1, 1.5]
+    assert explain.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     for high in (0.03, 0.7, 9, 64, 130, 5000):
         assert 2 <= len(explain.ticks(0, high)) <= 6 and max(explain.ticks(0, high)) <= high
 
@@ -1784,7 +1795,7 @@ def explain_here(flags, monkeypatch):
 
 
 def test_explain_makes_every_picture_and_its_numbers(tmp_path, monkeypatch, capsys):
-    """One command from a checkpoint; --compare; the same whatever the batch size; without unique dimensions too."""
+    """One command; --compare; the same whatever the batch size; without unique dimensions too."""
     root, a, b = toy(tmp_path / "scenes", 32, 8), tmp_path / "a", tmp_path / "b"
     pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {a}", monkeypatch)
     pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {b} --common 1 --no-intra", monkeypatch)
@@ -1794,16 +1805,20 @@ def test_explain_makes_every_picture_and_its_numbers(tmp_path, monkeypatch, caps
     for name in explain.PICTURES:
         assert f"{a}/explain/{name}.png and .npz" in printed
         with Image.open(a / "explain" / f"{name}.png") as image:
-            margin = np.concatenate([np.array(image)[rows] for rows in (slice(0, 8), slice(-8, None))], None).ravel()
-            assert image.width <= 1000 and (margin == 255).all()        # nothing runs over the page
+            page = np.array(image)
+        page[8:-8, 8:-8] = 255
+        assert page.shape[1] <= 1000 and (page == 255).all()  # nothing runs over the page
     numbers = {name: np.load(a / "explain" / f"{name}.npz") for name in explain.PICTURES}
-    assert numbers["alignment"]["common"].shape == (2, 24) and numbers["alignment"]["compared"].shape == (2, 32)
+    assert numbers["alignment"]["common"].shape == (2, 24)
+    assert numbers["alignment"]["compared"].shape == (2, 32)
     assert numbers["tsne"]["points"].shape == (2, 16, 2)
     assert numbers["gradcam"]["modality2_unique"].shape == (2, 32, 32)
-    assert numbers["spatial"]["common"].shape == (32,) and numbers["spectral"]["modality1_common"].shape == (32, 3)
+    assert numbers["spatial"]["common"].shape == (32,)
+    assert numbers["spectral"]["modality1_common"].shape == (32, 3)
     assert numbers["factors"]["accuracy"].shape == (10, 3)
     few += " --only tsne alignment gradcam spatial spectral"
-    explain_here(f"--checkpoint {a}/checkpoint.pt {few} --batch-size 5 --out {tmp_path}/c", monkeypatch)
+    again = f"--checkpoint {a}/checkpoint.pt {few} --batch-size 5 --out {tmp_path}/c"
+    explain_here(again, monkeypatch)
     for name in ("alignment", "gradcam", "spatial", "spectral"):
         again = np.load(tmp_path / "c" / f"{name}.npz")
         assert all(np.allclose(again[key], numbers[name][key], atol=1e-3) for key in again)
@@ -1812,12 +1827,12 @@ def test_explain_makes_every_picture_and_its_numbers(tmp_path, monkeypatch, caps
 
 
 def test_explain_refuses_what_it_cannot_explain(tmp_path, monkeypatch, capsys):
-    """One line each: one encoder alone, other data, too few samples, a layer that does not exist, and what there is."""
+    """One line each: one encoder, other data, few samples, a layer that is not, those that are."""
     root, out = toy(tmp_path / "scenes", 16, 8), tmp_path / "out"
     pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {out}", monkeypatch)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     one = {name: value for name, value in checkpoint["model"].items() if name.startswith("f1.")}
-    torch.save(dict(checkpoint, model=one), tmp_path / "one.pt")  # as of --method barlowtwins --modality 1
+    torch.save(dict(checkpoint, model=one), tmp_path / "one.pt")  # as of barlowtwins --modality 1
     torch.save(dict(checkpoint, settings=dict(checkpoint["settings"], size=16)), tmp_path / "16.pt")
     hha = write_frames(tmp_path / "hha", 16)
     (hha / "HHA").symlink_to(hha / "RGB")
@@ -1830,14 +1845,16 @@ def test_explain_refuses_what_it_cannot_explain(tmp_path, monkeypatch, capsys):
             (f"{run} --samples 17", "--samples 17 is more than the 16 pairs .* at most 16"),
             (f"{run} --layer layer5", "--layer layer5: .*; there are conv1 .* layer4.0.conv2"),
             (f"{run} --steps 0", "--steps 0: expected 1 or more"),
-            (f"{run} --only alignment --compare {tmp_path}/16.pt", "--compare: size is 16 in")):
+            (f"{run} --compare {tmp_path}/16.pt", "--compare: size is 16 in"),
+            (f"{run} --out {tmp_path}/16.pt/out", "--out .* cannot be written")):
         with pytest.raises(BadInput, match=words) as error:
             explain_here(flags, monkeypatch)
         assert "\n" not in str(error.value)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         pretrain.run(partial(explain_here, f"--checkpoint {tmp_path}/nowhere.pt", monkeypatch))
-    assert end.value.code == 2 and re.fullmatch(r"error: .*nowhere\.pt cannot be used.*\n", capsys.readouterr().err)
+    assert end.value.code == 2
+    assert re.fullmatch(r"error: .*nowhere\.pt cannot be used.*\n", capsys.readouterr().err)
 
 
 def test_readme_commands_parse(monkeypatch):
