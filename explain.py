@@ -610,7 +610,7 @@ def save_picture(out, name, image, sentence, **numbers):
 
 def open_net(path, device):
     """The pretrained network, in evaluation mode and frozen, and its settings."""
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     settings, state = checkpoint["settings"], checkpoint["model"]
     if not all(any(key.startswith(f"{f}.E.") for key in state) for f in ("f1", "f2")):
         raise BadInput(f"{path} holds one encoder alone; expected those of two modalities")
@@ -621,16 +621,19 @@ def open_net(path, device):
 
 def open_data(settings, root, split):
     """The data set, or BadInput if it is not of the kind that the checkpoint knows."""
+    custom = dict(rows=settings["inputs"]) if settings["scenario"] == "custom" else {}
+    if bool(custom) != (len(root) == 2):
+        raise BadInput(f"--data {' '.join(root)}: expected two folders for custom, one otherwise")
     try:
-        data = open_pairs(settings["scenario"], root, settings["size"], split,
-                          settings["depth_unit"], settings["seed"])
+        data = open_pairs(settings["scenario"], root if custom else root[0], settings["size"],
+                          split, settings["depth_unit"], settings["seed"], **custom)
     except BadInput as error:
         raise BadInput(f"the checkpoint is of {settings['scenario']}; {error}") from None
     got = [f"{name} ({len(views[0])} channels)" for name, views in zip(data.modalities, data[0])]
     expected = [f"{name} ({channels} channels)"
                 for name, channels in zip(settings["modalities"], settings["channels"])]
     if got != expected:
-        raise BadInput(f"{root} holds {' and '.join(got)}, the checkpoint knows "
+        raise BadInput(f"{root[0]} holds {' and '.join(got)}, the checkpoint knows "
                        f"{' and '.join(expected)}; give --data")
     return data
 
@@ -667,7 +670,8 @@ def get_args(argv=None):
                         help="pictures to make; default: all")
     parser.add_argument("--out", type=Path, help="default: explain/ beside the checkpoint")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR", help="default: what the checkpoint was trained on")
+    group.add_argument("--data", nargs="+", metavar="DIR",
+                       help="two for custom; default: what the checkpoint was trained on")
     group.add_argument("--split", help="default: what the checkpoint was trained on")
     group.add_argument("--samples", type=int,
                        help="pairs, drawn at random; default: 512, or all if there are fewer")
@@ -698,11 +702,12 @@ def main():
     if not root:                                # where the run read its data
         recorded = json.loads(record.read_text()) if record.is_file() else {}
         root = recorded.get("data", f"data/{settings['scenario']}")
+        root = [root] if isinstance(root, str) else root
     data = open_data(settings, root, args.split or settings["split"])
     samples = args.samples or min(512, len(data))
     if samples > len(data):
-        raise BadInput(f"--samples {samples} is more than the {len(data)} pairs under {root}; at "
-                       f"most {len(data)}")
+        raise BadInput(f"--samples {samples} is more than the {len(data)} pairs under {root[0]}; "
+                       f"at most {len(data)}")
     found = [layers(f.E) for f in (net.f1, net.f2)]
     layer = args.layer or list(found[0])[-1]
     if layer not in found[0]:
@@ -729,8 +734,8 @@ def main():
     load = partial(batches, data, rows, settings["size"], args.batch_size, args.workers, device)
     N = min(settings["batch_size"], samples)                            # in 1 and 2, as in training
     kept = min(4, samples // N) * N                                     # Fig. 8 and 9: 4 batches
-    print(f"{samples} of {len(data)} pairs of {' and '.join(names)} from {root}; N {N}  K {K}  "
-          f"Kc {Kc}; {device.type}")
+    print(f"{samples} of {len(data)} pairs of {' and '.join(names)} from {' '.join(root)}; N {N}  "
+          f"K {K}  Kc {Kc}; {device.type}")
     z, moments = embed(net, load("embeddings"), N, kept)
     nets = [prepared(f, mean.to(device), var.to(device), parts)
             for f, (mean, var) in zip((net.f1, net.f2), moments)]
@@ -748,7 +753,7 @@ def main():
         picture_spatial(save, load("GradCAM statistics"), cams)
     if "spectral" in wanted:
         picture_spectral(save, load("integrated gradients"), nets, parts, args.steps, names)
-    factors = Path(root) / "factors.csv"
+    factors = Path(root[0]) / "factors.csv"
     if "factors" in wanted and factors.is_file():
         with open(factors, newline="") as file:
             classes = {row.pop("id"): [int(value) for value in row.values()]

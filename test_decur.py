@@ -1826,6 +1826,26 @@ def test_explain_makes_every_picture_and_its_numbers(tmp_path, monkeypatch, caps
     assert list(np.load(b / "explain" / "spatial.npz")) == ["common"]
 
 
+def test_explain_knows_ones_own_pairs(tmp_path, monkeypatch):
+    """The statistics come from the checkpoint, the folders from the run; no factors are known."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("one", (20, 20, 3)), ("two", (24, 20))):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            pixels = rng.integers(0, 256, shape).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    flags = "--scenario custom --backbone resnet-toy --projector 16-16-16 --epochs 1 --size 16"
+    pretrain_here(f"{flags} --batch-size 4 --data1 {tmp_path}/one --data2 {tmp_path}/two "
+                  f"--out {tmp_path}/out", monkeypatch)
+    few = f"--checkpoint {tmp_path}/out/checkpoint.pt --steps 2 --pairs 2"
+    explain_here(few, monkeypatch)
+    numbers = np.load(tmp_path / "out" / "explain" / "spectral.npz")
+    assert numbers["modality1_common"].shape == (8, 3) and numbers["modality2_unique"].shape == (8, 1)
+    assert not (tmp_path / "out" / "explain" / "factors.png").exists()
+    with pytest.raises(BadInput, match="expected two folders for custom"):
+        explain_here(f"{few} --data {tmp_path}/one", monkeypatch)
+
+
 def test_explain_refuses_what_it_cannot_explain(tmp_path, monkeypatch, capsys):
     """One line each: one encoder, other data, few samples, a layer that is not, those that are."""
     root, out = toy(tmp_path / "scenes", 16, 8), tmp_path / "out"
