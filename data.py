@@ -1070,6 +1070,12 @@ def augment(x, modality, size, draws):
     return normalise(x, modality)
 
 
+def plain(x, modality, size):
+    """What an encoder sees without augmentation: the whole image, BxCxHxW -> BxCxSxS, normalised."""
+    x = F.interpolate(unit(x), (size, size), mode="bilinear", antialias=True)
+    return normalise(x, modality)
+
+
 def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
     """A box of `scale` of the area and of an aspect ratio drawn log-uniformly, resized, flipped
     with probability 1/2.

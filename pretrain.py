@@ -409,7 +409,7 @@ def main():
     if rank == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
-            record = dict(settings, argv=sys.argv, data=str(args.data), processes=world,
+            record = dict(settings, argv=sys.argv, data=args.data, processes=world,
                           device=str(device), torch=str(torch.__version__),
                           torchvision=torchvision.__version__)
             write_atomically(args.out / "args.json",
