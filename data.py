@@ -1199,8 +1199,11 @@ def random_solarize(x, solarize_p, draws):
 
 # Each scene holds three objects: one that both sensors see, one that only sensor 1 sees, one that
 # only sensor 2 sees. A factor is the shape of one of them.  All shapes have the same area, and
-# position, size and rotation are drawn at random over clutter and noise, so that a randomly
-# initialised encoder reads a factor near chance.
+# position, size and rotation are drawn at random over clutter and noise, lest a random encoder
+# read them.  Linear probes on held-out indoor scenes, chance 0.25, the common and the unique factor:
+# random encoders (three seeds) RGB 0.33-0.45 and 0.38-0.42, depth 0.40-0.59 and 0.54-0.64; a
+# supervised one 0.99 or more.  More clutter in depth lowers the random ones, but is a fingerprint
+# of the scene on which its views can agree instead: no colour jitter covers it up, as in RGB.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
