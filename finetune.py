@@ -893,7 +893,7 @@ def main():
     settings |= dict(weights_sha256=sha256, samples=len(chosen), channels=channels, classes=len(classes))
     frozen = fingerprint(encoders) if args.linear else None
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    step = go_on(checkpoint_file, settings, net, optimizer, args.resume, device)
+    step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
         open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data), processes=world, device=str(device)), step)

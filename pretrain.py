@@ -1,12 +1,13 @@
 """Pretrains DeCUR: Algorithm 1, with the settings of Sec. 4 and App. B as defaults.
 
-    python pretrain.py --scenario rgbd --toy                      made-up scenes, minutes on a CPU
-    python pretrain.py --scenario rgbd                            CPU, MPS or one GPU; files under data/rgbd
-    torchrun --nproc_per_node=4 pretrain.py --scenario rgbd       many GPUs (the paper: 4 A100, 6 hours)
-    python pretrain.py --scenario rgbd --method barlowtwins       what DeCUR is compared with: Tables 1-3
+    python pretrain.py --scenario rgbd --toy                     made-up scenes, minutes on a CPU
+    python pretrain.py --scenario rgbd                           CPU, MPS or one GPU; data/rgbd
+    torchrun --nproc_per_node=4 pretrain.py --scenario rgbd      many GPUs (paper: 4 A100, 6 hours)
+    python pretrain.py --scenario rgbd --method barlowtwins      what DeCUR is compared with
 
-Writes into --out: checkpoint.pt (all that --resume needs), encoder1.pth and encoder2.pth (torchvision's or SegFormer's
-names, no classifier) with a .json beside each that says what it wants to see, log.jsonl, args.json (the settings).
+Writes into --out: checkpoint.pt (all that --resume needs), encoder1.pth and encoder2.pth (names of
+torchvision or SegFormer, no classifier) with a .json beside each that says what it wants to see,
+log.jsonl, args.json (the settings).
 """
 import argparse
 import hashlib
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import MODALITIES, BadInput, Draws, augment, collate, epoch_batches, make_toy, mixed, open_pairs
-from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, chance_and_floor, clip_loss, decur_loss_gram, load_encoder,
-                   read_weights, simclr_loss, vicreg_loss)
+from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, augment, collate, epoch_batches,
+                  make_toy, mixed, open_pairs)
+from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, chance_and_floor, clip_loss,
+                   decur_loss_gram, load_encoder, read_weights, simclr_loss, vicreg_loss)
 
 PAPER = dict(                                   # for all scenarios:
     size=224,                                   # Sec. 4, Data augmentations
@@ -40,25 +43,28 @@ PAPER = dict(                                   # for all scenarios:
 )
 SCENARIOS = {                                   # Sec. 4, Model architecture | Optimization
     "sar-optical": dict(common=0.875, epochs=100, batch_size=256),
-    "rgb-dem": dict(common=0.75, epochs=100, batch_size=256),
+    "rgb-dem": dict(common=0.75, epochs=100, batch_size=256, split="train"),
     "rgbd": dict(common=0.75, epochs=200, batch_size=128),
+    "custom": dict(common=0.8, epochs=100, batch_size=256),  # the paper's "general percentage"
 }
 # Tables 1-3: the loss, and what it changes of the above.  None but DeCUR has unique dimensions.
 METHODS = {
     "decur": (decur_loss_gram, dict()),
-    "barlowtwins": (barlow_twins_loss, dict(common=1.0)),  # -cross; with --modality, Barlow Twins-SAR and -RGB
+    "barlowtwins": (barlow_twins_loss, dict(common=1.0)),  # -SAR and -RGB with --modality
     "vicreg": (vicreg_loss, dict(common=1.0)),
     "simclr": (simclr_loss, dict(common=1.0, projector="2048-128")),  # SimCLR, Sec. 2.3
     "clip": (clip_loss, dict(common=1.0, projector="1024")),  # CLIP, Sec. 2.3 and Table 19
 }
-# App. B, segformers: AdamW at 1e-4, for all parameters.  The weight decay is not said there: it is the 0.01 of App. B's
-# other AdamW (RGB-DEM transfer), of SegFormer and of CMX; none on biases and norms, as there.
+# App. B, segformers: AdamW at 1e-4, for all parameters.  The weight decay is not said there: it is
+# the 0.01 of App. B's other AdamW (RGB-DEM transfer) and of CMX; none on biases and norms, as CMX.
 SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
-# --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step (eta / (1 - momentum)
-# is 1 / 100), which a thousand steps on small images want larger than the paper's tens of thousands do.
-TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128, lr=2.0, split="train")
+# --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step
+# (eta / (1 - momentum) is 1 / 100): a thousand steps want more than the paper's tens of thousands.
+TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128,
+           lr=2.0, split="train")
 REST = dict(split="all", depth_unit=1000.0)     # what the paper does not say
-RUN_ONLY = ("data", "out", "resume", "save_every", "workers", "toy")  # may differ when a run is resumed
+# may differ at --resume:
+RUN_ONLY = ("data", "data1", "data2", "out", "resume", "save_every", "workers", "toy")
 
 
 # ---- optimisation, App. B ----
@@ -66,8 +72,8 @@ RUN_ONLY = ("data", "out", "resume", "save_every", "workers", "toy")  # may diff
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017) with momentum, as in Barlow Twins.
 
-    groups: parameters, or groups of them, of which each may have an lr of its own.  Parameters of fewer than two
-    dimensions (biases, batch normalisation) take a plain momentum step: no weight decay, no adaptation.
+    groups: parameters, or groups of them that may have an lr of their own.  Those of fewer than two
+    dimensions (biases, batch norm) take a plain momentum step: no weight decay, no adaptation.
     """
 
     def __init__(self, groups, lr=0.2, weight_decay=1e-6, momentum=0.9, eta=0.001):
@@ -84,7 +90,7 @@ class LARS(torch.optim.Optimizer):
                     g = g + group["weight_decay"] * p
                     p_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * p_norm / g_norm
-                    g = g * torch.where((p_norm > 0) & (g_norm > 0), trust, 1)  # weights of norm 0 move, too
+                    g = g * torch.where((p_norm > 0) & (g_norm > 0), trust, 1)  # norm 0 moves, too
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 m = self.state[p]["momentum"].mul_(group["momentum"]).add_(g)
@@ -99,12 +105,13 @@ def cosine(step, steps):
 # ---- processes ----
 
 class Gather(torch.autograd.Function):
-    """nxK of each process -> NxK on every process, in the order of ranks; the gradient comes back summed over them.
+    """nxK of each process -> NxK on each, in the order of ranks; the gradient comes back summed.
 
-    Each process computes the whole loss from all N rows.  DistributedDataParallel averages the parameters' gradients
-    over the W processes, and the sum here is W times the gradient of one's own rows: together exactly the gradient of
-    one process with the joint batch.  (An in-place all_reduce of C, outside autograd, gives 1/W of it.)
-    The gathering itself is a sum, of rows that are zero elsewhere: gloo has no all_gather for CUDA tensors.
+    Each process computes the whole loss from all N rows.  DistributedDataParallel averages the
+    parameters' gradients over the W processes, and the sum here is W times the gradient of one's
+    own rows: together exactly the gradient of one process with the joint batch.  (An in-place
+    all_reduce of C, outside autograd, gives 1/W of it.)  The gathering itself is a sum, of rows
+    that are zero elsewhere: gloo documents no all_gather for CUDA tensors.
     """
 
     @staticmethod
@@ -124,7 +131,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(z):
-    """The global batch of embeddings, NxK, from every process's nxK; differentiable.  One process: z itself."""
+    """The global batch of embeddings, NxK, from the processes' nxK; differentiable.  Of one: z."""
     return Gather.apply(z) if dist.is_initialized() and dist.get_world_size() > 1 else z
 
 
@@ -139,13 +146,15 @@ def start_processes():
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         own_gpu = cuda >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        dist.init_process_group("nccl" if own_gpu else "gloo")  # gloo: CPU, or several processes on one GPU
+        dist.init_process_group("nccl" if own_gpu else "gloo")  # gloo: CPU, or a GPU for several
     return rank, world, device
 
 
-def ignore_interrupt(worker):
-    """For a loader's worker: Ctrl-C reaches it too, but the main process wants to end its step and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker):
+    """For a loader's worker: Ctrl-C and torchrun signal whole process groups, but the main process
+    wants to end its step and save."""
+    if os.name == "posix":
+        os.setpgrp()
 
 
 def agreed(flag, device):
@@ -159,7 +168,7 @@ def agreed(flag, device):
 # ---- checkpoints ----
 
 def write_atomically(path, write):
-    """write(file name) beside the path, flush, then rename: a killed process leaves the old file or the new one."""
+    """write(name) beside the path, flush, rename: killed, it leaves the old file or the new one."""
     part = path.with_name(path.name + ".part")
     write(part)
     with open(part, "rb+") as file:
@@ -169,17 +178,20 @@ def write_atomically(path, write):
 
 def save_checkpoint(path, net, optimizer, step, settings):
     if not all(p.isfinite().all() for p in net.parameters()):
-        sys.exit(f"a weight is not finite after step {step}: {path} stays as it was; a smaller --lr or --lr-bias may help")
-    checkpoint = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step, settings=settings,
-                      torch=str(torch.__version__))
+        sys.exit(f"a weight is not finite after step {step}: {path} stays as it was; "
+                 f"a smaller --lr or --lr-bias may help")
+    checkpoint = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                      settings=settings, torch=str(torch.__version__))
     write_atomically(path, partial(torch.save, checkpoint))
 
 
 def export(path, E, about):
-    """The encoder alone, as plain tensors, and in .json what is about it: what it wants to see, how it came to be."""
-    write_atomically(path, partial(torch.save, {name: t.cpu().contiguous() for name, t in E.state_dict().items()}))
+    """The encoder alone, as plain tensors, and a .json: what it wants to see, how it came to be."""
+    state = {name: t.cpu().contiguous() for name, t in E.state_dict().items()}
+    write_atomically(path, partial(torch.save, state))
     about = dict(about, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    write_atomically(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(about, indent=1)))
+    write_atomically(path.with_suffix(".json"),
+                     lambda part: part.write_text(json.dumps(about, indent=1)))
 
 
 def start_from(files, encoders, args):
@@ -194,39 +206,42 @@ def start_from(files, encoders, args):
         if files == ["imagenet"]:
             found *= len(encoders)
         if len(found) != len(encoders):
-            raise ValueError(f"{len(found)} encoder{'s' * (len(found) != 1)}, expected {len(encoders)}; "
-                             f"give a file with both, or one for each modality")
+            raise ValueError(f"{len(found)} encoder{'s' * (len(found) != 1)}, expected "
+                             f"{len(encoders)}; give a file with both, or one for each modality")
         for E, (file, state) in zip(encoders, found):
             yield f"{file}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}"
     except (OSError, ValueError) as error:
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if {"model", "settings", "step"} <= checkpoint.keys():
             return checkpoint
         reason = "it is no checkpoint of this project"
-    except Exception as error:                  # torch raises half a dozen kinds for broken or unsafe files
+    except Exception as error:                  # torch raises half a dozen kinds for bad files
         reason = str(error).strip().splitlines()[0]
-    raise BadInput(f"{path} cannot be used ({reason}); expected a whole checkpoint.pt of tensors and plain values")
+    raise BadInput(f"{path} cannot be used ({reason}); "
+                   f"expected a whole checkpoint.pt of tensors and plain values")
 
 
-def go_on(path, settings, net, optimizer, resume, device):
-    """Load the checkpoint of an earlier run with these settings, if there is one.  Returns the step it had reached, or 0.
+def go_on(path, settings, net, optimizer, resume):
+    """Load the checkpoint of an earlier run with these settings, if there is one.
 
-    Raises BadInput without --resume, so that nothing is overwritten, and where the settings differ.
+    Returns the step it had reached, or 0.  Raises BadInput without --resume, so that nothing is
+    overwritten, and where the settings differ.
     """
     if not path.exists():
         return 0
     if not resume:
         raise BadInput(f"{path} exists; expected a new --out, or --resume to go on from it")
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     for name, value in settings.items():
-        if checkpoint["settings"].get(name) != value:
-            raise BadInput(f"--resume: {name} is {value}, but {checkpoint['settings'].get(name)} in {path}; "
+        before = checkpoint["settings"].get(name)
+        if before != value:
+            raise BadInput(f"--resume: {name} is {value}, but {before} in {path}; "
                            f"give the settings of that run, or a new --out")
     net.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -239,90 +254,120 @@ def open_folder(out, record, step):
     log_file = out / "log.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "args.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+        write_atomically(out / "args.json",
+                         lambda path: path.write_text(json.dumps(record, indent=1)))
         kept = log_file.read_text().splitlines(True) if step and log_file.exists() else []
         kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomically(log_file, lambda path: path.write_text("".join(kept)))
     except OSError as error:
-        raise BadInput(f"--out {out} cannot be written ({error.strerror}); give a folder that can") from None
+        raise BadInput(f"--out {out} cannot be written ({error.strerror}); "
+                       f"give a folder that can") from None
 
 
 def signals_to_come():
-    """A list that SIGTERM and Ctrl-C append to, so that a run can end its step and save; a second one kills."""
+    """A list that SIGTERM and Ctrl-C append to: a run ends its step and saves; a second one kills."""
     stopped = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
     return stopped
 
 
 # ---- command line ----
 
 def get_args(argv=None):
-    """The settings, each resolved to a value and the source of it.  Returns (args, {name: source})."""
-    parser = argparse.ArgumentParser(description="DeCUR pretraining (Algorithm 1). A setting that is not given is the "
-                                     "paper's for the scenario; --batch-size is that of all processes together.",
-                                     allow_abbrev=False)
-    parser.add_argument("--scenario", required=True, choices=SCENARIOS, help="which two modalities, and their settings")
-    parser.add_argument("--toy", action="store_true",
-                        help="made-up scenes, made under data/toy-SCENARIO at first use, and small settings")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR", help="default: data/SCENARIO")
-    group.add_argument("--split", help="frames to use: all, train or test; default: all (Sec. 4), with --toy train")
-    group.add_argument("--depth-unit", type=float, help="steps of a depth file a metre; default: 1000, millimetres")
-    group.add_argument("--size", type=int, help="crop in pixels; default: 224")
-    group.add_argument("--workers", type=int, help="processes that read files; default: up to 8, on a CPU 0")
-    group = parser.add_argument_group("model")
-    group.add_argument("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
-    group.add_argument("--modality", type=int, choices=(1, 2), help="barlowtwins of two views of this one (Tables 1-2)")
-    group.add_argument("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; a mit trains with AdamW")
-    group.add_argument("--weights", nargs="+", metavar="FILE",
-                       help="start from a file with both encoders, from one for each, or from imagenet")
-    group.add_argument("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' did")
-    group.add_argument("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
-    group.add_argument("--common", type=float, help="fraction of common dimensions, 0 to 1; 1: w/o decoup. (Table 4)")
-    group.add_argument("--no-intra", action="store_true", help="without L1 and L2: w/o intra (Table 4)")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="default: 100, rgbd 200")
-    group.add_argument("--batch-size", type=int, help="the global one; default: 256, rgbd 128")
-    group.add_argument("--lr", type=float, help="of the weights; default: 0.2, mit 1e-4")
-    group.add_argument("--lr-bias", type=float, help="of biases and norms; default: 0.0048, mit 1e-4")
-    group.add_argument("--weight-decay", type=float, help="of the weights; default: 1e-6, mit 0.01")
-    group.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-SCENARIO-METHOD")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    group.add_argument("--save-every", type=float, default=30, metavar="MINUTES",
-                       help="between checkpoints, besides one an epoch; default: 30")
+    """The settings, each resolved to a value and its source.  Returns (args, {name: source})."""
+    parser = argparse.ArgumentParser(
+        description="DeCUR pretraining (Algorithm 1). A setting that is not given is the paper's "
+                    "for the scenario; --batch-size is that of all processes together.",
+        allow_abbrev=False)
+    add = parser.add_argument
+    add("--scenario", required=True, choices=SCENARIOS,
+        help="which two modalities, and their settings")
+    add("--toy", action="store_true",
+        help="made-up scenes, made under data/toy-SCENARIO at first use, and small settings")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", help="default: data/SCENARIO")
+    for k in (1, 2):
+        add(f"--data{k}", metavar="DIR", help=f"with custom: images of modality {k}")
+        add(f"--augment{k}", choices=AUGMENTATIONS, metavar="MODALITY",
+            help=f"with custom: augment modality {k} as this: {', '.join(AUGMENTATIONS)}")
+    add("--split",
+        help="frames to use: all, train or test; default: all, rgb-dem and --toy train (Sec. 4)")
+    add("--depth-unit", type=float,
+        help="steps of a depth file a metre; default: 1000, millimetres")
+    add("--size", type=int, help="crop in pixels; default: 224")
+    add("--workers", type=int, help="processes that read files; default: up to 8, on a CPU 0")
+    add = parser.add_argument_group("model").add_argument
+    add("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
+    add("--modality", type=int, choices=(1, 2),
+        help="barlowtwins of two views of this one (Tables 1-2)")
+    add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; a mit trains with AdamW")
+    add("--weights", nargs="+", metavar="FILE",
+        help="start from a file with both encoders, from one for each, or from imagenet")
+    add("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' did")
+    add("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
+    add("--common", type=float,
+        help="fraction of common dimensions, 0 to 1; 1: w/o decoup. (Table 4)")
+    add("--no-intra", action="store_true", help="without L1 and L2: w/o intra (Table 4)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, help="default: 100, rgbd 200")
+    add("--batch-size", type=int, help="the global one; default: 256, rgbd 128")
+    add("--lr", type=float, help="of the weights; default: 0.2, mit 1e-4")
+    add("--lr-bias", type=float, help="of biases and norms; default: 0.0048, mit 1e-4")
+    add("--weight-decay", type=float, help="of the weights; default: 1e-6, mit 0.01")
+    add("--seed", type=int, default=0, help="of everything random; default: 0")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path,
+        help="default: runs/SCENARIO-METHOD, with --toy runs/toy-SCENARIO-METHOD")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--save-every", type=float, default=30, metavar="MINUTES",
+        help="between checkpoints, besides one an epoch; default: 30")
     args = parser.parse_args(argv)
-    sources = {name: "command line" for name, value in vars(args).items() if value not in (None, False)}
+    sources = {name: "default" if value == parser.get_default(name) else "command line"
+               for name, value in vars(args).items() if value is not None and value is not False}
     tables = [(METHODS[args.method][1], f"--method {args.method}")]
     tables += [(SEGFORMER, "paper, App. B; see SEGFORMER")] if args.backbone in MITS else []
     tables += [(TOY, "--toy")] if args.toy else []
-    tables += [(SCENARIOS[args.scenario], "paper, Sec. 4"), (PAPER, "paper, Sec. 4 and App. B"), (REST, "default")]
+    tables += [(SCENARIOS[args.scenario], "paper, Sec. 4"), (PAPER, "paper, Sec. 4 and App. B"),
+               (REST, "default")]
     for table, source in tables:
         for name, value in table.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
                 sources[name] = source
     toy = "toy-" if args.toy else ""
+    if args.scenario == "custom":
+        if args.toy or not (args.data1 and args.data2):
+            raise BadInput("--scenario custom: expected --data1 and --data2, two folders, no --toy")
+        args.data = [args.data1, args.data2]
     args.data = args.data or f"data/{toy}{args.scenario}"
     args.out = args.out or Path(f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
     widths = args.projector.split("-") if args.projector != "none" else []
     checks = (
-        (all(w.isdecimal() and int(w) > 0 for w in widths), "--projector", "widths like 8192-8192-8192, or none"),
+        (all(w.isdecimal() and int(w) > 0 for w in widths), "--projector",
+         "widths like 8192-8192-8192, or none"),
         (0 <= args.common <= 1, "--common", "a fraction from 0 to 1"),
-        (args.method == "decur" or args.common == 1, "--common", f"nothing else for --method {args.method} than 1"),
+        (args.method == "decur" or args.common == 1, "--common",
+         f"nothing else for --method {args.method} than 1"),
         (args.method == "decur" or not args.no_intra, "--no-intra", "--method decur"),
-        (args.method == "barlowtwins" or not args.modality, "--modality", "it with --method barlowtwins alone"),
-        (not args.bgr or args.weights and args.scenario != "sar-optical", "--bgr", "it with --weights for RGB images"),
+        (args.method == "barlowtwins" or not args.modality, "--modality",
+         "it with --method barlowtwins alone"),
+        (not args.bgr or args.weights and args.scenario != "sar-optical", "--bgr",
+         "it with --weights for RGB images"),
+        *((args.scenario == "custom" or not getattr(args, name), f"--{name}",
+           "it with --scenario custom") for name in ("data1", "data2", "augment1", "augment2")),
         (args.size >= 16, "--size", "16 or more"),
-        (args.epochs > 0, "--epochs", "1 or more"), (args.batch_size > 1, "--batch-size", "2 or more"),
+        (args.size >= 32 or args.backbone not in MITS, "--size", "32 or more for a mit"),
+        (args.epochs > 0, "--epochs", "1 or more"),
+        (args.batch_size > 1, "--batch-size", "2 or more"), (args.seed >= 0, "--seed", "0 or more"),
         (args.lr > 0, "--lr", "more than 0"), (args.lr_bias > 0, "--lr-bias", "more than 0"),
-        (args.weight_decay >= 0, "--weight-decay", "0 or more"), (args.depth_unit > 0, "--depth-unit", "more than 0"),
-        (args.seed >= 0, "--seed", "0 or more"), (args.save_every > 0, "--save-every", "more than 0 minutes"))
+        (args.weight_decay >= 0, "--weight-decay", "0 or more"),
+        (args.depth_unit > 0, "--depth-unit", "more than 0"),
+        (args.save_every > 0, "--save-every", "more than 0 minutes"))
     for fine, flag, expected in checks:
         if not fine:
-            raise BadInput(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: expected {expected}")
+            value = getattr(args, flag[2:].replace("-", "_"))
+            raise BadInput(f"{flag} {value}: expected {expected}")
     args.widths = [int(w) for w in widths]
     return args, sources
 
@@ -333,21 +378,30 @@ def main():
     say = print if rank == 0 else lambda *_: None
     N = args.batch_size
     if N % world:
-        raise BadInput(f"--batch-size {N} is not a multiple of {world} processes; try {max(1, N // world) * world}")
+        raise BadInput(f"--batch-size {N} is not a multiple of {world} processes; "
+                       f"try {max(2, N // world) * world}")
+    if N // world < 2:
+        raise BadInput(f"--batch-size {N} leaves {N // world} sample to each of {world} processes, "
+                       f"too few for batch normalisation; at least {2 * world}")
 
     # ---- data ----
     if args.toy and rank == 0:
         make_toy(args.scenario, args.data)
     agreed(False, device)                       # the others wait until the scenes are there
-    data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed)
+    data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
+                      augment_as=(args.augment1, args.augment2))
     if N > len(data):
-        raise BadInput(f"--batch-size {N} is more than the {len(data)} pairs under {args.data}; at most {len(data)}")
+        raise BadInput(f"--batch-size {N} is more than the {len(data)} pairs under {args.data}; "
+                       f"at most {len(data)}")
     steps_per_epoch = len(data) // N
     steps = args.epochs * steps_per_epoch
     rows = slice(rank * N // world, (rank + 1) * N // world)  # of the global batch, this process's
     draws = Draws(args.seed, N, rows)
-    augment1, augment2 = (partial(augment, modality=m, size=args.size, draws=draws) for m in data.modalities)
-    workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else min(8, os.cpu_count() // world)
+    augment1, augment2 = (partial(augment, modality=modality, size=args.size, draws=draws)
+                          for modality in data.modalities)
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if device.type == "cpu" else min(8, cores)
+    workers = workers if args.workers is None else args.workers
 
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
@@ -363,8 +417,8 @@ def main():
     if device.type == "cuda" and world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     elif world > 1:
-        say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each uses its "
-            f"{N // world} samples in encoders and projectors (the loss is of all {N})")
+        say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each "
+            f"uses its {N // world} samples in encoders and projectors (the loss is of all {N})")
     net.to(device)
     model = DistributedDataParallel(net) if world > 1 else net
     weights = [p for p in net.parameters() if p.ndim > 1]
@@ -376,15 +430,18 @@ def main():
 
     # ---- the run's folder ----
     settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
-    settings |= dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=[channels1, channels2])
+    settings |= dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities),
+                     channels=[channels1, channels2],
+                     inputs=[MODALITIES[m] for m in data.modalities])
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    step = go_on(checkpoint_file, settings, net, optimizer, args.resume, device)
+    step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
     if not step and args.weights:
         for line in start_from(args.weights, [f.E for f in net.children()], args):
             say(line)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data), processes=world, device=str(device)), step)
+        open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data), processes=world,
+                                   device=str(device)), step)
         introduce(args, sources, data, net, steps, K, Kc, device, world)
         if step:
             print(f"resumed from {checkpoint_file} at step {step} of {steps}")
@@ -393,30 +450,36 @@ def main():
     stopped = signals_to_come()
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
     every = 1 if steps < 500 else 50
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     saved, logged, logged_step = time.time(), time.time(), step
     for epoch in range(step // steps_per_epoch, args.epochs):
         data.epoch = epoch
         batches = epoch_batches(len(data), N, args.seed, epoch)[step % steps_per_epoch:, rows]
-        loader = DataLoader(data, batch_sampler=batches.tolist(), collate_fn=collate, num_workers=workers,
-                            worker_init_fn=ignore_interrupt, pin_memory=device.type == "cuda")
+        loader = DataLoader(data, batch_sampler=batches.tolist(), collate_fn=collate,
+                            num_workers=workers, worker_init_fn=leave_group,
+                            pin_memory=device.type == "cuda")
         for x1, x2 in loader:                                           # load a batch of pairs
             draws.restart(step)
             torch.manual_seed(mixed(args.seed, step, 1 + rank))         # for drop path
             x1, x2 = ([x.to(device, non_blocking=True) for x in views] for views in (x1, x2))
-            x11, x12 = augment1(x1[0]), augment1(x1[1])                 # two augmented views for each modality
+            # two augmented views for each modality
+            x11, x12 = augment1(x1[0]), augment1(x1[1])                 # NxCxSxS
             x21, x22 = augment2(x2[0]), augment2(x2[1])                 # NxCxSxS
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                z = model(x11, x12, x21, x22)                           # f1(x11), f1(x12), f2(x21), f2(x22)
-            z = [z_ if z_ is None else gather(z_.float()) for z_ in z]  # NxK, N the global batch, float32
-            z11, z12, z21, z22 = z                                      # None: not a view of this method
+            # compute embeddings: f1(x11), f1(x12), f2(x21), f2(x22)
+            with autocast:
+                z = model(x11, x12, x21, x22)
+            z = [z_ if z_ is None else gather(z_.float()) for z_ in z]  # NxK, N the global batch
+            z11, z12, z21, z22 = z                                      # None: not of this method
+            # calculate losses: Eq. 6, or those of Tables 1-3
             if args.method == "decur":
-                loss, parts = decur_loss_gram(z11, z12, z21, z22, Kc, intra=not args.no_intra)  # Eq. 6
-            else:                                                       # Tables 1-3
+                loss, parts = decur_loss_gram(z11, z12, z21, z22, Kc, intra=not args.no_intra)
+            else:
                 loss, parts = METHODS[args.method][0](*(z_ for z_ in z if z_ is not None)), {}
             if not loss.isfinite():
                 parts = " ".join(f"{name} {part:.4g}" for name, part in parts.items())
-                sys.exit(f"the loss is {loss.item()} at step {step} ({parts}); {checkpoint_file} stays as it was; "
-                         f"look at the data, or take a smaller --lr or --lr-bias")
+                sys.exit(f"the loss is {loss.item()} at step {step} ({parts}); {checkpoint_file} "
+                         f"stays as it was; look at the data, or take a smaller --lr or --lr-bias")
+            # optimization
             for group, lr in zip(optimizer.param_groups, base_lr):
                 group["lr"] = lr * cosine(step, steps)
             optimizer.zero_grad()
@@ -427,40 +490,47 @@ def main():
             bar.update()
             if rank == 0 and (step % every == 0 or step == steps):
                 now = time.time()
-                log = dict(epoch=epoch + 1, step=step, loss=loss.item(), **{k: v.item() for k, v in parts.items()},
-                           **{f"std{m}": z_.std(0).mean().item() for m, z_ in ((1, z11), (2, z21)) if z_ is not None},
-                           lr=optimizer.param_groups[0]["lr"], pairs_per_s=N * (step - logged_step) / (now - logged))
+                log = dict(epoch=epoch + 1, step=step, loss=loss.item(),
+                           **{name: part.item() for name, part in parts.items()},
+                           **{f"std{m}": z_.std(0).mean().item()
+                              for m, z_ in ((1, z11), (2, z21)) if z_ is not None},
+                           lr=optimizer.param_groups[0]["lr"],
+                           pairs_per_s=N * (step - logged_step) / (now - logged))
                 logged, logged_step = now, step
                 tqdm.write(log_line(log, args.epochs, steps))
                 with open(log_file, "a") as file:
                     file.write(json.dumps(log) + "\n")
             stop = agreed(bool(stopped), device)
-            if rank == 0 and (stop or step % steps_per_epoch == 0 or time.time() - saved > 60 * args.save_every):
+            due = step % steps_per_epoch == 0 or time.time() - saved > 60 * args.save_every
+            if rank == 0 and (stop or due):
                 save(step=step)
                 saved = time.time()
             if stop:
                 bar.close()
-                say(f"stopped after step {step} of {steps} and saved {checkpoint_file}; to go on, give the same command "
-                    f"with --resume")
+                say(f"stopped after step {step} of {steps} and saved {checkpoint_file}; "
+                    f"to go on, give the same command with --resume")
                 return
     bar.close()
     if rank == 0:
-        for name, modality, f in (("encoder1", data.modalities[0], net.f1), ("encoder2", data.modalities[1], net.f2)):
+        for m, modality, f in zip((1, 2), data.modalities, (net.f1, net.f2)):
             if f is not None:
-                export(args.out / f"{name}.pth", f.E, dict(
-                    modality=modality, input="values in [0, 1], then (x - mean) / std", **MODALITIES[modality],
-                    backbone=args.backbone, method=args.method, epoch=args.epochs, settings=settings))
+                export(args.out / f"encoder{m}.pth", f.E, dict(
+                    modality=modality, input="values in [0, 1], then (x - mean) / std",
+                    **MODALITIES[modality], backbone=args.backbone, method=args.method,
+                    epoch=args.epochs, settings=settings))
         print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
 
 
 def introduce(args, sources, data, net, steps, K, Kc, device, world):
-    """What runs, every setting with its source, and what the loss is by chance and at the least (README)."""
+    """What runs, each setting with its source, and the loss by chance and at the least (README)."""
     print(" ".join(sys.argv))
-    print(f"{len(data)} pairs of {data.modalities[0]} and {data.modalities[1]} from {args.data}; {steps} steps on {world} "
-          f"process{'es' if world > 1 else ''}, {device.type}; torch {torch.__version__}")
+    print(f"{len(data)} pairs of {data.modalities[0]} and {data.modalities[1]} from {args.data}; "
+          f"{steps} steps on {world} process{'es' if world > 1 else ''}, {device.type}; "
+          f"torch {torch.__version__}")
     for name, source in sources.items():
         print(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
-    count = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for f in net.children() for part in (f.E, f.P)]
+    count = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+             for f in net.children() for part in (f.E, f.P)]
     print(f"parameters: encoders {' + '.join(count[::2])}, projectors {' + '.join(count[1::2])}")
     N = args.batch_size
     terms = {} if args.no_intra else dict(L1=chance_and_floor(N, K), L2=chance_and_floor(N, K))
@@ -475,12 +545,13 @@ def introduce(args, sources, data, net, steps, K, Kc, device, world):
 
 
 def log_line(log, epochs, steps):
-    terms = " + ".join(f"{name} {log[name]:.1f}" for name in ("L1", "L2", "Lc", "Lu") if name in log)
-    diagonals = " ".join(f"{name} {log[name]:.2f}" for name in ("C1", "C2", "Cc", "Cu") if name in log)
-    terms = f"{log['loss']:.1f} = {terms}  diag {diagonals}" if terms else f"{log['loss']:.4f}"  # SimCLR's are below 7
+    terms = " + ".join(f"{L} {log[L]:.1f}" for L in ("L1", "L2", "Lc", "Lu") if L in log)
+    diagonals = " ".join(f"{C} {log[C]:.2f}" for C in ("C1", "C2", "Cc", "Cu") if C in log)
+    terms = f"{log['loss']:.1f} = {terms}  diag {diagonals}" if terms else \
+        f"{log['loss']:.4f}"                    # SimCLR's are below 7
     stds = " ".join(f"{log[name]:.2f}" for name in ("std1", "std2") if name in log)
-    return (f"epoch {log['epoch']:03d}/{epochs} step {log['step']:06d}/{steps:06d}  loss {terms}  std {stds}  "
-            f"lr {log['lr']:.4g}  {log['pairs_per_s']:.0f} pairs/s")
+    return (f"epoch {log['epoch']:03d}/{epochs} step {log['step']:06d}/{steps:06d}  loss {terms}  "
+            f"std {stds}  lr {log['lr']:.4g}  {log['pairs_per_s']:.0f} pairs/s")
 
 
 def run(main):
@@ -488,8 +559,9 @@ def run(main):
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main()
-    except BadInput as error:                   # from a loader's worker it comes with the worker's traceback
-        sys.stderr.write(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.BadInput: ')}\n")
+    except BadInput as error:                   # a loader's worker puts its traceback before it
+        line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
+        sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -661,7 +663,9 @@ def test_defaults_are_the_papers():
         assert (args.common, args.epochs, args.batch_size) == (common, epochs, batch)
         assert (args.lr, args.lr_bias, args.weight_decay, args.size) == (0.2, 0.0048, 1e-6, 224)
         assert (args.backbone, args.widths) == ("resnet50", [8192] * 3)
-        assert sources["common"] == "paper, Sec. 4" and args.data == f"data/{scenario}"
+        assert sources["common"] == "paper, Sec. 4" and sources["seed"] == "default"
+        assert args.data == f"data/{scenario}"
+    assert pretrain.get_args(["--scenario", "rgbd", "--common", "0"])[1]["common"] == "command line"
 
 
 # ---- data.py: order, augmentation, readers, scenes ----
@@ -857,6 +861,507 @@ def test_shapes_have_the_same_area():
     v, u = (np.mgrid[0:600, 0:600] - 299.5) / 100
     for shape in data.SHAPES:
         assert data.draw_shape(shape, u, v).sum() / 1e4 == pytest.approx(4, rel=0.01)
+
+# ---- data.py: the real layouts of the data sets, in small ----
+
+def bands_of(date, S=12):
+    """A season of SSL4EO-S12: S1 in dB, S2 x 10000, each band at its native size, with the date in every pixel."""
+    size = {band: S // r for r, names in data.BLOCKS.items() for band in names}
+    return {band: np.full((n, n), -12.0 if band in data.S1 else 100 * date + k, np.float32 if band in data.S1 else np.uint16)
+            for k, (band, n) in enumerate((band, size[band]) for band in data.S1 + data.S2)}
+
+
+def write_ssl4eo(root, ids=("0000000", "000001", "0000007")):
+    """Locations of four seasons, out of the order of their names in S1, with a six-digit folder and void ids."""
+    for name in ids:
+        for date, satellite in ((3, "B"), (6, "A"), (9, "B"), (12, "A")):
+            stamp = f"2020{date:02d}20T001515"
+            for folder, season, bands in (("s1", f"S1{satellite}_IW_GRDH_1SDV_{stamp}_{stamp}_031883_03AE27_9BAF", data.S1),
+                                          ("s2c", f"{stamp}_{stamp}_T15QXA", data.S2)):
+                (root / folder / name / season).mkdir(parents=True)
+                for band, x in bands_of(date).items():
+                    if band in bands:
+                        tifffile.imwrite(root / folder / name / season / f"{band}.tif", x)
+    return root
+
+
+def test_ssl4eo_reads_four_seasons_in_the_order_of_their_dates(tmp_path):
+    """Directories are listed (void ids, six digits); S1A sorts before S1B by name, but not by date."""
+    pairs = data.open_pairs("sar-optical", write_ssl4eo(tmp_path), 8)
+    assert pairs.ids == ["0000000", "0000007", "000001"]
+    for season, date in enumerate((3, 6, 9, 12)):
+        bands = dict(pairs.raw(0, [season]))
+        assert tuple(bands) == data.S1 + data.S2 and bands["B2"].shape == (1, 12, 12) and bands["B9"].shape == (1, 2, 2)
+        assert (bands["B12"] == 100 * date + 14).all()
+        x1, x2 = data.stack_bands(pairs.blocks(0, season))
+        assert x1.shape == (2, 12, 12) and x2.dtype == torch.uint8
+        assert [band.unique().tolist() for band in x2] == [[round((100 * date + k) / 10000 * 255)] for k in range(2, 15)]
+
+
+def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
+    """Seasons are functions of (seed, epoch, index), drawn for each view; the two views need not agree."""
+    pairs = data.open_pairs("sar-optical", write_ssl4eo(tmp_path, ["0000000"]), 8, seed=3)
+    for season in range(4):                     # now S1 tells its season, too
+        folder = sorted((tmp_path / "s1" / "0000000").iterdir(), key=lambda path: path.name[17:])[season]
+        tifffile.imwrite(folder / "VV.tif", np.full((12, 12), -18 + 3 * season, np.float32))
+    seen = []
+    for epoch in range(12):
+        pairs.epoch = epoch
+        x1, x2 = pairs[0]
+        level = [(x[0].float().mean(), y[12].float().mean()) for x, y in zip(x1, x2)]
+        assert (level[0][0] < level[1][0]) == (level[0][1] < level[1][1])
+        assert all((a == b).all() for a, b in zip(x1 + x2, sum(pairs[0], [])))
+        seen.append(level[0][1] == level[1][1])
+    assert 0 < sum(seen) < 12
+
+
+def test_eight_bits_are_clipped_and_never_wrap():
+    """S2: x / 10000 * 255.  S1: 2 % of outliers cut in the band, then mean -+ 2 std of the data set to 0..255."""
+    assert data.to_8bit("B2", np.array([0, 5000, 10000, 10040, 65535], np.uint16), {}).tolist() == [0, 128, 255, 255, 255]
+    x = np.linspace(-15, -10, 101, dtype=np.float32)
+    x[0], x[-1], stats = -60, np.inf, {"VV": (-12.0, 2.0)}
+    y = data.to_8bit("VV", x, stats)
+    assert y[50] == round(255 * (-12.5 + 16) / 8) and y.dtype == np.uint8
+    assert y[0] == y[-1] == 0 and y[99] == y[98] > y[97]                # an empty pixel is -16 dB, then 1 % is cut each way
+    assert data.to_8bit("VV", np.full(3, -10, np.float32), stats).tolist() == [round(255 * 6 / 8)] * 3
+
+
+@pytest.mark.parametrize("r", [1, 2, 6])
+def test_bands_are_brought_to_10_m_bilinearly(r):
+    """Integer arithmetic against F.interpolate in float64: half a step at most, that is, rounded."""
+    x = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
+    y = F.interpolate(torch.from_numpy(x).double()[None], scale_factor=r, mode="bilinear")[0].numpy()
+    assert np.abs(data.upsample(x, r) - y).max() <= 0.5 + 1e-9
+
+
+def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch):
+    """Also after packing was interrupted: nothing is there before all is, and what was done is not done again."""
+    root = tmp_path / "raw"
+    list(data.write_satellite(root, [np.random.default_rng(i) for i in range(5)], 5, S=24))
+    raw, whole, calls = data.SSL4EO(root), data.packed_rows, []
+
+    def stops(dataset, i):
+        calls.append(i)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(dataset, i)
+    monkeypatch.setattr(data, "packed_rows", stops)
+    with pytest.raises(KeyboardInterrupt):
+        data.pack(root, root / "packed", 1, every=2)
+    assert not (root / "packed").exists()
+    data.pack(root, root / "packed", 1, every=2)
+    assert calls == [0, 0, 1, 2, 0, 2, 3, 4] and sorted(os.listdir(root / "packed")) == [
+        "ids.txt", "season0.npy", "season1.npy", "season2.npy", "season3.npy"]
+    packed = data.SSL4EO(root)
+    assert packed.packed and not raw.packed
+    for epoch in range(2):
+        raw.epoch = packed.epoch = epoch
+        for i in range(5):
+            for a, b in zip(sum(raw[i], []), sum(packed[i], [])):
+                assert a.dtype == b.dtype == torch.uint8 and (a == b).all()
+
+
+def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
+    """A missing band, a band of another size, a missing season, a location without its partner, v1.1."""
+    root = write_ssl4eo(tmp_path / "v1")
+    band = next((root / "s2c" / "0000000").glob("*/B9.tif"))
+    tifffile.imwrite(band, np.zeros((3, 3), np.uint16))
+    with pytest.raises(BadInput, match=r"0000000: B9 has \(3, 3\) .*expected \(2, 2\)"):
+        [data.SSL4EO(root).blocks(0, season) for season in range(4)]
+    band.unlink()
+    with pytest.raises(BadInput, match="B9.tif"):
+        [data.SSL4EO(root).blocks(0, season) for season in range(4)]
+    shutil.rmtree(band.parent)
+    with pytest.raises(BadInput, match="holds 3 seasons, expected 4"):
+        data.SSL4EO(root).blocks(0, 0)
+    shutil.rmtree(root / "s1" / "000001")
+    with pytest.raises(BadInput, match="1 samples .* only one of s1 and s2c .*000001"):
+        data.SSL4EO(root)
+    (tmp_path / "train" / "S1GRD").mkdir(parents=True)
+    (tmp_path / "train" / "S1GRD" / "ssl4eos12_train_seasonal_data_000001.zarr.zip").write_text("")
+    with pytest.raises(BadInput, match="v1.1"):
+        data.open_pairs("sar-optical", tmp_path, 8)
+
+
+def write_bigearthnet(root):
+    """Three patches of 12 pixels; the last one is snowy.  Times of five digits, CRLF lists of one and two columns."""
+    pairs = [(f"S2B_MSIL2A_20170924T9302{k}_69_{k}", f"S1A_IW_GRDH_1SDV_20170925T04325{k}_35VPK_69_{k}") for k in range(3)]
+    for k, (s2, s1) in enumerate(pairs):
+        labels = ["Discontinuous urban fabric", "Airports", "Sea and ocean"] if k == 0 else ["Bare rock"]
+        for folder, name, extra in (("BigEarthNet-v1.0", s2, {}), ("BigEarthNet-S1-v1.0", s1, {"corresponding_s2_patch": s2})):
+            (root / folder / name).mkdir(parents=True)
+            (root / folder / name / f"{name}_labels_metadata.json").write_text(json.dumps(dict(labels=labels, **extra)))
+        for n, (band, x) in enumerate(bands_of(k + 1).items()):
+            folder, name = ("BigEarthNet-S1-v1.0", s1) if band in data.S1 else ("BigEarthNet-v1.0", s2)
+            if band != "B10":
+                band = band if band in data.S1 else f"B{band[1:]:0>2}"
+                tifffile.imwrite(root / folder / name / f"{name}_{band}.tif", x)
+    (root / "train.csv").write_bytes("".join(f"{s2},{s1}\r\n" for s2, s1 in pairs).encode())
+    (root / "bigearthnet-val.csv").write_bytes("".join(f"{s2}\r\n" for s2, _ in pairs[::-1]).encode())
+    (root / "patches_with_seasonal_snow.csv").write_bytes(f"{pairs[2][0]}\r\n".encode())
+    return pairs
+
+
+def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
+    """Two-column lists name the pair, one-column lists are completed from the S1 patches' json; snow is left out."""
+    pairs = write_bigearthnet(tmp_path)
+    task = data.open_pairs("bigearthnet", tmp_path, 8, "train")
+    assert task.ids == [s2 for s2, _ in pairs[:2]]
+    assert data.open_pairs("bigearthnet", tmp_path, 8, "val").ids == task.ids[::-1]
+    assert data.open_pairs("bigearthnet", tmp_path, 8, "all").ids == task.ids
+    x1, x2, target = task[0]
+    assert x1.shape == (2, 12, 12) and x2.shape == (13, 12, 12)
+    assert (x2[data.S2.index("B10")] == 0).all() and data.S2.index("B10") == 10
+    assert (x2[11] == round((100 + 13) / 10000 * 255)).all()            # B11, after the empty band
+    assert target.nonzero()[:, 0].tolist() == [0, 18] and task[1][2].sum() == 0
+    assert len(data.CLASSES19) == 19 and len(data.CLASSES43) + len(data.DROPPED43) == 43
+    shutil.rmtree(tmp_path / "BigEarthNet-v1.0" / pairs[1][0])
+    with pytest.raises(BadInput, match=f"1 samples .*{pairs[1][0]}"):
+        data.open_pairs("bigearthnet", tmp_path, 8, "train")
+
+
+def write_geonrw(root, dem=None):
+    """A tile of 32 pixels, whose JPEG 2000 has near infrared as its fourth band, in a city for training and one for tests."""
+    rng = np.random.default_rng(0)
+    rgbi = rng.integers(0, 256, (32, 32, 4)).astype(np.uint8)
+    for city in ("aachen", "herne"):
+        (root / city).mkdir(parents=True)
+        Image.fromarray(rgbi).save(root / city / "371_5712_rgb.jp2")
+        tifffile.imwrite(root / city / "371_5712_dem.tif", rng.random((32, 32), np.float32) * 50 if dem is None else dem)
+        tifffile.imwrite(root / city / "371_5712_seg.tif", rng.integers(0, 11, (32, 32)).astype(np.uint8))
+    return rgbi
+
+
+def test_geonrw_gives_16_patches_a_tile_and_cropped_equals_whole(tmp_path):
+    """Row by row; three of four bands; the split is by city; masks keep label 0; the same bits after `crop`."""
+    rgbi = write_geonrw(tmp_path)
+    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path, 8, "train")
+    assert tasks[0].ids == [f"aachen/371_5712_{k}" for k in range(1, 17)]
+    assert data.open_pairs("geonrw", tmp_path, 8, "test").ids[0] == "herne/371_5712_1"
+    rgb, dem, seg = tasks[0][6]                 # the 7th: second row, third column
+    assert (rgb.permute(1, 2, 0).numpy() == rgbi[8:16, 16:24, :3]).all()
+    mask = tifffile.imread(tmp_path / "aachen" / "371_5712_seg.tif")
+    assert (seg.numpy() == mask[8:16, 16:24]).all() and seg.dtype == torch.int64 and (mask == 0).any()
+    assert dem.shape == (3, 8, 8) and dem.dtype == torch.float32 and (dem[0] == dem[2]).all()
+    before = [task[i] for task in tasks for i in range(16)]
+    data.crop(tmp_path, tmp_path / "cropped", 1)
+    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path, 8, "train")
+    after = [task[i] for task in tasks for i in range(16)]
+    for a, b in zip(before[:16] + [sum(x, []) for x in before[16:]], after[:16] + [sum(x, []) for x in after[16:]]):
+        assert all((x == y).all() and x.dtype == y.dtype for x, y in zip(a, b))
+    (tmp_path / "cropped" / "aachen" / "371_5712_3_seg.tif").unlink()
+    with pytest.raises(BadInput, match="less than all of dem, rgb, seg .*371_5712_3"):
+        data.open_pairs("geonrw", tmp_path, 8, "train")
+
+
+def test_holes_of_a_height_model_take_no_part_and_flat_ground_is_no_division_by_zero():
+    """NaN, -9999, 65535 and -1.7e308 are holes; they become the mean of the stretched heights."""
+    dem = np.linspace(100, 200, 101).reshape(1, 1, -1)
+    holes = np.array([[[np.nan, -9999, 65535, -1.7e308, np.inf]]])
+    x = data.stretch(np.concatenate([dem, holes], 2), "tile")[0, 0]
+    assert x[0] == 0 and x[100] == 1 and abs(x[50] - 0.5) < 1e-6        # 1st and 99th percentile: 101 m and 199 m
+    assert abs(x[75] - (175 - 101) / 98) < 1e-6 and (x[101:] == x[101]).all() and abs(x[101] - 0.5) < 1e-6
+    assert (data.stretch(np.full((1, 4, 4), 7.0), "tile") == 0).all()
+    with pytest.raises(BadInput, match="tile has no valid height"):
+        data.stretch(holes, "tile")
+
+
+def camera(W=160, H=120):
+    return np.array([[W / 2, 0, W / 2], [0, W / 2, H / 2], [0, 0, 1.0]])
+
+
+def tilted_room(W=160, H=120):
+    """Depth in metres of a room seen by a camera that is turned, 1.5 m above its floor.
+
+    Returns depth, the direction of gravity in the camera's axes, and for every pixel its plane (0 floor, 1 ceiling,
+    2 wall) and its height above the floor in cm.
+    """
+    pitch, roll = np.radians(12), np.radians(7)
+    turn = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
+    turn = turn @ np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
+    K = camera(W, H)
+    y, x = np.mgrid[1:H + 1, 1:W + 1]
+    rays = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], np.ones((H, W))]).reshape(3, -1)
+    world = turn @ rays                         # x right, y down, z forward
+    planes = [(world[1], 1.5), (-world[1], 1.0), (world[2], 3.0), (world[0], 1.4), (-world[0], 1.4)]
+    z = np.stack([np.where(along > 1e-9, distance / np.maximum(along, 1e-9), np.inf) for along, distance in planes])
+    which, z = z.argmin(0), z.min(0)
+    return z.reshape(H, W), turn[1], np.minimum(which, 2).reshape(H, W), 100 * (1.5 - world[1] * z).reshape(H, W)
+
+
+def test_hha_of_a_tilted_room_is_known():
+    """Disparity 31000 / cm; height over the floor in cm; 38 on floors, 128 on walls, 218 on ceilings (angle + 38)."""
+    z, g, plane, height = tilted_room()
+    for K in (camera(), (80, 80, 80, 60)):
+        out = data.hha(z, z, K).astype(float)
+        assert out.shape == (120, 160, 3)
+        assert np.abs(out[..., 0] - np.minimum(np.floor(310 / np.maximum(z, 1) + 0.5), 255)).max() == 0
+        assert np.abs(out[..., 1] - np.minimum(height, 255)).max() < 3
+        inside = np.ones(plane.shape, bool)     # windows that lie in one plane
+        for dy, dx in ((-4, -4), (-4, 4), (4, -4), (4, 4), (0, 4), (0, -4), (4, 0), (-4, 0)):
+            inside &= np.roll(plane, (dy, dx), (0, 1)) == plane
+        inside[:4] = inside[-4:] = inside[:, :4] = inside[:, -4:] = False
+        for kind, angle in enumerate((0, 180, 90)):
+            wrong = np.abs(out[..., 2] - (angle + 38))[inside & (plane == kind)]
+            assert len(wrong) > 200 and np.median(wrong) <= 1 and (wrong > 2).mean() < 0.05
+    integral = np.pad(np.ones((9, 8)).cumsum(0).cumsum(1), ((11, 10), (11, 10)), "edge")
+    integral[:11] = integral[:, :11] = 0
+    assert data.window_sums(integral, 3)[[0, 4, 4], [0, 4, 7]].tolist() == [16, 49, 28]  # 4x4, 7x7, 7x4 at the border
+
+
+def test_missing_depth_takes_no_part_in_hha():
+    """Where the whole window is missing the angle is 180 degrees; metres mistaken for millimetres are an error."""
+    z, g, plane, height = tilted_room()
+    raw = z.copy()
+    raw[40:70, 40:90] = 0
+    filled, masked = data.hha(z, z, camera()).astype(int), data.hha(z, raw, camera()).astype(int)
+    assert (masked[45:65, 45:85, 2] == 218).all() and (masked[..., 0] == filled[..., 0]).all()
+    far = np.ones(z.shape, bool)
+    far[30:80, 30:100] = False
+    assert (np.abs(masked - filled)[..., 2][far] > 1).mean() < 0.01
+    with pytest.raises(ValueError, match="expected metres"):
+        data.hha(z * 1000, z, camera())
+    with pytest.raises(ValueError, match="some valid depth"):
+        data.hha(z, np.zeros_like(z), camera())
+
+
+def write_sunrgbd(root):
+    """Two frames of different sensors, sizes and depth in the tree; the stems in image/ and depth/ differ."""
+    rng = np.random.default_rng(0)
+    for frame, (H, W), intrinsics in (("kv1/b3dodata/img_0063", (42, 56), "60 0 28\n0 60 21\n0 0 1\n"),
+                                      ("xtion/sun3ddata/hotel/hotel/0000110-1", (44, 59), "60 0 29 0 60 22 0 0 1")):
+        for name in ("image", "depth", "depth_bfx"):
+            (root / "SUNRGBD" / frame / name).mkdir(parents=True)
+        (root / "SUNRGBD" / frame / "intrinsics.txt").write_text(intrinsics)
+        (root / "SUNRGBD" / frame / "scene.txt").write_text("office")
+        Image.fromarray(rng.integers(0, 256, (H, W, 3)).astype(np.uint8)).save(root / "SUNRGBD" / frame / "image" / "a.JPG")
+        mm = (2000 + 5 * np.mgrid[:H, :W].sum(0)).astype(np.uint16)
+        raw = (mm << 3 | mm >> 13).astype(np.uint16)  # as the data set has them: rotated left by three bits
+        Image.fromarray(raw).save(root / "SUNRGBD" / frame / "depth_bfx" / "b_abs.png")
+        raw[:4] = 0
+        Image.fromarray(raw).save(root / "SUNRGBD" / frame / "depth" / "b_abs.png")
+    (root / "train.txt").write_text("/n/fs/sun3d/data/SUNRGBD/kv1/b3dodata/img_0063/\r\n")
+    (root / "test.txt").write_text("SUNRGBD/xtion/sun3ddata/hotel/hotel/0000110-1//image/a.JPG\n")
+    (root / "labels").mkdir()
+    for k, (H, W) in ((1, (44, 59)), (2, (42, 56))):  # the numbers run through the test list first
+        Image.fromarray(np.full((H, W), k, np.uint8)).save(root / "labels" / f"img-{k:06d}.png")
+
+
+def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
+    """`hha` uses each frame's camera, the filled depth and the raw one's holes; it goes on where it was stopped."""
+    write_sunrgbd(tmp_path)
+    assert data.sunrgbd_depth(np.array([8 * 2378, 2378 >> 13, 8 * 8100], np.uint16)).tolist() == [2.378, 0.0, 8.0]
+    with pytest.raises(BadInput, match="2 samples .* without hha/, which `python data.py hha` writes"):
+        data.open_pairs("rgbd", tmp_path, 16)
+    data.write_hha(tmp_path, 1, 1000.0)
+    frames = data.sunrgbd_frames(tmp_path)
+    assert list(frames) == ["kv1/b3dodata/img_0063", "xtion/sun3ddata/hotel/hotel/0000110-1"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("hha/*.png")}
+    data.write_hha(tmp_path, 1, 1000.0)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("hha/*.png")} and len(written) == 2
+    pairs = data.open_pairs("rgbd", tmp_path, 16)
+    assert pairs.modalities == ("rgb", "hha") and [x.shape for x in sum(pairs[1], [])] == [(3, 24, 32)] * 2
+    mm = 2000 + 5 * np.mgrid[:42, :56].sum(0)
+    raw = np.where(np.arange(42)[:, None] < 4, 0, mm)
+    _, hha = pairs.raw(0)
+    assert (hha[1].transpose(1, 2, 0) == data.hha(mm / 1000, raw / 1000, (60, 60, 28, 21))).all()
+    for split, label in (("test", 1), ("train", 2)):
+        task = data.open_pairs("sunrgbd", tmp_path, 16, split)
+        assert len(task) == 1 and (task[0][2] == label).all() and task[0][2].shape == (24, 32)
+
+
+def test_hha_of_the_folder_form_fills_holes_from_the_background(tmp_path):
+    """A hole gets the farther of the readings left and right of it; a palette's label is its index; colours are refused."""
+    assert data.filled(np.array([[0, 2, 0, 0, 3, 0], [0, 0, 0, 0, 0, 0.0]])).tolist() == [
+        [2, 2, 3, 3, 3, 3], [2.5] * 6] or data.filled(np.array([[0, 2, 0, 0, 3, 0.0]])).tolist() == [[2, 2, 3, 3, 3, 3]]
+    root = write_frames(tmp_path / "frames", 2)
+    with pytest.raises(BadInput, match="intrinsics.txt cannot be read"):
+        data.write_hha(root, 1, 1000.0)
+    (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
+    data.write_hha(root, 1, 1000.0)
+    assert data.open_pairs("rgbd", root, 16).modalities == ("rgb", "hha")
+    (root / "Label").mkdir()
+    indices = np.arange(36 * 48, dtype=np.uint8).reshape(36, 48) % 41
+    image = Image.fromarray(indices, "P")
+    image.putpalette(list(range(255, -1, -1)) * 3)
+    image.save(root / "Label" / "0.png")
+    assert (data.read_label(root / "Label" / "0.png") == indices).all()
+    image.convert("RGB").save(root / "Label" / "1.png")
+    with pytest.raises(BadInput, match="1.png is a RGB image; expected class indices"):
+        data.read_label(root / "Label" / "1.png")
+
+
+def test_tiff_of_any_layout_is_read_as_CxHxW(tmp_path):
+    """Bands last, bands in planes, pages, big-endian, deflate; LZW through Pillow, unless it would drop bands silently."""
+    path, rng = tmp_path / "a.tif", np.random.default_rng(0)
+    x = rng.integers(0, 60000, (13, 6, 7)).astype(np.uint16)
+    tifffile.imwrite(path, x.transpose(1, 2, 0), planarconfig="contig", photometric="minisblack")
+    assert (data.read_tiff(path) == x).all()
+    tifffile.imwrite(path, x, planarconfig="separate", photometric="minisblack", compression="zlib")
+    assert (data.read_tiff(path) == x).all()
+    tifffile.imwrite(path, x, byteorder=">", photometric="minisblack")
+    assert (data.read_tiff(path) == x).all() and data.read_tiff(path).dtype == np.uint16
+    rgb = x[:3].transpose(1, 2, 0).astype(np.uint8)
+    for image in (rgb[..., 0], rgb, x[0], rng.random((6, 7), np.float32)):
+        Image.fromarray(image).save(path, compression="tiff_lzw")
+        y = data.read_tiff(path)
+        assert y.dtype == image.dtype and (y == (image[None] if image.ndim == 2 else image.transpose(2, 0, 1))).all()
+    Image.fromarray(rgb[..., :2], "LA").save(path, compression="tiff_lzw")
+    with pytest.raises(BadInput, match=r"a.tif is compressed with LZW .*2 bands.*pip install imagecodecs"):
+        data.read_tiff(path)
+    tifffile.imwrite(path, x)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(BadInput, match="a.tif cannot be read as a TIFF"):
+        data.read_tiff(path)
+
+
+def test_ones_own_pairs_of_any_form_are_measured_and_brought_to_0_to_1(tmp_path):
+    """npy of 16 bits with 2 channels, and PNG and TIFF of 8 with any case of suffix; NaN, other sizes, constant channels."""
+    rng, (one, two) = np.random.default_rng(0), (tmp_path / "one", tmp_path / "two")
+    one.mkdir(), two.mkdir()
+    arrays = [np.stack([rng.normal(1000, 50, (8, 9)), np.full((8, 9), 7)]).astype(np.float32) for _ in range(4)]
+    arrays[2][0, 0, 0] = np.nan
+    for i, a in enumerate(arrays):
+        np.save(one / f"{i}.npy", a if i else a.transpose(1, 2, 0))
+        image = Image.fromarray(rng.integers(0, 256, (8, 9, 3)).astype(np.uint8)).resize((9, 8) if i < 3 else (18, 16))
+        image.save(two / f"{i}{'.PNG' if i % 2 else '.TIF'}")
+    pairs = data.open_pairs("custom", (one, two), 8)
+    row1, row2 = pairs.rows
+    values = np.stack(arrays)[:, 0]
+    assert abs(row1["raw_mean"][0] - np.nanmean(values)) < 1e-3 and abs(row1["raw_std"][0] - np.nanstd(values)) < 1e-3
+    assert row1["raw_mean"][1] == 7 and row2["raw_mean"] is None and len(row2["mean"]) == 3
+    (x1,), (x2,) = pairs[2]
+    assert x1.dtype == torch.float32 and x2.dtype == torch.uint8 and x2.shape == (3, 8, 9)
+    expected = ((arrays[2][0] - row1["raw_mean"][0]) / row1["raw_std"][0] / 6 + 0.5).clip(0, 1)
+    expected[0, 0] = 0.5                        # no value: the mean
+    assert np.abs(x1[0].numpy() - expected).max() < 1e-5 and (x1[1] == 0.5).all()
+    assert pairs[3][1][0].shape == (3, 8, 9)    # of another size: brought to that of the first
+    x = torch.stack([data.unit(pairs[i][1][0]) for i in range(3)])
+    assert data.normalise(x, "custom2").mean().abs() < 0.3
+    assert data.open_pairs("custom", (one, two), 8, rows=pairs.rows).rows is pairs.rows
+    np.save(one / "1.npy", arrays[1][:1])
+    with pytest.raises(BadInput, match="1.npy has 1 channels of float32; expected 2 of float32"):
+        data.open_pairs("custom", (one, two), 8)
+    np.save(one / "1.npy", arrays[1])
+    (two / "3.PNG").unlink()
+    with pytest.raises(BadInput, match="only one of the two folders .*3"):
+        data.open_pairs("custom", (one, two), 8)
+    with pytest.raises(BadInput, match="no image under"):
+        data.open_pairs("custom", (one, tmp_path), 8)
+
+
+def test_what_is_seen_from_above_is_augmented_as_section_4_says():
+    """SAR: no jitter, no solarize; DEM: crop and flips alone; 13 bands stay 13 and within range; a half is upside down."""
+    draws = data.Draws(0, 400, slice(None))
+    for modality, C, values in (("sar", 2, 1), ("dem", 3, 1), ("ms", 13, 100)):
+        draws.restart(1)
+        x = data.augment(torch.full((400, C, 12, 12), 102, dtype=torch.uint8), modality, 8, draws)
+        assert x.shape == (400, C, 8, 8) and x.min() >= 0 and x.max() <= 1
+        assert len(torch.unique((x * 1000).round())) >= values and (values > 1 or (x - 0.4).abs().max() < 1e-5)
+    ramp = torch.arange(12.0).view(1, 1, 12, 1).expand(400, 3, 12, 12) / 11
+    draws.restart(2)
+    x = data.augment(ramp, "dem", 8, draws)
+    assert 160 < (x[:, 0, 0, 0] > x[:, 0, -1, 0]).sum() < 240
+    grey = data.augment(torch.rand(400, 13, 12, 12), "ms", 8, draws)
+    assert 50 < ((grey - grey[:, :1]).abs().amax((1, 2, 3)) < 1e-5).sum() < 110  # p = 0.2
+    sar = torch.rand(400, 2, 12, 12)
+    grey = data.augment(sar, "sar", 8, draws)
+    assert 50 < ((grey - grey[:, :1]).abs().amax((1, 2, 3)) < 1e-5).sum() < 110
+
+
+def test_a_crop_is_the_same_on_a_device_as_on_a_cpu():
+    """The matrix products of a device against torch's own filter, image by image, that a CPU takes."""
+    x, boxes = torch.rand(4, 5, 20, 24), torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
+    flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+    cpu = torch.cat([data.resized_box(image[None], 11, *map(int, box), *map(int, flip))
+                     for image, box, flip in zip(x, boxes, flips)])
+    top, left, h, w = boxes.split(1, 1)
+    Wy, Wx = data.triangle_filter(top, h, 20, 11), data.triangle_filter(left, w, 24, 11)
+    Wy = torch.where(flips[:, :1, None] > 0, Wy.flip(1), Wy)
+    Wx = torch.where(flips[:, 1:, None] > 0, Wx.flip(1), Wx)
+    assert (data.separable(x, Wy, Wx) - cpu).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("scene", [data.satellite_scene, data.aerial_scene])
+def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
+    """Each sensor inside each object against the ground, in standard deviations of the ground: the median of 15 scenes."""
+    contrast = np.full((2, 3, 15), np.nan)
+    for seed in range(15):
+        *sensors, label, classes = scene(np.random.default_rng(seed))
+        masks = [mask for _, mask in data.place_three(np.random.default_rng(seed), 48)]
+        if scene is data.satellite_scene:
+            sensors = sensors[0][seed % 4]["VV"], sensors[0][seed % 4]["B4"].astype(float)
+        ground = label == 1
+        for which, shape in enumerate(classes):
+            inside = (masks[which] > 0.9) & (sum(masks) - masks[which] < 0.1)  # and in no other object
+            assert (label[inside] == 2 + which * len(data.SHAPES) + shape).all()
+            for k, x in enumerate(sensors if inside.any() else ()):
+                x = x.reshape(*label.shape, -1).mean(-1).astype(float)
+                contrast[k, which, seed] = (np.median(x[inside]) - np.median(x[ground])) / x[ground].std()
+    contrast = np.nanmedian(contrast, 2)
+    assert (np.abs(contrast) > 1.5).tolist() == [[True, True, False], [True, False, True]], contrast
+    assert np.abs(contrast[[0, 1], [2, 1]]).max() < 1, contrast
+
+
+@pytest.mark.parametrize("scenario, shapes", [("sar-optical", [2, 2, 13, 13]), ("rgb-dem", [3, 3])])
+def test_made_up_scenes_lie_in_the_layout_of_their_scenario(scenario, shapes, tmp_path):
+    """Written once, whole or not at all, packed or cropped at once, with lists, masks and factors.csv beside them."""
+    root = tmp_path / "toy"
+    data.make_toy(scenario, root, 16, 16)
+    train = data.open_pairs(scenario, root, 32, "train")
+    assert len(train) == 16 and [len(x) for x in sum(train[0], [])] == shapes
+    rows = {row["id"]: row for row in csv.DictReader(open(root / "factors.csv"))}
+    assert len(rows) == 32 and set(train.ids) <= set(rows)
+    name = train.ids[3]
+    task = data.GeoNRW(root, "train", labels=True) if scenario == "rgb-dem" else None
+    label = task[3][2].numpy() if task else data.read_label(root / "Label" / f"{name}.png")
+    for which, factor in enumerate(("common", "unique1", "unique2")):
+        assert (label == 2 + which * len(data.SHAPES) + int(rows[name][factor])).any()
+
+
+def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path, monkeypatch, capsys):
+    """Exit code 1 and bad-ids.txt for a truncated file and a missing partner; 0 and the contact sheet once they are gone."""
+    root, out = tmp_path / "data", tmp_path / "out"
+    list(data.write_satellite(root, [np.random.default_rng(i) for i in range(4)], 4, S=24))
+    run = f"data.py check --scenario sar-optical --data {root} --out {out} --workers 1 --size 16"
+    monkeypatch.setattr(sys, "argv", run.split())
+    file = next((root / "s1" / "0000001").glob("*/VH.tif"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:500])
+    os.rename(root / "s2c" / "0000003", tmp_path / "away")
+    with pytest.raises(SystemExit) as error:
+        data.main()
+    assert error.value.code == 1
+    bad = (out / "bad-ids.txt").read_text().splitlines()
+    assert bad[0] == "0000003\tno partner" and bad[1].startswith("0000001\t") and "VH.tif" in bad[1] and len(bad) == 2
+    assert "3 samples read, 2 bad, of which 1 without a partner" in capsys.readouterr().out
+    file.write_bytes(whole)
+    os.rename(tmp_path / "away", root / "s2c" / "0000003")
+    with pytest.raises(SystemExit) as error:
+        data.main()
+    assert error.value.code == 0 and "B8A              16" in capsys.readouterr().out
+    assert Image.open(out / "contact-sheet.png").size == (4 * 16, 4 * 16)
+
+
+def test_pretraining_runs_on_ones_own_pairs_and_tells_what_its_encoders_expect(tmp_path, monkeypatch):
+    """5 channels of 16 bits and 1 of 8; the statistics stand in the checkpoint and beside the encoders."""
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    for i in range(8):
+        tifffile.imwrite(tmp_path / "one" / f"{i}.tif", rng.integers(0, 4000, (5, 20, 20)).astype(np.uint16))
+        Image.fromarray(rng.integers(0, 256, (20, 24)).astype(np.uint8)).save(tmp_path / "two" / f"{i}.png")
+    flags = f"--data1 {tmp_path}/one --data2 {tmp_path}/two --out {tmp_path}/out --augment2 depth --size 16 --batch-size 4 " \
+        f"--scenario custom --backbone resnet-toy --projector 16-16-16 --epochs 1"
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags.split()])
+    pretrain.main()
+    checkpoint = pretrain.load_checkpoint(tmp_path / "out" / "checkpoint.pt")
+    beside = [json.loads((tmp_path / "out" / f"encoder{k}.json").read_text()) for k in (1, 2)]
+    for row, text in zip(checkpoint["settings"]["inputs"], beside):
+        assert row.items() <= text.items()
+    assert len(beside[0]["raw_mean"]) == 5 and abs(beside[0]["raw_mean"][0] - 2000) < 100 and beside[1]["mean"][0] > 0.4
+    with pytest.raises(BadInput, match="expected --data1 and --data2"):
+        pretrain.get_args(["--scenario", "custom", "--data1", "x"])
 
 
 # ---- pretrain.py as a program ----
@@ -1451,3 +1956,5 @@ def test_readme_commands_parse(monkeypatch):
             pretrain.get_args(words[1:])
         elif words[0] == "finetune.py":
             finetune.get_args(words[1:])
+        elif words[0] == "data.py":
+            data.get_args(words[1:])
