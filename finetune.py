@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,8 @@ from tqdm import tqdm
 
 from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batches, make_toy, mixed, normalise, open_pairs,
                   picture, random_boxes, read_label, separable, triangle_filter, unit)
-from decur import MITS, RESNETS, MiT, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (agreed, go_on, ignore_interrupt, load_checkpoint, open_folder, run, save_checkpoint,
+from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
+from pretrain import (agreed, go_on, leave_group, load_checkpoint, open_folder, run, save_checkpoint,
                       signals_to_come, start_from, start_processes, write_atomically)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial", "grassland, swamp, shrubbery", "railway",
@@ -110,7 +111,8 @@ def macro_average_precision(scores, labels):
 def confusion(pred, gt, num_classes, ignore):
     """CxC counts, row: label, column: prediction; pixels labelled `ignore` are left out."""
     valid = gt != ignore
-    return (num_classes * gt[valid] + pred[valid]).bincount(minlength=num_classes ** 2).view(num_classes, num_classes)
+    counts = (num_classes * gt[valid] + pred[valid]).bincount(minlength=num_classes ** 2)
+    return counts.view(num_classes, num_classes)
 
 
 def iou_and_accuracy(pred, gt, num_classes, ignore):
@@ -169,14 +171,16 @@ class FCN(nn.Module):
     def __init__(self, encoders, num_classes):
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
-        self.score = nn.ModuleList(nn.Conv2d(sum(E.dims[s] for E in encoders), num_classes, 1) for s in (1, 2, 3))
+        self.score = nn.ModuleList(nn.Conv2d(sum(E.dims[s] for E in encoders), num_classes, 1)
+                                   for s in (1, 2, 3))
 
     def features(self, *x):
         maps = [E.stages(x_)[1:] for E, x_ in zip(self.encoders, x)]
         return [torch.cat(stage, 1) for stage in zip(*maps)]
 
     def head(self, size, *maps):
-        return sum(F.interpolate(score(m), size, mode="bilinear") for score, m in zip(self.score, maps))
+        return sum(F.interpolate(score(m), size, mode="bilinear")
+                   for score, m in zip(self.score, maps))
 
     def forward(self, *x):
         return self.head(x[0].shape[-2:], *self.features(*x))
@@ -211,9 +215,11 @@ class FFM(nn.Module):
         self.heads = heads
         self.cross = nn.ModuleDict()
         for i in (1, 2):
-            self.cross[f"channel_proj{i}"], self.cross[f"end_proj{i}"] = nn.Linear(C, 2 * C), nn.Linear(2 * C, C)
+            self.cross[f"channel_proj{i}"] = nn.Linear(C, 2 * C)
+            self.cross[f"end_proj{i}"] = nn.Linear(2 * C, C)
             self.cross[f"norm{i}"] = nn.LayerNorm(C)
-        self.cross["cross_attn"] = nn.ModuleDict({f"kv{i}": nn.Linear(C, 2 * C, bias=False) for i in (1, 2)})
+        self.cross["cross_attn"] = nn.ModuleDict({f"kv{i}": nn.Linear(C, 2 * C, bias=False)
+                                                  for i in (1, 2)})
         self.channel_emb = nn.ModuleDict({
             "residual": nn.Conv2d(2 * C, C, 1, bias=False),
             "channel_embed": nn.Sequential(nn.Conv2d(2 * C, C, 1), nn.Conv2d(C, C, 3, padding=1, groups=C), nn.ReLU(),
@@ -223,14 +229,18 @@ class FFM(nn.Module):
     def forward(self, a, b):                    # NxCxHxW each
         cross, (H, W) = self.cross, a.shape[-2:]
         tokens = [m.flatten(2).mT for m in (a, b)]                  # NxHWxC
-        y, u = zip(*[F.relu(cross[f"channel_proj{i}"](t)).chunk(2, -1) for i, t in enumerate(tokens, 1)])  # NxHWxC
+        y, u = zip(*[F.relu(cross[f"channel_proj{i}"](t)).chunk(2, -1)  # NxHWxC each
+                     for i, t in enumerate(tokens, 1)])
         q = [self.split(u_) for u_ in u]                            # N x heads x HW x C/heads
         G = []
         for i, u_ in enumerate(u, 1):
             k, v = (self.split(t) for t in cross["cross_attn"][f"kv{i}"](u_).chunk(2, -1))
-            G.append((k.mT @ v * k.shape[-1] ** -0.5).softmax(-2))  # the context: N x heads x C/heads x C/heads
-        t = [(q_ @ G_).transpose(1, 2).flatten(2) for q_, G_ in zip(q, reversed(G))]  # each with the other's context
-        out = [cross[f"norm{i}"](tokens[i - 1] + cross[f"end_proj{i}"](torch.cat((y[i - 1], t[i - 1]), -1))) for i in (1, 2)]
+            # the context: N x heads x C/heads x C/heads
+            G.append((k.mT @ v * k.shape[-1] ** -0.5).softmax(-2))
+        # each with the other's context
+        t = [(q_ @ G_).transpose(1, 2).flatten(2) for q_, G_ in zip(q, reversed(G))]
+        yt = [torch.cat(pair, -1) for pair in zip(y, t)]            # NxHWx2C
+        out = [cross[f"norm{i + 1}"](tokens[i] + cross[f"end_proj{i + 1}"](yt[i])) for i in (0, 1)]
         m = torch.cat(out, -1).mT.unflatten(2, (H, W))              # Nx2CxHxW
         emb = self.channel_emb
         return emb["norm"](emb["residual"](m) + emb["channel_embed"](m))
@@ -248,7 +258,8 @@ class CMX(nn.Module):
 
     def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
         super().__init__()
-        self.encoders = tuple(mit(name, c) for c in channels)       # a tuple: their parts are registered below
+        # a tuple: their parts are registered below
+        self.encoders = tuple(mit(name, c) for c in channels)
         dims = self.encoders[0].dims
         self.backbone = nn.Module()
         for prefix, E in zip(("", "extra_"), self.encoders):
@@ -269,8 +280,9 @@ class CMX(nn.Module):
     def forward(self, rgb, x):
         size, fused = rgb.shape[-2:], []
         for s, (E1, E2) in enumerate([self.encoders] * 4):
-            rgb, x = self.backbone.FRMs[s](E1.stage(s + 1, rgb), E2.stage(s + 1, x))  # these go on to the next stage,
-            fused.append(self.backbone.FFMs[s](rgb, x))                               # this to the decoder
+            # the rectified maps go on to the next stage, the fused one to the decoder
+            rgb, x = self.backbone.FRMs[s](E1.stage(s + 1, rgb), E2.stage(s + 1, x))
+            fused.append(self.backbone.FFMs[s](rgb, x))
         maps = []
         for s, f in reversed(list(enumerate(fused, 1))):            # 4, 3, 2, 1
             m = self.decode_head[f"linear_c{s}"]["proj"](f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -321,8 +333,10 @@ def whole_cmx(files):
 
 
 def load_cmx(net, state, args):
-    if args.bgr:                                # as the published ones: they know images as blue, green, red
-        state = state | {key: w.flip(1) for key, w in state.items() if key.endswith("patch_embed1.proj.weight")}
+    # as the published ones: they know images as blue, green, red
+    if args.bgr:
+        state = state | {key: w.flip(1) for key, w in state.items()
+                         if key.endswith("patch_embed1.proj.weight")}
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
@@ -344,7 +358,8 @@ def embeddings(args, channels):
     for m, c in zip([args.modality] if args.modality else (1, 2), channels):
         f = branch(s["backbone"], c, s["widths"])
         try:
-            f.load_state_dict({key[3:]: value for key, value in state.items() if key.startswith(f"f{m}.")})
+            f.load_state_dict({key[3:]: value for key, value in state.items()
+                               if key.startswith(f"f{m}.")})
         except RuntimeError as error:
             raise BadInput(f"--weights {args.weights[0]}, modality {m}: {' '.join(str(error).split())[:300]}; expected "
                            f"{c} input channels") from None
@@ -392,7 +407,8 @@ class Labelled:
     def __getitem__(self, i):
         name = self.data.ids[i]
         x1, x2, *target = self.data[i]
-        x1, x2 = (x[0] if isinstance(x, list) else x for x in (x1, x2))  # made-up satellite scenes come as views
+        # made-up satellite scenes come as views
+        x1, x2 = (x[0] if isinstance(x, list) else x for x in (x1, x2))
         if self.factors:
             target = torch.zeros(self.num_classes)
             target[self.factors[name]] = 1
@@ -402,7 +418,8 @@ class Labelled:
         if target.ndim == 1:
             return x1, x2, target
         sizes = [tuple(x1.shape[-2:]), tuple(target.shape)]
-        if files := getattr(self.data, "files1", None):             # both were brought to the canvas: the files count
+        # both were brought to the canvas: the files count
+        if files := getattr(self.data, "files1", None):
             sizes = [Image.open(path).size[::-1] for path in (files[name], file)]
         if sizes[0] != sizes[1]:
             raise BadInput(f"{file} is a mask of {sizes[1]} pixels for an image of {sizes[0]}; expected equal sizes")
@@ -420,14 +437,18 @@ class Labelled:
 def open_task(args, split):
     """The data set of a split, and of the classes their names."""
     task = TASKS[args.task]
-    size = args.size * 2 // 3 if task["scenario"] == "rgbd" else args.size  # its canvas is 3/2 as high
+    # its canvas is 3/2 as high
+    size = args.size * 2 // 3 if task["scenario"] == "rgbd" else args.size
     if not args.toy:
-        return Labelled(open_pairs(args.task, args.data, size, split, args.depth_unit), len(task["classes"]), args.data)
+        return Labelled(open_pairs(args.task, args.data, size, split, args.depth_unit),
+                        len(task["classes"]), args.data)
     name = args.task if args.task != "bigearthnet" else task["scenario"]
     data, factors = open_pairs(name, args.data, size, split, args.depth_unit), None
     if args.model == "late":                    # 0..11: which object, then its shape
-        rows = [line.split(",") for line in (Path(args.data) / "factors.csv").read_text().split()[1:]]
-        factors = {name: [int(shape) + len(SHAPES) * k for k, shape in enumerate(shapes)] for name, *shapes in rows}
+        rows = [line.split(",")
+                for line in (Path(args.data) / "factors.csv").read_text().split()[1:]]
+        factors = {name: [int(shape) + len(SHAPES) * k for k, shape in enumerate(shapes)]
+                   for name, *shapes in rows}
     return Labelled(data, len(class_names(args)), args.data, factors)
 
 
@@ -477,9 +498,11 @@ def resample(x, boxes, size):
         y, x_ = y[:, :, None], x_[:, None]
         H, W = x.shape[1:]
         inside = (y >= 0) & (y < H) & (x_ >= 0) & (x_ < W)          # BxH'xW'
-        found = x[torch.arange(len(x), device=x.device)[:, None, None], y.clamp(0, H - 1), x_.clamp(0, W - 1)]
+        found = x[torch.arange(len(x), device=x.device)[:, None, None], y.clamp(0, H - 1),
+                  x_.clamp(0, W - 1)]
         return torch.where(inside, found, 0)
-    Wy = triangle_filter(top, h, x.shape[2], size[0]).nan_to_num(0)  # a row outside has no weight at all
+    # a row outside has no weight at all
+    Wy = triangle_filter(top, h, x.shape[2], size[0]).nan_to_num(0)
     Wx = triangle_filter(left, w, x.shape[3], size[1]).nan_to_num(0)
     return separable(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
 
@@ -502,7 +525,8 @@ def prepared(batch, args, modalities, device, draws=None):
         boxes = middle_boxes(B, H, W, args.test_crop)
     else:
         return x, target
-    return [resample(x_, boxes, size) for x_ in x], target if target.ndim == 2 else resample(target, boxes, size)
+    x = [resample(x_, boxes, size) for x_ in x]
+    return x, target if target.ndim == 2 else resample(target, boxes, size)
 
 
 # ---- training and evaluation ----
@@ -524,7 +548,8 @@ def loss_of(logits, target, world):
     labelled = (target > 0).sum().float()
     if world > 1:
         dist.all_reduce(labelled)               # DistributedDataParallel will divide by `world`
-    return F.cross_entropy(logits.float(), target - 1, ignore_index=-1, reduction="sum") * world / labelled.clamp(min=1)
+    return F.cross_entropy(logits.float(), target - 1, ignore_index=-1,
+                           reduction="sum") * world / labelled.clamp(min=1)
 
 
 def scores(net, x, scales):
@@ -582,10 +607,13 @@ def save_pictures(folder, names, batch, x, modalities, s, classes):
     target = batch[-1]
     views = [picture(x_.cpu(), modality) for x_, modality in zip(x, modalities)]
     for k, name in enumerate(names):
-        if s.ndim == 2:                         # multi-label: names in place of colours; as many as there are labels
+        # multi-label: names in place of colours; as many as there are labels
+        if s.ndim == 2:
             best = s[k].cpu().topk(max(1, int(target[k].sum()))).indices.tolist()
-            panels, listed = [v[k] for v in views], [("label", c) for c in target[k].nonzero()[:, 0].tolist()]
-            legend = [(f"{what}: {classes[c]}", (0, 0, 0)) for what, c in listed + [("prediction", c) for c in best]]
+            panels = [v[k] for v in views]
+            listed = [("label", c) for c in target[k].nonzero()[:, 0].tolist()]
+            listed += [("prediction", c) for c in best]
+            legend = [(f"{what}: {classes[c]}", (0, 0, 0)) for what, c in listed]
         else:
             colours, gt = palette(len(classes)), target[k].cpu().numpy()
             pred = s[k].argmax(0).cpu().numpy() + 1
@@ -638,8 +666,10 @@ TABLE_3 = {                                     # (task, model, backbone): {row:
     ("nyuv2", "cmx"): {"SA-Gate": (52.4, 77.9), "SGNet": (51.1, 76.8), "ShapeConv": (51.3, 76.4),
                        "OMNIVORE": (54.0, None), "CMX-B5": (56.9, 80.1), "CMX-B5 (DeCUR)": (57.3, 80.3)},
 }
-QUOTED = ("SA-Gate", "SGNet", "ShapeConv", "OMNIVORE", "CMX-B2", "CMX-B5")  # the paper did not run them either
-TABLE_4 = {"DeCUR": (81.7, 36.9), "Barlow Twins": (80.3, 33.6), "w/o intra": (80.1, 34.3), "w/o decoup.": (81.1, 35.2)}
+# the paper did not run them either
+QUOTED = ("SA-Gate", "SGNet", "ShapeConv", "OMNIVORE", "CMX-B2", "CMX-B5")
+TABLE_4 = {"DeCUR": (81.7, 36.9), "Barlow Twins": (80.3, 33.6), "w/o intra": (80.1, 34.3),
+           "w/o decoup.": (81.1, 35.2)}
 PAPERS_COMMON = dict(bigearthnet=0.875, geonrw=0.75, sunrgbd=0.75, nyuv2=0.75)
 
 
@@ -651,7 +681,8 @@ def row_of(result):
     if not p or "method" not in p:
         return None
     if p["method"] != "decur":
-        names = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg", barlowtwins="Barlow Twins")
+        names = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg",
+                     barlowtwins="Barlow Twins")
         return names[p["method"]] + (", one modality" if p.get("modality") else "")
     usual = p["projector"] == "8192-8192-8192"
     if p["no_intra"]:
@@ -671,12 +702,14 @@ def cell(results, metric, paper):
 
 def print_tables(folders):
     """Tables 1-4 and Figures 3a, 3b, 6, 7 from the results.json of the runs; cells: ours | the paper's."""
-    files = [file for file in (Path(folder) / "results.json" for folder in folders) if file.is_file()]
+    files = [file for file in (Path(folder) / "results.json" for folder in folders)
+             if file.is_file()]
     results = [json.loads(file.read_text()) for file in files]
     real = [r for r in results if not r["toy"] and not r["part"]]
 
     def find(**wanted):
-        return [r for r in real if all((row_of(r) if key == "row" else r[key]) == value for key, value in wanted.items())]
+        return [r for r in real if all((row_of(r) if key == "row" else r[key]) == value
+                                       for key, value in wanted.items())]
 
     def show(title, columns, rows):
         print(f"\n{title}\n{'':30s}" + "".join(f"{column:26s}" for column in columns))
@@ -701,15 +734,18 @@ def print_tables(folders):
                 continue
             row = name.partition("(")[2].rstrip(")") or "Supervised"
             runs = find(task=task, model=model, linear=False, row=row, labels=1.0)
-            lines.append((name, [cell(runs, metric, p) for metric, p in zip(("mIoU", "accuracy"), papers)]))
+            lines.append((name, [cell(runs, metric, p)
+                                 for metric, p in zip(("mIoU", "accuracy"), papers)]))
         show(f"Table 3: {task}, {model}", ("mIoU", "accuracy"), lines)
     metrics = (("bigearthnet", "mAP micro"), ("geonrw", "mIoU"))
-    ablation = dict(modality=0, labels=0.01, linear=False)  # Sec. 6: fine-tuning with 1 % of the labels
+    # Sec. 6: fine-tuning with 1 % of the labels
+    ablation = dict(modality=0, labels=0.01, linear=False)
     show("Table 4", ("SAR-optical, mAP micro", "RGB-DEM, mIoU"), [
         (row if row != "Barlow Twins" else "w/o intra&decoup.", [
             cell(find(task=task, row=row, **ablation), metric, p) for (task, metric), p in zip(metrics, papers)])
         for row, papers in TABLE_4.items()])
-    swept = [r for r in real if (r["pretraining"] or {}).get("method") == "decur" and not r["pretraining"]["no_intra"]]
+    swept = [r for r in real if (r["pretraining"] or {}).get("method") == "decur"
+             and not r["pretraining"]["no_intra"]]
     for title, tasks, axis, keep in (
             ("Figure 3a: percentage of common dimensions", metrics, "common", "8192-8192-8192"),
             ("Figure 6: the same with 512 dimensions", metrics, "common", "512-512-512"),
@@ -723,7 +759,8 @@ def print_tables(folders):
                 runs = [r for r in of_task if r["pretraining"][axis] == value]
                 lines.append((f"{task} {axis} {value}", [
                     cell([r for r in runs if r["linear"] == linear], metric, None) for linear in (True, False)]))
-        show(f"{title} (1% labels; the paper has a curve, no numbers)", ("linear", "fine-tune"), lines or [("not run", [])])
+        show(f"{title} (1% labels; the paper has a curve, no numbers)",
+             ("linear", "fine-tune"), lines or [("not run", [])])
     rest = [r for r in results if r not in real or not (row_of(r) or r in swept)]
     if rest:
         print("\nOther runs: made-up scenes, parts of the embedding, weights that the paper has not")
@@ -750,27 +787,37 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Transfer of pretrained encoders (Tables 1-3). A setting that is not given "
                                      "is the paper's for the task.", allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, help="data set and head, with their settings")
-    parser.add_argument("--table", nargs="+", metavar="DIR", help="print the results of these runs as the paper's tables")
-    parser.add_argument("--toy", action="store_true", help="the made-up scenes of the task's scenario, and small settings")
+    parser.add_argument("--table", nargs="+", metavar="DIR",
+                        help="print the results of these runs as the paper's tables")
+    parser.add_argument("--toy", action="store_true",
+                        help="the made-up scenes of the task's scenario, and small settings")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR", help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
+    group.add_argument("--data", metavar="DIR",
+                       help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
     group.add_argument("--split", help="samples to train on; default: train")
     group.add_argument("--test-split", help="samples of the metrics; default: test")
     group.add_argument("--labels", type=float, help="fraction of the training samples; default: 1")
-    group.add_argument("--modality", choices=("both", "1", "2"), help="in training and test; default: both, FCN on RGB-D 1")
-    group.add_argument("--depth-unit", type=float, help="steps of a depth file a metre; default: 1000, millimetres")
+    group.add_argument("--modality", choices=("both", "1", "2"),
+                       help="in training and test; default: both, FCN on RGB-D 1")
+    group.add_argument("--depth-unit", type=float,
+                       help="steps of a depth file a metre; default: 1000, millimetres")
     group.add_argument("--size", type=int, help="height of the training crop in pixels")
-    group.add_argument("--workers", type=int, help="processes that read files; default: up to 8, on a CPU 0")
+    group.add_argument("--workers", type=int,
+                       help="processes that read files; default: up to 8, on a CPU 0")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet), fcn")
-    group.add_argument("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2, NYUv2 mit_b5")
+    group.add_argument("--model", choices=("late", "fcn", "cmx"),
+                       help="default: late (BigEarthNet), fcn")
+    group.add_argument("--backbone", choices=[*RESNETS, *MITS],
+                       help="default: resnet50; cmx: mit_b2, NYUv2 mit_b5")
     group.add_argument("--weights", nargs="+", metavar="FILE",
                        help="file with both encoders, one for each, imagenet, a whole CMX, or none: random")
-    group.add_argument("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' and CMX's did")
+    group.add_argument("--bgr", action="store_true",
+                       help="--weights saw BGR images, as the DeCUR authors' and CMX's did")
     group.add_argument("--part", choices=("common", "unique", "all"),
                        help="linear classification on this part of the embedding, not on the backbone's feature")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--linear", action="store_true", help="encoders frozen, in evaluation mode; default: fine-tuning")
+    group.add_argument("--linear", action="store_true",
+                       help="encoders frozen, in evaluation mode; default: fine-tuning")
     group.add_argument("--cached", action="store_true",
                        help="with --linear, compute the features once: fast, but without augmentation")
     group.add_argument("--epochs", type=int, help="0: evaluate alone")
@@ -779,23 +826,28 @@ def get_args(argv=None):
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, help="default: runs/TASK-MODEL-..., a name for each setting")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    group.add_argument("--save-every", type=float, default=30, metavar="MINUTES", help="between checkpoints; default: 30")
-    group.add_argument("--save-images", type=int, default=0, metavar="N", help="pictures of the first N test samples")
+    group.add_argument("--out", type=Path,
+                       help="default: runs/TASK-MODEL-..., a name for each setting")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from the checkpoint in --out, if there is one")
+    group.add_argument("--save-every", type=float, default=30, metavar="MINUTES",
+                       help="between checkpoints; default: 30")
+    group.add_argument("--save-images", type=int, default=0, metavar="N",
+                       help="pictures of the first N test samples")
     args = parser.parse_args(argv)
     if args.table:
         return args, {}
     if not args.task or not args.weights:
         raise BadInput("expected --task and --weights (a file, or none for random weights), or --table")
-    sources = {name: "command line" for name, value in vars(args).items() if value not in (None, False)}
+    sources = {name: "command line" for name, value in vars(args).items()
+               if value not in (None, False)}
     args.modality = {None: None, "both": 0, "1": 1, "2": 2}[args.modality]
     args.model = args.model or TASKS[args.task]["model"]
     recipe = RECIPES.get((args.task, args.model), CMX_NYU if args.model == "cmx" else {})
     if (args.task, args.model) not in RECIPES and not args.toy:
         raise BadInput(f"--model {args.model}: expected {' or '.join(m for t, m in RECIPES if t == args.task)} for --task "
                        f"{args.task}")
-    tables = [({"epochs": args.epochs, "steps": None}, "command line")] if args.epochs is not None else []
+    tables = [(dict(steps=None), "--epochs")] if args.epochs is not None else []
     tables += [(TOYS[args.model], "--toy")] if args.toy else []
     tables += [(recipe, "paper, App. B; see RECIPES"), (REST, "default")]
     settled = set()
@@ -823,12 +875,13 @@ def get_args(argv=None):
         if not fine:
             raise BadInput(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: expected {expected}")
     toy = "toy-" if args.toy else ""
-    args.data = args.data or (f"data/toy-{TASKS[args.task]['scenario']}" if args.toy else TASKS[args.task]["data"])
+    args.data = args.data or (f"data/toy-{TASKS[args.task]['scenario']}" if args.toy
+                              else TASKS[args.task]["data"])
     if not args.out:
-        origin = "imagenet" if args.weights == ["imagenet"] else Path(args.weights[0]).resolve().parent.name \
-            if args.weights != ["none"] else "none"
+        file = Path(args.weights[0])
+        name = file.resolve().parent.name if file.is_file() else file.name  # imagenet, none
         parts = [args.task, args.model, "linear" if args.linear else "finetune", args.part, f"{100 * args.labels:g}",
-                 args.modality and f"modality{args.modality}", origin, "cached" if args.cached else None, f"seed{args.seed}"]
+                 args.modality and f"modality{args.modality}", name, "cached" if args.cached else None, f"seed{args.seed}"]
         args.out = Path("runs") / (toy + "-".join(str(part) for part in parts if part))
     return args, sources
 
@@ -861,7 +914,8 @@ def main():
     draws = Draws(args.seed, N, rows)
     classes = class_names(args)
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else 4
-    loading = dict(num_workers=workers, worker_init_fn=ignore_interrupt, pin_memory=device.type == "cuda")
+    loading = dict(num_workers=workers, worker_init_fn=leave_group,
+                   pin_memory=device.type == "cuda")
     modalities = [train.modalities[args.modality - 1]] if args.modality else list(train.modalities)
 
     # ---- model and optimiser ----
@@ -879,7 +933,8 @@ def main():
     model = DistributedDataParallel(net) if world > 1 else net
     trained = [p for p in net.parameters() if p.requires_grad]
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+        optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum,
+                                    weight_decay=args.weight_decay)
     else:                                       # CMX: no weight decay on biases and norms
         spared = [p for p in trained if p.ndim < 2 and args.model == "cmx"]
         others = [p for p in trained if p.ndim >= 2 or args.model != "cmx"]
@@ -890,13 +945,15 @@ def main():
     # ---- the run's folder ----
     settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
     sha256, pretraining = origin(args.weights)
-    settings |= dict(weights_sha256=sha256, samples=len(chosen), channels=channels, classes=len(classes))
+    settings |= dict(weights_sha256=sha256, samples=len(chosen), channels=channels,
+                     classes=len(classes))
     frozen = fingerprint(encoders) if args.linear else None
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data), processes=world, device=str(device)), step)
+        open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data),
+                                   processes=world, device=str(device)), step)
         write_atomically(args.out / "ids.txt", lambda path: path.write_text(
             "".join(f"{train.data.ids[i]}\n" for i in sorted(chosen))))
         print(" ".join(sys.argv))
@@ -911,12 +968,13 @@ def main():
             print(f"resumed from {checkpoint_file} at step {step} of {steps}")
 
     # ---- batches: what the model sees and its target ----
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
     def evaluation_mode(everything=True):
         net.train(not everything)
         for E in encoders if args.linear else ():
-            E.eval()                            # frozen is frozen: the statistics of its batch norms, too
+            # frozen is frozen: the statistics of its batch norms, too
+            E.eval()
 
     def test_batches(data, index):
         loader = DataLoader(data, batch_sampler=np.array_split(index, -(-len(index) // max(1, N // world))) if len(index)
@@ -928,11 +986,14 @@ def main():
         """Of the samples, once: a list of tensors, and the targets."""
         evaluation_mode()
         found = []
-        with torch.no_grad(), autocast():
-            for batch in tqdm(test_batches(data, index), "features", disable=rank > 0 or None, leave=False):
+        with torch.no_grad(), autocast:
+            for batch in tqdm(test_batches(data, index), "features", disable=rank > 0 or None,
+                              leave=False):
                 x, target = prepared(batch, args, data.modalities, device)
                 found.append((x[0].shape[-2:], [f.float() for f in net.features(*x)], target))
-        return found[0][0], [torch.cat(f) for f in zip(*(f for _, f, _ in found))], torch.cat([t for *_, t in found])
+        return found[0][0], [torch.cat(f) for f in zip(*(f for _, f, _ in found))], torch.cat([t
+                                                                                               for *_,
+                                                                                               t in found])
 
     def batches(epoch, skip):
         order = epoch_batches(len(chosen), N, args.seed, epoch)[skip:, rows]
@@ -960,7 +1021,7 @@ def main():
             draws.restart(step)
             torch.manual_seed(mixed(args.seed, step, 1 + rank))     # for drop path and dropout
             x, target = batch() if callable(batch) else batch
-            with autocast():
+            with autocast:
                 logits = forward(*x)                                # NxC, or NxCxHxW
             loss = loss_of(logits, target, world)
             if agreed(not loss.isfinite(), device):
@@ -1000,7 +1061,8 @@ def main():
 
     # ---- evaluation ----
     if world > 1:
-        for buffer in net.buffers():            # on CPUs each process has batch statistics of its own
+        # on CPUs each process has batch statistics of its own
+        for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     evaluation_mode()
     pictures = args.save_images if rank == 0 else 0
@@ -1008,7 +1070,7 @@ def main():
     def predict(batch):
         nonlocal pictures
         x, target = prepared(batch, args, test.modalities, device)
-        with autocast():
+        with autocast:
             s = scores(net, x, args.test_scales)
         if pictures:
             n = min(pictures, len(target))
@@ -1028,7 +1090,8 @@ def main():
                                                          "test_split", "weights", "seed")}
         result |= dict(samples=len(chosen), test_samples=len(test), weights_sha256=sha256, pretraining=pretraining,
                        metrics=metrics, seconds=time.time() - started, steps=steps, settings=settings)
-        write_atomically(args.out / "results.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        write_atomically(args.out / "results.json",
+                         lambda path: path.write_text(json.dumps(result, indent=1)))
         if args.linear:
             print("the frozen encoders have not changed by one bit")
         print(line_of(result))
