@@ -40,8 +40,7 @@ def embeddings(N, K, dtype=torch.float64, seed=0):
     """Four correlated NxK embeddings that need gradients."""
     g = torch.Generator().manual_seed(seed)
     shared = torch.randn(N, K, generator=g, dtype=dtype)
-    return [(shared + torch.randn(N, K, generator=g, dtype=dtype)).requires_grad_()
-            for _ in range(4)]
+    return [(shared + torch.randn(N, K, generator=g, dtype=dtype)).requires_grad_() for _ in range(4)]
 
 
 def relative(a, b):
@@ -67,8 +66,7 @@ def test_the_loss_in_the_readme_is_the_loss():
     names = {}
     exec(block, names)
     z = embeddings(8, 6)
-    assert names["decur_loss"](*z, 4).item() == pytest.approx(decur_loss(*z, 4)[0].item(),
-                                                              rel=1e-12)
+    assert names["decur_loss"](*z, 4).item() == pytest.approx(decur_loss(*z, 4)[0].item(), rel=1e-12)
 
 
 def test_algorithm_1_C_equals_equation_1():
@@ -105,8 +103,7 @@ def test_losses_on_a_2x2_matrix_by_hand():
 def test_the_loss_is_the_plain_sum_of_equation_6():
     z = embeddings(9, 7)
     loss, parts = decur_loss(*z, 4)
-    assert loss.item() == pytest.approx(sum(parts[name].item() for name in ("L1", "L2", "Lc",
-                                                                            "Lu")))
+    assert loss.item() == pytest.approx(sum(parts[name].item() for name in ("L1", "L2", "Lc", "Lu")))
     assert not any(part.requires_grad for part in parts.values())
 
 
@@ -126,8 +123,7 @@ def test_chance_loss_matches_theory():
         g = torch.Generator().manual_seed(seed)
         _, parts = decur_loss(*(torch.randn(N, K, generator=g) for _ in range(4)), Kc)
         sums += torch.tensor([parts[name] for name in ("L1", "L2", "Lc", "Lu")])
-    chance = [decur.chance_and_floor(N, k, unique=u)[0] for k, u in ((K, 0), (K, 0), (Kc, 0),
-                                                                     (K - Kc, 1))]
+    chance = [decur.chance_and_floor(N, k, unique=u)[0] for k, u in ((K, 0), (K, 0), (Kc, 0), (K - Kc, 1))]
     assert torch.allclose(sums / 800, torch.tensor(chance), rtol=0.01)
 
 
@@ -135,8 +131,7 @@ def test_no_loss_beats_the_rank_floor():
     """K of 64 dimensions cannot be decorrelated by 8 samples; the optimum of loss_c over embeddings meets the bound."""
     N, K = 8, 64
     floor = decur.chance_and_floor(N, K)[1]
-    z = torch.randn(N, K, dtype=torch.float64,
-                    generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z = torch.randn(N, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     optimizer = torch.optim.LBFGS([z], max_iter=500, line_search_fn="strong_wolfe")
     loss = lambda: loss_c(BN(z).T @ BN(z) / N, 0.0051)
 
@@ -147,8 +142,7 @@ def test_no_loss_beats_the_rank_floor():
         return value
     optimizer.step(closure)
     assert floor <= loss() < 1.2 * floor
-    assert [round(decur.chance_and_floor(256, k)[i]) for k in (8192, 7168)
-            for i in (0, 1)] == [9566, 1122, 8224, 871]
+    assert [round(decur.chance_and_floor(256, k)[i]) for k in (8192, 7168) for i in (0, 1)] == [9566, 1122, 8224, 871]
 
 
 def test_Kc_equal_K_is_cross_modal_barlow_twins():
@@ -199,8 +193,7 @@ def test_the_gram_form_is_algorithm_1(N, K, Kc, intra):
 def test_the_gram_form_keeps_no_KxK_matrix():
     """Nothing saved for the backward pass is larger than NxK."""
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1],
-                                                  lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
         decur_loss_gram(*embeddings(8, 512), 384)
     assert max(sizes) <= 8 * 512
 
@@ -224,9 +217,7 @@ def test_the_projector_is_that_of_section_4():
     """Linear-BN-ReLU twice, then Linear; no biases; 151 M parameters for a ResNet-50."""
     names = [type(layer).__name__ for layer in decur.projector(8, [4, 4, 6])]
     assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
-    assert sum(p.numel() for p in decur.projector(8,
-                                                  [4, 4,
-                                                   6]).parameters()) == 8 * 4 + 8 + 4 * 4 + 8 + 4 * 6
+    assert sum(p.numel() for p in decur.projector(8, [4, 4, 6]).parameters()) == 8 * 4 + 8 + 4 * 4 + 8 + 4 * 6
     x = torch.randn(2, 8)
     assert decur.projector(8, [])(x) is x       # Fig. 3b, no projector
 
@@ -258,15 +249,13 @@ def two_views(scale=1.0):
 
 def test_barlow_twins_is_its_equations_1_and_2():
     """Zbontar et al. 2021, Eq. 1-2 (as DeCUR's Eq. 1 and 2), one element at a time."""
-    # so large that BN's eps, which Eq. 1 has not, does not count
-    zA, zB = two_views(scale=1000)
+    zA, zB = two_views(scale=1000)              # so large that BN's eps, which Eq. 1 has not, does not count
     a, b = (zA - zA.mean(0)).tolist(), (zB - zB.mean(0)).tolist()
     N, K, loss = len(a), len(a[0]), 0
     for i in range(K):
         for j in range(K):
             dot = sum(a[n][i] * b[n][j] for n in range(N))
-            lengths = math.sqrt(sum(a[n][i] ** 2 for n in range(N)) * sum(b[n][j] ** 2
-                                                                          for n in range(N)))
+            lengths = math.sqrt(sum(a[n][i] ** 2 for n in range(N)) * sum(b[n][j] ** 2 for n in range(N)))
             loss += (1 - dot / lengths) ** 2 if i == j else 0.0051 * (dot / lengths) ** 2
     assert math.isclose(decur.barlow_twins_loss(zA, zB).item(), loss, rel_tol=1e-9)
 
@@ -275,8 +264,7 @@ def test_barlow_twins_is_decur_without_intra_and_without_unique():
     """Table 4, "w/o intra&decoup.": "a cross-modal Barlow Twins remains"."""
     zA, zB = two_views()
     for loss in (decur.decur_loss, decur.decur_loss_gram):
-        assert torch.allclose(loss(zA, zA, zB, zB, Kc=5, intra=False)[0],
-                              decur.barlow_twins_loss(zA, zB), rtol=1e-12)
+        assert torch.allclose(loss(zA, zA, zB, zB, Kc=5, intra=False)[0], decur.barlow_twins_loss(zA, zB), rtol=1e-12)
 
 
 def test_vicreg_is_its_equations_1_to_6():
@@ -317,8 +305,7 @@ def test_clip_is_its_figure_3():
     a, b, N = zA.tolist(), zB.tolist(), len(zA)
     e = [[math.exp(sum(x * y for x, y in zip(p, q)) / math.sqrt(sum(x * x for x in p) * sum(y * y for y in q)) / 0.07)
           for q in b] for p in a]
-    loss = -sum(math.log(e[i][i] / sum(e[i])) + math.log(e[i][i] / sum(row[i] for row in e))
-                for i in range(N)) / 2 / N
+    loss = -sum(math.log(e[i][i] / sum(e[i])) + math.log(e[i][i] / sum(row[i] for row in e)) for i in range(N)) / 2 / N
     assert math.isclose(decur.clip_loss(zA, zB).item(), loss, rel_tol=1e-12)
 
 
@@ -326,8 +313,7 @@ def test_methods_ignore_what_their_papers_say_they_ignore():
     """Barlow Twins an affine change of a dimension, VICReg a shift of both, SimCLR and CLIP lengths and a rotation."""
     zA, zB = two_views(scale=1000)
     per_dimension, per_sample = torch.arange(1, 6).double(), torch.arange(1, 7).double()[:, None]
-    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64,
-                                           generator=torch.Generator().manual_seed(1)))[0]
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
     same = lambda loss, a, b: torch.allclose(loss(a, b), loss(zA, zB), rtol=1e-6)
     assert same(decur.barlow_twins_loss, zA * per_dimension - 3, zB / per_dimension + 7)
     assert same(decur.vicreg_loss, zA + per_dimension, zB + per_dimension)
@@ -356,8 +342,7 @@ def test_mit_has_the_published_number_of_parameters():
     published = {"mit_b0": 3319392, "mit_b1": 13151424, "mit_b2": 24196288, "mit_b3": 44072128, "mit_b4": 60842688,
                  "mit_b5": 81443008}
     with torch.device("meta"):                  # no memory, no time
-        assert {name: sum(p.numel() for p in decur.mit(name, 3).parameters())
-                for name in decur.MITS} == published
+        assert {name: sum(p.numel() for p in decur.mit(name, 3).parameters()) for name in decur.MITS} == published
 
 
 def mit_keys(depths):
@@ -366,8 +351,7 @@ def mit_keys(depths):
     for S, depth in enumerate(depths, 1):
         keys += [f"patch_embed{S}.proj", f"patch_embed{S}.norm", f"norm{S}"]
         names = "norm1 norm2 attn.q attn.kv attn.proj mlp.fc1 mlp.fc2 mlp.dwconv.dwconv".split()
-        keys += [f"block{S}.{n}.{name}" for n in range(depth)
-                 for name in names + ["attn.sr", "attn.norm"] * (S < 4)]
+        keys += [f"block{S}.{n}.{name}" for n in range(depth) for name in names + ["attn.sr", "attn.norm"] * (S < 4)]
     return {f"{key}.{kind}" for key in keys for kind in ("weight", "bias")}
 
 
@@ -376,8 +360,7 @@ def test_mit_has_the_published_names():
     with torch.device("meta"):
         for name, (_, depths) in decur.MITS.items():
             assert decur.mit(name, 3).state_dict().keys() == mit_keys(depths)
-    # stages' own, blocks', reductions'
-    assert len(mit_keys((2, 2, 2, 2))) == 2 * (4 * 3 + 8 * 8 + 6 * 2)
+    assert len(mit_keys((2, 2, 2, 2))) == 2 * (4 * 3 + 8 * 8 + 6 * 2)  # stages' own, blocks', reductions'
 
 
 def test_mit_starts_as_published():
@@ -385,14 +368,11 @@ def test_mit_starts_as_published():
     torch.manual_seed(0)
     E = decur.mit("mit_b0", 3)
     assert E.block4[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert E.patch_embed4.proj.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5,
-                                                                    rel=0.02)
-    assert E.block4[0].mlp.dwconv.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5,
-                                                                              rel=0.02)
+    assert E.patch_embed4.proj.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
+    assert E.block4[0].mlp.dwconv.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
     assert all(p.abs().max() == 0 for name, p in E.named_parameters() if name.endswith("bias"))
     eps = {name: m.eps for name, m in E.named_modules() if isinstance(m, torch.nn.LayerNorm)}
-    assert all(value == (1e-5 if "embed" in name or "attn" in name else 1e-6) for name,
-               value in eps.items())
+    assert all(value == (1e-5 if "embed" in name or "attn" in name else 1e-6) for name, value in eps.items())
 
 
 def test_mit_has_four_stages_at_any_size():
@@ -400,12 +380,10 @@ def test_mit_has_four_stages_at_any_size():
     E = decur.mit("mit_b0", 5).eval()
     x = torch.randn(2, 5, 70, 50)
     maps = E.stages(x)
-    assert [tuple(m.shape) for m in maps] == [(2, 32, 18, 13), (2, 64, 9, 7), (2, 160, 5, 4),
-                                              (2, 256, 3, 2)]
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 18, 13), (2, 64, 9, 7), (2, 160, 5, 4), (2, 256, 3, 2)]
     assert (E.dims[-1], E.channels) == (256, 5)
     assert torch.allclose(E(x), maps[-1].mean((2, 3)))
-    # normed: what a fresh layer norm leaves has mean 0
-    assert all(abs(m.mean(1)).max() < 1e-5 for m in maps)
+    assert all(abs(m.mean(1)).max() < 1e-5 for m in maps)  # normed: what a fresh layer norm leaves has mean 0
 
 
 def test_attention_of_mit_by_hand():
@@ -413,13 +391,11 @@ def test_attention_of_mit_by_hand():
     torch.manual_seed(0)
     attention = decur.Attention(C=4, heads=2, R=2).double()
     x = torch.randn(1, 4, 6, 4, dtype=torch.float64)
-    # 4x6 -> 2x3 tokens
-    y = attention.norm(attention.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))[0].reshape(6, 4)
+    y = attention.norm(attention.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))[0].reshape(6, 4)  # 4x6 -> 2x3 tokens
     q, kv = attention.q(x)[0].reshape(24, 4), attention.kv(y)
     out = torch.zeros(24, 4, dtype=torch.float64)
     for head in (slice(0, 2), slice(2, 4)):
-        # the first C values are k, the others v
-        k, v = kv[:, :4][:, head], kv[:, 4:][:, head]
+        k, v = kv[:, :4][:, head], kv[:, 4:][:, head]               # the first C values are k, the others v
         for n in range(24):
             weight = torch.stack([(q[n, head] @ k[m] / math.sqrt(2)).exp() for m in range(6)])
             out[n, head] = (weight / weight.sum()) @ v
@@ -433,13 +409,11 @@ def test_drop_path_grows_with_depth_and_drops_a_branch_of_a_sample_whole():
     drops = [block.drop for S in "1234" for block in getattr(E, f"block{S}")]
     assert torch.allclose(torch.tensor(drops), torch.arange(8) / 70)
     block, x = E.block4[1], torch.randn(64, 2, 2, 256)
-    # y + y / 0.5 or y
-    block.drop, block.norm2, block.mlp = 0.5, torch.nn.Identity(), torch.nn.Identity()
+    block.drop, block.norm2, block.mlp = 0.5, torch.nn.Identity(), torch.nn.Identity()  # y + y / 0.5 or y
     with torch.no_grad():
         attended, out = x + block.attn(block.norm1(x)) / 0.5, block.train()(x)
         cases = [y[n] * f for n in range(64) for y in (x, attended) for f in (1, 3)]
-        case = [[torch.allclose(out[n], cases[4 * n + c], atol=1e-5)
-                 for c in range(4)].index(True) for n in range(64)]
+        case = [[torch.allclose(out[n], cases[4 * n + c], atol=1e-5) for c in range(4)].index(True) for n in range(64)]
         assert set(case) == {0, 1, 2, 3}        # by sample, and by branch
         assert torch.allclose(block.eval()(x), 2 * (x + block.attn(block.norm1(x))), atol=1e-5)
 
@@ -456,8 +430,7 @@ def backbone_1_and_2(E1, E2, module="module."):
 
 
 def same_weights(A, B):
-    return all(torch.equal(a, b) for a, b in zip(A.state_dict().values(),
-                                                 B.state_dict().values(), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(A.state_dict().values(), B.state_dict().values(), strict=True))
 
 
 def test_weights_of_every_kind_load(tmp_path):
@@ -513,8 +486,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
             decur.load_encoder(E, state)
     assert all(torch.equal(v, before[k]) for k, v in E.state_dict().items())
     joint = backbone_1_and_2(E, E)
-    # the authors' deformable attention between the stages
-    joint["module.da1_l3.proj.weight"] = torch.zeros(2)
+    joint["module.da1_l3.proj.weight"] = torch.zeros(2)  # the authors' deformable attention between the stages
     torch.save({"model": joint}, tmp_path / "rda.pth")
     for state in decur.read_weights(tmp_path / "rda.pth", "resnet-toy"):
         with pytest.raises(ValueError, match="1 unexpected: da1_l3.proj.weight"):
@@ -526,8 +498,7 @@ def test_files_that_could_run_code_are_refused(tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(lr=0.2)}, tmp_path / "code.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("not weights at all")
-    for name, words in (("code.pth", "could run code"), ("text.pth", "could run code"),
-                        ("list.pth", "a list")):
+    for name, words in (("code.pth", "could run code"), ("text.pth", "could run code"), ("list.pth", "a list")):
         with pytest.raises(ValueError, match=words) as error:
             decur.read_weights(tmp_path / name, "resnet-toy")
         assert "\n" not in str(error.value)
@@ -541,8 +512,7 @@ def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
         assert kwargs["weights_only"] and kwargs["check_hash"] and "resnet18" in url
         return torchvision.models.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
-    report = decur.load_encoder(decur.resnet("resnet18", 3),
-                                *decur.read_weights("imagenet", "resnet18"))
+    report = decur.load_encoder(decur.resnet("resnet18", 3), *decur.read_weights("imagenet", "resnet18"))
     assert report == "120 of 120 keys matched, 2 unexpected: fc.weight fc.bias"
 
     def no_network(url, **kwargs):
@@ -556,8 +526,7 @@ def test_bgr_weights_are_turned_around():
     """The authors read images with OpenCV, so that their first channel is blue; only the first convolution cares."""
     for make, name in ((decur.resnet, "resnet-toy"), (decur.mit, "mit_b0")):
         theirs, ours = make(name, 3).eval(), make(name, 3).eval()
-        assert decur.load_encoder(ours, theirs.state_dict(),
-                                  bgr=True).endswith("input channels reversed")
+        assert decur.load_encoder(ours, theirs.state_dict(), bgr=True).endswith("input channels reversed")
         rgb = torch.rand(2, 3, 32, 32)
         with torch.no_grad():
             assert torch.allclose(ours(rgb), theirs(rgb.flip(1)), atol=1e-5)
@@ -571,8 +540,7 @@ def test_bgr_weights_are_turned_around():
 
 def process(rank, world, folder, function, *args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
-                            world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -588,14 +556,12 @@ def losses_and_gradients(rank, world):
     """Of DeCUR and of all that it is compared with: {name: [loss, gradient of each view]}."""
     results = {}
     for name, (loss_of, _) in pretrain.METHODS.items():
-        z = [z_.detach().chunk(world)[rank].requires_grad_() for z_ in embeddings(16, 24,
-                                                                                  torch.float32)]
+        z = [z_.detach().chunk(world)[rank].requires_grad_() for z_ in embeddings(16, 24, torch.float32)]
         z = z if name == "decur" else z[:2]
         gathered = list(map(pretrain.gather, z))
         loss = loss_of(*gathered, 18)[0] if name == "decur" else loss_of(*gathered)
         loss.backward()
-        # DistributedDataParallel averages: / world
-        results[name] = [loss.detach(), *(z_.grad / world for z_ in z)]
+        results[name] = [loss.detach(), *(z_.grad / world for z_ in z)]  # DistributedDataParallel averages: / world
     return results
 
 
@@ -613,10 +579,8 @@ def three_steps(rank, world):
     for step in range(3):
         draws.restart(step)
         g = torch.Generator().manual_seed(step)
-        x1, x2 = torch.rand(8, 3, 36, 48, generator=g)[rows], torch.rand(8, 1, 36, 48,
-                                                                         generator=g)[rows]
-        x = [data.augment(x_, m, 32, draws) for x_, m in ((x1, "rgb"), (x1, "rgb"), (x2, "depth"),
-                                                          (x2, "depth"))]
+        x1, x2 = torch.rand(8, 3, 36, 48, generator=g)[rows], torch.rand(8, 1, 36, 48, generator=g)[rows]
+        x = [data.augment(x_, m, 32, draws) for x_, m in ((x1, "rgb"), (x1, "rgb"), (x2, "depth"), (x2, "depth"))]
         loss, _ = decur_loss_gram(*map(pretrain.gather, model(*x)), 12)
         optimizer.zero_grad()
         loss.backward()
@@ -631,8 +595,7 @@ def test_several_processes_give_the_one_process_gradient(world, tmp_path):
     for name, one in losses_and_gradients(0, 1).items():
         assert all(relative([rank[name][0]], [one[0]]) < 1e-6 for rank in several), name
         for view in range(1, len(one)):
-            assert relative([torch.cat([rank[name][view] for rank in several])],
-                            [one[view]]) < 1e-6, name
+            assert relative([torch.cat([rank[name][view] for rank in several])], [one[view]]) < 1e-6, name
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -641,10 +604,8 @@ def test_several_processes_make_the_one_process_steps(world, tmp_path):
     one, before = three_steps(0, 1)
     for rank, _ in in_processes(world, tmp_path / "w", three_steps):
         assert relative(rank, one) < 1e-6
-        # biases and batch norm, Linear weights, convolutions
-        for ndim in (1, 2, 4):
-            moved = [[p - p0 for p, p0 in zip(after, before) if p.ndim == ndim]
-                     for after in (rank, one)]
+        for ndim in (1, 2, 4):                  # biases and batch norm, Linear weights, convolutions
+            moved = [[p - p0 for p, p0 in zip(after, before) if p.ndim == ndim] for after in (rank, one)]
             assert relative(*moved) < 1e-4
 
 
@@ -659,9 +620,7 @@ def test_lars_step_by_hand():
     assert torch.allclose(p, torch.tensor([[3 - 2 * 0.003, 4 - 2 * 0.004]]))
     before = p.detach().clone()
     optimizer.step()                            # trust * g = 0.001 |p| g / |g|, |p| = 4.99
-    assert torch.allclose(before - p,
-                          2 * (torch.tensor([[0.002994,
-                                              0.003992]]) + 0.9 * torch.tensor([[0.003, 0.004]])))
+    assert torch.allclose(before - p, 2 * (torch.tensor([[0.002994, 0.003992]]) + 0.9 * torch.tensor([[0.003, 0.004]])))
 
 
 def test_lars_decays_weights_but_not_biases():
@@ -669,8 +628,7 @@ def test_lars_decays_weights_but_not_biases():
     w, b = torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.full((2,), 2.0))
     w.grad, b.grad = torch.zeros(2, 2), torch.zeros(2)
     pretrain.LARS([w, b], lr=1.0, weight_decay=0.5).step()
-    assert torch.allclose(w, torch.full((2, 2), 2 - 0.002)) and torch.equal(b,
-                                                                            torch.full((2,), 2.0))
+    assert torch.allclose(w, torch.full((2, 2), 2 - 0.002)) and torch.equal(b, torch.full((2,), 2.0))
 
 
 def test_lars_ignores_loss_scale_biases_do_not():
@@ -681,8 +639,7 @@ def test_lars_ignores_loss_scale_biases_do_not():
         w.grad, b.grad = scale * torch.tensor([[1.0, 2], [3, 4]]), scale * torch.tensor([1.0, 2])
         pretrain.LARS([w, b], lr=0.1, weight_decay=0.0).step()
         steps.append((1 - w.detach(), 1 - b.detach()))
-    assert torch.allclose(steps[0][0], steps[1][0]) and torch.allclose(10 * steps[0][1],
-                                                                       steps[1][1])
+    assert torch.allclose(steps[0][0], steps[1][0]) and torch.allclose(10 * steps[0][1], steps[1][1])
 
 
 def test_lars_moves_a_weight_of_norm_zero():
@@ -718,23 +675,19 @@ def test_the_data_order_is_a_function_of_seed_and_epoch():
     batches = data.epoch_batches(50, 8, seed=3, epoch=1)
     assert batches.shape == (6, 8) and len(set(batches.flatten())) == 48
     assert (batches == data.epoch_batches(50, 8, 3, 1)).all()
-    assert (batches != data.epoch_batches(50, 8, 3,
-                                          2)).any() and (batches != data.epoch_batches(50, 8, 4,
-                                                                                       1)).any()
+    assert (batches != data.epoch_batches(50, 8, 3, 2)).any() and (batches != data.epoch_batches(50, 8, 4, 1)).any()
 
 
 def test_augmentation_does_not_depend_on_the_processes():
     """Two processes with half the batch each make the views of one process with all of it."""
-    x = torch.randint(256, (8, 3, 36, 48), dtype=torch.uint8,
-                      generator=torch.Generator().manual_seed(0))
+    x = torch.randint(256, (8, 3, 36, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     views = []
     for rows in (slice(0, 8), slice(0, 4), slice(4, 8)):
         draws = data.Draws(1, 8, rows)
         draws.restart(5)
         views.append([data.augment(x[rows], "rgb", 24, draws) for _ in range(2)])
     for view in range(2):
-        assert torch.allclose(torch.cat([views[1][view], views[2][view]]), views[0][view],
-                              atol=1e-5)
+        assert torch.allclose(torch.cat([views[1][view], views[2][view]]), views[0][view], atol=1e-5)
     assert not torch.allclose(views[0][0], views[0][1], atol=0.1)  # two views differ
 
 
@@ -743,8 +696,7 @@ def test_the_crop_is_an_antialiased_resize_of_a_box():
     x = torch.rand(3, 2, 40, 50, generator=torch.Generator().manual_seed(0))
     left, w = torch.tensor([[3.0], [0], [5]]), torch.tensor([[20.0], [50], [11]])
     top, h = torch.tensor([[0.0], [7], [29]]), torch.tensor([[40.0], [10], [11]])
-    y = data.separable(x, data.triangle_filter(top, h, 40, 16), data.triangle_filter(left, w, 50,
-                                                                                     16))
+    y = data.separable(x, data.triangle_filter(top, h, 40, 16), data.triangle_filter(left, w, 50, 16))
     for i in range(3):
         box = x[i:i + 1, :, int(top[i]):int(top[i] + h[i]), int(left[i]):int(left[i] + w[i])]
         expected = F.interpolate(box, (16, 16), mode="bilinear", antialias=True)
@@ -754,16 +706,11 @@ def test_the_crop_is_an_antialiased_resize_of_a_box():
 def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
     """Ramps in x and y show each box: its sides from the slope, its flip from the sign."""
     B, H, W = 400, 60, 80
-    ramp = torch.stack([torch.arange(W).expand(H, W), torch.arange(H)[:, None].expand(H,
-                                                                                      W)]).float().expand(B,
-                                                                                                          2,
-                                                                                                          H,
-                                                                                                          W)
+    ramp = torch.stack([torch.arange(W).expand(H, W), torch.arange(H)[:, None].expand(H, W)]).float().expand(B, 2, H, W)
     draws = data.Draws(0, B, slice(0, B))
     draws.restart(0)
     y = data.random_resized_crop(ramp, 10, (0.25, 0.5), draws)
-    # 5 of 10 pixels apart
-    w, h = (y[:, 0, 5, 7] - y[:, 0, 5, 2]) * 2, (y[:, 1, 7, 5] - y[:, 1, 2, 5]) * 2
+    w, h = (y[:, 0, 5, 7] - y[:, 0, 5, 2]) * 2, (y[:, 1, 7, 5] - y[:, 1, 2, 5]) * 2  # 5 of 10 pixels apart
     area, ratio = (w.abs() * h) / (H * W), w.abs() / h
     assert 0.24 < area.min() < 0.27 and 0.48 < area.max() < 0.51
     assert 0.73 < ratio.min() < 0.78 and 1.28 < ratio.max() < 1.37
@@ -792,8 +739,7 @@ def test_brightness_contrast_and_saturation_are_torchvisions():
     """One at a time, factors read off a probe image, away from the clamp; float32."""
     from torchvision.transforms.v2 import functional as functions
     x = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
-    for k, function in enumerate((functions.adjust_brightness, functions.adjust_contrast,
-                                  functions.adjust_saturation)):
+    for k, function in enumerate((functions.adjust_brightness, functions.adjust_contrast, functions.adjust_saturation)):
         jitter = [0.0] * 4
         jitter[k] = 0.4
         draws, same = data.Draws(0, 8, slice(0, 8)), data.Draws(0, 8, slice(0, 8))
@@ -817,8 +763,7 @@ def test_grayscale_makes_channels_equal_for_any_number_of_them():
 def test_hue_turns_red_into_green_into_blue_and_keeps_grey():
     third = data.hue_rotation(torch.tensor([2 * np.pi / 3]))[0]
     assert torch.allclose(third @ torch.eye(3), torch.eye(3).roll(1, 0), atol=1e-6)
-    assert torch.allclose(data.hue_rotation(torch.tensor([0.7]))[0] @ torch.ones(3),
-                          torch.ones(3), atol=1e-6)
+    assert torch.allclose(data.hue_rotation(torch.tensor([0.7]))[0] @ torch.ones(3), torch.ones(3), atol=1e-6)
 
 
 def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
@@ -827,8 +772,7 @@ def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
     x = torch.rand(40, 1, 56, 56, generator=torch.Generator().manual_seed(0))
     x[:, :, :28] = 0.5
     y = data.random_blur(x, 0.5, draws)
-    # sigma <= 0.5 pixels at 56: 8 sigma away
-    assert torch.allclose(y[:, :, :24], x[:, :, :24], atol=1e-5)
+    assert torch.allclose(y[:, :, :24], x[:, :, :24], atol=1e-5)  # sigma <= 0.5 pixels at 56: 8 sigma away
     unchanged = (y == x).flatten(1).all(1)
     assert 10 < unchanged.sum() < 30
 
@@ -837,8 +781,7 @@ def test_solarize_inverts_what_is_bright():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3)
     draws = data.Draws(0, 1, slice(0, 1))
     draws.restart(0)
-    assert torch.allclose(data.random_solarize(x, 1.1, draws).flatten(),
-                          torch.tensor([0.2, 0.5, 0.1]))
+    assert torch.allclose(data.random_solarize(x, 1.1, draws).flatten(), torch.tensor([0.2, 0.5, 0.1]))
     assert torch.equal(data.random_solarize(x, 0.0, draws), x)
 
 
@@ -858,8 +801,7 @@ def test_a_frame_is_read_as_colour_and_metres(tmp_path):
     """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; without a reading: the data set's mean."""
     pairs = data.RGBD(write_frames(tmp_path / "d"), 24)
     (rgb,), (depth,) = pairs[1]
-    assert rgb.shape == (3, 36, 48) and rgb.dtype == torch.uint8 and rgb[:, 5,
-                                                                         5].tolist() == [10, 20, 30]
+    assert rgb.shape == (3, 36, 48) and rgb.dtype == torch.uint8 and rgb[:, 5, 5].tolist() == [10, 20, 30]
     assert depth.shape == (1, 36, 48) and depth[0, 5, 5].item() == pytest.approx(0.21)
     assert depth[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
     assert pairs.modalities == ("rgb", "depth")
@@ -889,8 +831,7 @@ def test_collate_gives_two_views_of_each_modality():
     one, two = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     x1, x2 = data.collate([([one], [one, two]), ([two], [two, one])])
     assert x1[0] is x1[1] and x1[0].shape == (2, 1, 2, 2)
-    assert torch.equal(x2[0], torch.stack([one, two])) and torch.equal(x2[1],
-                                                                       torch.stack([two, one]))
+    assert torch.equal(x2[0], torch.stack([one, two])) and torch.equal(x2[1], torch.stack([two, one]))
 
 
 def toy(folder, scenes=48, held_out=16):
@@ -902,16 +843,13 @@ def test_made_up_scenes_are_seeded_and_hold_what_factors_csv_says(tmp_path):
     """The common object is nearer than the wall and bright; the painting leaves no trace in depth, the pane none in RGB."""
     a, b = toy(tmp_path / "a", 6, 2), toy(tmp_path / "b", 6, 2)
     files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
-    assert len(files) == 8 * 3 + 3 and all((a / f).read_bytes() == (b / f).read_bytes()
-                                           for f in files)
+    assert len(files) == 8 * 3 + 3 and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
     rows = list(csv.DictReader(open(a / "factors.csv")))
     assert (a / "train.txt").read_text().split() == [row["id"] for row in rows[:6]]
     for row in rows:
-        rgb, depth, label = (np.array(Image.open(a / d / f"{row['id']}.png")).astype(float)
-                             for d in ("RGB", "Depth", "Label"))
+        rgb, depth, label = (np.array(Image.open(a / d / f"{row['id']}.png")).astype(float) for d in ("RGB", "Depth", "Label"))
         depth[depth == 0] = np.nan
-        masks = {key: label == 2 + 4 * k + int(row[key]) for k,
-                 key in enumerate(("common", "unique1", "unique2"))}
+        masks = {key: label == 2 + 4 * k + int(row[key]) for k, key in enumerate(("common", "unique1", "unique2"))}
         wall = label == 1
         assert all(mask.sum() > 30 for mask in masks.values())
         assert rgb[masks["common"]].mean() > rgb[wall].mean() > rgb[masks["unique1"]].mean()
@@ -953,23 +891,18 @@ def test_ssl4eo_reads_four_seasons_in_the_order_of_their_dates(tmp_path):
     assert pairs.ids == ["0000000", "0000007", "000001"]
     for season, date in enumerate((3, 6, 9, 12)):
         bands = dict(pairs.raw(0, [season]))
-        assert tuple(bands) == data.S1 + data.S2 and bands["B2"].shape == (1, 12,
-                                                                           12) and bands["B9"].shape == (1,
-                                                                                                         2,
-                                                                                                         2)
+        assert tuple(bands) == data.S1 + data.S2 and bands["B2"].shape == (1, 12, 12) and bands["B9"].shape == (1, 2, 2)
         assert (bands["B12"] == 100 * date + 14).all()
         x1, x2 = data.stack_bands(pairs.blocks(0, season))
         assert x1.shape == (2, 12, 12) and x2.dtype == torch.uint8
-        assert [band.unique().tolist()
-                for band in x2] == [[round((100 * date + k) / 10000 * 255)] for k in range(2, 15)]
+        assert [band.unique().tolist() for band in x2] == [[round((100 * date + k) / 10000 * 255)] for k in range(2, 15)]
 
 
 def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
     """Seasons are functions of (seed, epoch, index), drawn for each view; the two views need not agree."""
     pairs = data.open_pairs("sar-optical", write_ssl4eo(tmp_path, ["0000000"]), 8, seed=3)
     for season in range(4):                     # now S1 tells its season, too
-        folder = sorted((tmp_path / "s1" / "0000000").iterdir(),
-                        key=lambda path: path.name[17:])[season]
+        folder = sorted((tmp_path / "s1" / "0000000").iterdir(), key=lambda path: path.name[17:])[season]
         tifffile.imwrite(folder / "VV.tif", np.full((12, 12), -18 + 3 * season, np.float32))
     seen = []
     for epoch in range(12):
@@ -984,24 +917,20 @@ def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
 
 def test_eight_bits_are_clipped_and_never_wrap():
     """S2: x / 10000 * 255.  S1: 2 % of outliers cut in the band, then mean -+ 2 std of the data set to 0..255."""
-    assert data.to_8bit("B2", np.array([0, 5000, 10000, 10040, 65535], np.uint16),
-                        {}).tolist() == [0, 128, 255, 255, 255]
+    assert data.to_8bit("B2", np.array([0, 5000, 10000, 10040, 65535], np.uint16), {}).tolist() == [0, 128, 255, 255, 255]
     x = np.linspace(-15, -10, 101, dtype=np.float32)
     x[0], x[-1], stats = -60, np.inf, {"VV": (-12.0, 2.0)}
     y = data.to_8bit("VV", x, stats)
     assert y[50] == round(255 * (-12.5 + 16) / 8) and y.dtype == np.uint8
-    # an empty pixel is -16 dB, then 1 % is cut each way
-    assert y[0] == y[-1] == 0 and y[99] == y[98] > y[97]
-    assert data.to_8bit("VV", np.full(3, -10, np.float32),
-                        stats).tolist() == [round(255 * 6 / 8)] * 3
+    assert y[0] == y[-1] == 0 and y[99] == y[98] > y[97]                # an empty pixel is -16 dB, then 1 % is cut each way
+    assert data.to_8bit("VV", np.full(3, -10, np.float32), stats).tolist() == [round(255 * 6 / 8)] * 3
 
 
 @pytest.mark.parametrize("r", [1, 2, 6])
 def test_bands_are_brought_to_10_m_bilinearly(r):
     """Integer arithmetic against F.interpolate in float64: half a step at most, that is, rounded."""
     x = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
-    y = F.interpolate(torch.from_numpy(x).double()[None], scale_factor=r,
-                      mode="bilinear")[0].numpy()
+    y = F.interpolate(torch.from_numpy(x).double()[None], scale_factor=r, mode="bilinear")[0].numpy()
     assert np.abs(data.upsample(x, r) - y).max() <= 0.5 + 1e-9
 
 
@@ -1056,25 +985,19 @@ def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
 
 def write_bigearthnet(root):
     """Three patches of 12 pixels; the last one is snowy.  Times of five digits, CRLF lists of one and two columns."""
-    pairs = [(f"S2B_MSIL2A_20170924T9302{k}_69_{k}",
-              f"S1A_IW_GRDH_1SDV_20170925T04325{k}_35VPK_69_{k}") for k in range(3)]
+    pairs = [(f"S2B_MSIL2A_20170924T9302{k}_69_{k}", f"S1A_IW_GRDH_1SDV_20170925T04325{k}_35VPK_69_{k}") for k in range(3)]
     for k, (s2, s1) in enumerate(pairs):
-        labels = ["Discontinuous urban fabric", "Airports",
-                  "Sea and ocean"] if k == 0 else ["Bare rock"]
-        for folder, name, extra in (("BigEarthNet-v1.0", s2, {}), ("BigEarthNet-S1-v1.0", s1,
-                                                                   {"corresponding_s2_patch": s2})):
+        labels = ["Discontinuous urban fabric", "Airports", "Sea and ocean"] if k == 0 else ["Bare rock"]
+        for folder, name, extra in (("BigEarthNet-v1.0", s2, {}), ("BigEarthNet-S1-v1.0", s1, {"corresponding_s2_patch": s2})):
             (root / folder / name).mkdir(parents=True)
-            (root / folder / name / f"{name}_labels_metadata.json").write_text(json.dumps(dict(labels=labels,
-                                                                                               **extra)))
+            (root / folder / name / f"{name}_labels_metadata.json").write_text(json.dumps(dict(labels=labels, **extra)))
         for n, (band, x) in enumerate(bands_of(k + 1).items()):
-            folder, name = ("BigEarthNet-S1-v1.0",
-                            s1) if band in data.S1 else ("BigEarthNet-v1.0", s2)
+            folder, name = ("BigEarthNet-S1-v1.0", s1) if band in data.S1 else ("BigEarthNet-v1.0", s2)
             if band != "B10":
                 band = band if band in data.S1 else f"B{band[1:]:0>2}"
                 tifffile.imwrite(root / folder / name / f"{name}_{band}.tif", x)
     (root / "train.csv").write_bytes("".join(f"{s2},{s1}\r\n" for s2, s1 in pairs).encode())
-    (root / "bigearthnet-val.csv").write_bytes("".join(f"{s2}\r\n" for s2,
-                                                       _ in pairs[::-1]).encode())
+    (root / "bigearthnet-val.csv").write_bytes("".join(f"{s2}\r\n" for s2, _ in pairs[::-1]).encode())
     (root / "patches_with_seasonal_snow.csv").write_bytes(f"{pairs[2][0]}\r\n".encode())
     return pairs
 
@@ -1104,33 +1027,27 @@ def write_geonrw(root, dem=None):
     for city in ("aachen", "herne"):
         (root / city).mkdir(parents=True)
         Image.fromarray(rgbi).save(root / city / "371_5712_rgb.jp2")
-        tifffile.imwrite(root / city / "371_5712_dem.tif", rng.random((32, 32), np.float32) * 50
-                         if dem is None else dem)
-        tifffile.imwrite(root / city / "371_5712_seg.tif", rng.integers(0, 11,
-                                                                        (32, 32)).astype(np.uint8))
+        tifffile.imwrite(root / city / "371_5712_dem.tif", rng.random((32, 32), np.float32) * 50 if dem is None else dem)
+        tifffile.imwrite(root / city / "371_5712_seg.tif", rng.integers(0, 11, (32, 32)).astype(np.uint8))
     return rgbi
 
 
 def test_geonrw_gives_16_patches_a_tile_and_cropped_equals_whole(tmp_path):
     """Row by row; three of four bands; the split is by city; masks keep label 0; the same bits after `crop`."""
     rgbi = write_geonrw(tmp_path)
-    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path,
-                                                                             8, "train")
+    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path, 8, "train")
     assert tasks[0].ids == [f"aachen/371_5712_{k}" for k in range(1, 17)]
     assert data.open_pairs("geonrw", tmp_path, 8, "test").ids[0] == "herne/371_5712_1"
     rgb, dem, seg = tasks[0][6]                 # the 7th: second row, third column
     assert (rgb.permute(1, 2, 0).numpy() == rgbi[8:16, 16:24, :3]).all()
     mask = tifffile.imread(tmp_path / "aachen" / "371_5712_seg.tif")
-    assert (seg.numpy() == mask[8:16,
-                                16:24]).all() and seg.dtype == torch.int64 and (mask == 0).any()
+    assert (seg.numpy() == mask[8:16, 16:24]).all() and seg.dtype == torch.int64 and (mask == 0).any()
     assert dem.shape == (3, 8, 8) and dem.dtype == torch.float32 and (dem[0] == dem[2]).all()
     before = [task[i] for task in tasks for i in range(16)]
     data.crop(tmp_path, tmp_path / "cropped", 1)
-    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path,
-                                                                             8, "train")
+    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path, 8, "train")
     after = [task[i] for task in tasks for i in range(16)]
-    for a, b in zip(before[:16] + [sum(x, []) for x in before[16:]], after[:16] + [sum(x, [])
-                                                                                   for x in after[16:]]):
+    for a, b in zip(before[:16] + [sum(x, []) for x in before[16:]], after[:16] + [sum(x, []) for x in after[16:]]):
         assert all((x == y).all() and x.dtype == y.dtype for x, y in zip(a, b))
     (tmp_path / "cropped" / "aachen" / "371_5712_3_seg.tif").unlink()
     with pytest.raises(BadInput, match="less than all of dem, rgb, seg .*371_5712_3"):
@@ -1142,8 +1059,7 @@ def test_holes_of_a_height_model_take_no_part_and_flat_ground_is_no_division_by_
     dem = np.linspace(100, 200, 101).reshape(1, 1, -1)
     holes = np.array([[[np.nan, -9999, 65535, -1.7e308, np.inf]]])
     x = data.stretch(np.concatenate([dem, holes], 2), "tile")[0, 0]
-    # 1st and 99th percentile: 101 m and 199 m
-    assert x[0] == 0 and x[100] == 1 and abs(x[50] - 0.5) < 1e-6
+    assert x[0] == 0 and x[100] == 1 and abs(x[50] - 0.5) < 1e-6        # 1st and 99th percentile: 101 m and 199 m
     assert abs(x[75] - (175 - 101) / 98) < 1e-6 and (x[101:] == x[101]).all() and abs(x[101] - 0.5) < 1e-6
     assert (data.stretch(np.full((1, 4, 4), 7.0), "tile") == 0).all()
     with pytest.raises(BadInput, match="tile has no valid height"):
@@ -1161,22 +1077,16 @@ def tilted_room(W=160, H=120):
     2 wall) and its height above the floor in cm.
     """
     pitch, roll = np.radians(12), np.radians(7)
-    turn = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch),
-                                                                    np.cos(pitch)]])
-    turn = turn @ np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0],
-                            [0, 0, 1]])
+    turn = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
+    turn = turn @ np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
     K = camera(W, H)
     y, x = np.mgrid[1:H + 1, 1:W + 1]
-    rays = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1],
-                     np.ones((H, W))]).reshape(3, -1)
+    rays = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], np.ones((H, W))]).reshape(3, -1)
     world = turn @ rays                         # x right, y down, z forward
     planes = [(world[1], 1.5), (-world[1], 1.0), (world[2], 3.0), (world[0], 1.4), (-world[0], 1.4)]
-    z = np.stack([np.where(along > 1e-9, distance / np.maximum(along, 1e-9), np.inf)
-                  for along, distance in planes])
+    z = np.stack([np.where(along > 1e-9, distance / np.maximum(along, 1e-9), np.inf) for along, distance in planes])
     which, z = z.argmin(0), z.min(0)
-    return z.reshape(H, W), turn[1], np.minimum(which, 2).reshape(H,
-                                                                  W), 100 * (1.5 - world[1] * z).reshape(H,
-                                                                                                         W)
+    return z.reshape(H, W), turn[1], np.minimum(which, 2).reshape(H, W), 100 * (1.5 - world[1] * z).reshape(H, W)
 
 
 def test_hha_of_a_tilted_room_is_known():
@@ -1185,8 +1095,7 @@ def test_hha_of_a_tilted_room_is_known():
     for K in (camera(), (80, 80, 80, 60)):
         out = data.hha(z, z, K).astype(float)
         assert out.shape == (120, 160, 3)
-        assert np.abs(out[..., 0] - np.minimum(np.floor(310 / np.maximum(z, 1) + 0.5),
-                                               255)).max() == 0
+        assert np.abs(out[..., 0] - np.minimum(np.floor(310 / np.maximum(z, 1) + 0.5), 255)).max() == 0
         assert np.abs(out[..., 1] - np.minimum(height, 255)).max() < 3
         inside = np.ones(plane.shape, bool)     # windows that lie in one plane
         for dy, dx in ((-4, -4), (-4, 4), (4, -4), (4, 4), (0, 4), (0, -4), (4, 0), (-4, 0)):
@@ -1197,8 +1106,7 @@ def test_hha_of_a_tilted_room_is_known():
             assert len(wrong) > 200 and np.median(wrong) <= 1 and (wrong > 2).mean() < 0.05
     integral = np.pad(np.ones((9, 8)).cumsum(0).cumsum(1), ((11, 10), (11, 10)), "edge")
     integral[:11] = integral[:, :11] = 0
-    # 4x4, 7x7, 7x4 at the border
-    assert data.window_sums(integral, 3)[[0, 4, 4], [0, 4, 7]].tolist() == [16, 49, 28]
+    assert data.window_sums(integral, 3)[[0, 4, 4], [0, 4, 7]].tolist() == [16, 49, 28]  # 4x4, 7x7, 7x4 at the border
 
 
 def test_missing_depth_takes_no_part_in_hha():
@@ -1226,12 +1134,9 @@ def write_sunrgbd(root):
             (root / "SUNRGBD" / frame / name).mkdir(parents=True)
         (root / "SUNRGBD" / frame / "intrinsics.txt").write_text(intrinsics)
         (root / "SUNRGBD" / frame / "scene.txt").write_text("office")
-        Image.fromarray(rng.integers(0, 256,
-                                     (H, W,
-                                      3)).astype(np.uint8)).save(root / "SUNRGBD" / frame / "image" / "a.JPG")
+        Image.fromarray(rng.integers(0, 256, (H, W, 3)).astype(np.uint8)).save(root / "SUNRGBD" / frame / "image" / "a.JPG")
         mm = (2000 + 5 * np.mgrid[:H, :W].sum(0)).astype(np.uint16)
-        # as the data set has them: rotated left by three bits
-        raw = (mm << 3 | mm >> 13).astype(np.uint16)
+        raw = (mm << 3 | mm >> 13).astype(np.uint16)  # as the data set has them: rotated left by three bits
         Image.fromarray(raw).save(root / "SUNRGBD" / frame / "depth_bfx" / "b_abs.png")
         raw[:4] = 0
         Image.fromarray(raw).save(root / "SUNRGBD" / frame / "depth" / "b_abs.png")
@@ -1245,22 +1150,17 @@ def write_sunrgbd(root):
 def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
     """`hha` uses each frame's camera, the filled depth and the raw one's holes; it goes on where it was stopped."""
     write_sunrgbd(tmp_path)
-    assert data.sunrgbd_depth(np.array([8 * 2378, 2378 >> 13, 8 * 8100],
-                                       np.uint16)).tolist() == [2.378, 0.0, 8.0]
-    with pytest.raises(BadInput,
-                       match="2 samples .* without hha/, which `python data.py hha` writes"):
+    assert data.sunrgbd_depth(np.array([8 * 2378, 2378 >> 13, 8 * 8100], np.uint16)).tolist() == [2.378, 0.0, 8.0]
+    with pytest.raises(BadInput, match="2 samples .* without hha/, which `python data.py hha` writes"):
         data.open_pairs("rgbd", tmp_path, 16)
     data.write_hha(tmp_path, 1, 1000.0)
     frames = data.sunrgbd_frames(tmp_path)
     assert list(frames) == ["kv1/b3dodata/img_0063", "xtion/sun3ddata/hotel/hotel/0000110-1"]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("hha/*.png")}
     data.write_hha(tmp_path, 1, 1000.0)
-    assert written == {path: path.stat().st_mtime_ns
-                       for path in tmp_path.rglob("hha/*.png")} and len(written) == 2
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("hha/*.png")} and len(written) == 2
     pairs = data.open_pairs("rgbd", tmp_path, 16)
-    assert pairs.modalities == ("rgb", "hha") and [x.shape for x in sum(pairs[1], [])] == [(3,
-                                                                                            24,
-                                                                                            32)] * 2
+    assert pairs.modalities == ("rgb", "hha") and [x.shape for x in sum(pairs[1], [])] == [(3, 24, 32)] * 2
     mm = 2000 + 5 * np.mgrid[:42, :56].sum(0)
     raw = np.where(np.arange(42)[:, None] < 4, 0, mm)
     _, hha = pairs.raw(0)
@@ -1305,11 +1205,9 @@ def test_tiff_of_any_layout_is_read_as_CxHxW(tmp_path):
     for image in (rgb[..., 0], rgb, x[0], rng.random((6, 7), np.float32)):
         Image.fromarray(image).save(path, compression="tiff_lzw")
         y = data.read_tiff(path)
-        assert y.dtype == image.dtype and (y == (image[None] if image.ndim == 2
-                                                 else image.transpose(2, 0, 1))).all()
+        assert y.dtype == image.dtype and (y == (image[None] if image.ndim == 2 else image.transpose(2, 0, 1))).all()
     Image.fromarray(rgb[..., :2], "LA").save(path, compression="tiff_lzw")
-    with pytest.raises(BadInput,
-                       match=r"a.tif is compressed with LZW .*2 bands.*pip install imagecodecs"):
+    with pytest.raises(BadInput, match=r"a.tif is compressed with LZW .*2 bands.*pip install imagecodecs"):
         data.read_tiff(path)
     tifffile.imwrite(path, x)
     path.write_bytes(path.read_bytes()[:700])
@@ -1321,15 +1219,11 @@ def test_ones_own_pairs_of_any_form_are_measured_and_brought_to_0_to_1(tmp_path)
     """npy of 16 bits with 2 channels, and PNG and TIFF of 8 with any case of suffix; NaN, other sizes, constant channels."""
     rng, (one, two) = np.random.default_rng(0), (tmp_path / "one", tmp_path / "two")
     one.mkdir(), two.mkdir()
-    arrays = [np.stack([rng.normal(1000, 50, (8, 9)), np.full((8, 9), 7)]).astype(np.float32)
-              for _ in range(4)]
+    arrays = [np.stack([rng.normal(1000, 50, (8, 9)), np.full((8, 9), 7)]).astype(np.float32) for _ in range(4)]
     arrays[2][0, 0, 0] = np.nan
     for i, a in enumerate(arrays):
         np.save(one / f"{i}.npy", a if i else a.transpose(1, 2, 0))
-        image = Image.fromarray(rng.integers(0, 256, (8, 9, 3)).astype(np.uint8)).resize((9, 8)
-                                                                                         if i < 3
-                                                                                         else (18,
-                                                                                               16))
+        image = Image.fromarray(rng.integers(0, 256, (8, 9, 3)).astype(np.uint8)).resize((9, 8) if i < 3 else (18, 16))
         image.save(two / f"{i}{'.PNG' if i % 2 else '.TIF'}")
     pairs = data.open_pairs("custom", (one, two), 8)
     row1, row2 = pairs.rows
@@ -1363,8 +1257,7 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says():
         draws.restart(1)
         x = data.augment(torch.full((400, C, 12, 12), 102, dtype=torch.uint8), modality, 8, draws)
         assert x.shape == (400, C, 8, 8) and x.min() >= 0 and x.max() <= 1
-        assert len(torch.unique((x * 1000).round())) >= values and (values > 1
-                                                                    or (x - 0.4).abs().max() < 1e-5)
+        assert len(torch.unique((x * 1000).round())) >= values and (values > 1 or (x - 0.4).abs().max() < 1e-5)
     ramp = torch.arange(12.0).view(1, 1, 12, 1).expand(400, 3, 12, 12) / 11
     draws.restart(2)
     x = data.augment(ramp, "dem", 8, draws)
@@ -1378,8 +1271,7 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says():
 
 def test_a_crop_is_the_same_on_a_device_as_on_a_cpu():
     """The matrix products of a device against torch's own filter, image by image, that a CPU takes."""
-    x, boxes = torch.rand(4, 5, 20, 24), torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9],
-                                                       [5, 0, 15, 24], [1, 1, 4, 4.0]])
+    x, boxes = torch.rand(4, 5, 20, 24), torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
     flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
     cpu = torch.cat([data.resized_box(image[None], 11, *map(int, box), *map(int, flip))
                      for image, box, flip in zip(x, boxes, flips)])
@@ -1401,13 +1293,11 @@ def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
             sensors = sensors[0][seed % 4]["VV"], sensors[0][seed % 4]["B4"].astype(float)
         ground = label == 1
         for which, shape in enumerate(classes):
-            # and in no other object
-            inside = (masks[which] > 0.9) & (sum(masks) - masks[which] < 0.1)
+            inside = (masks[which] > 0.9) & (sum(masks) - masks[which] < 0.1)  # and in no other object
             assert (label[inside] == 2 + which * len(data.SHAPES) + shape).all()
             for k, x in enumerate(sensors if inside.any() else ()):
                 x = x.reshape(*label.shape, -1).mean(-1).astype(float)
-                contrast[k, which,
-                         seed] = (np.median(x[inside]) - np.median(x[ground])) / x[ground].std()
+                contrast[k, which, seed] = (np.median(x[inside]) - np.median(x[ground])) / x[ground].std()
     contrast = np.nanmedian(contrast, 2)
     assert (np.abs(contrast) > 1.5).tolist() == [[True, True, False], [True, False, True]], contrast
     assert np.abs(contrast[[0, 1], [2, 1]]).max() < 1, contrast
@@ -1429,8 +1319,7 @@ def test_made_up_scenes_lie_in_the_layout_of_their_scenario(scenario, shapes, tm
         assert (label == 2 + which * len(data.SHAPES) + int(rows[name][factor])).any()
 
 
-def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path,
-                                                                        monkeypatch, capsys):
+def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path, monkeypatch, capsys):
     """Exit code 1 and bad-ids.txt for a truncated file and a missing partner; 0 and the contact sheet once they are gone."""
     root, out = tmp_path / "data", tmp_path / "out"
     list(data.write_satellite(root, [np.random.default_rng(i) for i in range(4)], 4, S=24))
@@ -1454,18 +1343,16 @@ def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path
     assert Image.open(out / "contact-sheet.png").size == (4 * 16, 4 * 16)
 
 
-def test_pretraining_runs_on_ones_own_pairs_and_tells_what_its_encoders_expect(tmp_path,
-                                                                               monkeypatch):
+def test_pretraining_runs_on_ones_own_pairs_and_tells_what_its_encoders_expect(tmp_path, monkeypatch):
     """5 channels of 16 bits and 1 of 8; the statistics stand in the checkpoint and beside the encoders."""
     rng = np.random.default_rng(0)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     for i in range(8):
-        tifffile.imwrite(tmp_path / "one" / f"{i}.tif", rng.integers(0, 4000,
-                                                                     (5, 20, 20)).astype(np.uint16))
-        Image.fromarray(rng.integers(0, 256,
-                                     (20, 24)).astype(np.uint8)).save(tmp_path / "two" / f"{i}.png")
-    flags = f"--data1 {tmp_path}/one --data2 {tmp_path}/two --out {tmp_path}/out --augment2 depth --size 16 --batch-size 4 " f"--scenario custom --backbone resnet-toy --projector 16-16-16 --epochs 1"
+        tifffile.imwrite(tmp_path / "one" / f"{i}.tif", rng.integers(0, 4000, (5, 20, 20)).astype(np.uint16))
+        Image.fromarray(rng.integers(0, 256, (20, 24)).astype(np.uint8)).save(tmp_path / "two" / f"{i}.png")
+    flags = f"--data1 {tmp_path}/one --data2 {tmp_path}/two --out {tmp_path}/out --augment2 depth --size 16 --batch-size 4 " \
+        f"--scenario custom --backbone resnet-toy --projector 16-16-16 --epochs 1"
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags.split()])
     pretrain.main()
     checkpoint = pretrain.load_checkpoint(tmp_path / "out" / "checkpoint.pt")
@@ -1502,8 +1389,7 @@ def log_of(out):
 def test_pretrain_runs_and_loss_falls(tmp_path):
     """The command line as users have it: log, settings, checkpoint and encoders that torchvision's names fit."""
     root, out = toy(tmp_path / "scenes"), tmp_path / "out"
-    command = [sys.executable, HERE / "pretrain.py", *SMALL.split(), "--epochs", "16",
-               "--data", root, "--out", out]
+    command = [sys.executable, HERE / "pretrain.py", *SMALL.split(), "--epochs", "16", "--data", root, "--out", out]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "chance (independent embeddings)" in result.stdout and "step 000048/000048" in result.stdout
@@ -1526,16 +1412,14 @@ def test_resume_equals_no_interruption(tmp_path, monkeypatch):
     flags = f"{SMALL} --epochs 16 --data {root}"  # 3 steps an epoch
     pretrain_here(f"{flags} --out {whole}", monkeypatch)
     command = [sys.executable, HERE / "pretrain.py", *shlex.split(f"{flags} --out {broken}")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while "step 000004" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert "--resume" in process.communicate(timeout=60)[0] and process.returncode == 0
     step = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
     assert 4 <= step < 48
-    # a process killed later would have left lines after the checkpoint
-    with open(broken / "log.jsonl", "a") as file:
+    with open(broken / "log.jsonl", "a") as file:  # a process killed later would have left lines after the checkpoint
         file.write(json.dumps(dict(step=step + 1)) + "\n" + '{"step": ')
     pretrain_here(f"{flags} --out {broken} --resume", monkeypatch)
     a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, broken))
@@ -1564,8 +1448,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
 
     def refused(flags, pattern):
         finished = (out / "checkpoint.pt").exists()
-        before = {path: path.read_bytes() for path in out.rglob("*")
-                  if path.is_file()} if finished else {}
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if finished else {}
         with pytest.raises(BadInput, match=pattern) as error:
             pretrain_here(flags, monkeypatch)
         assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
@@ -1592,12 +1475,10 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
     Image.fromarray(np.zeros((36, 48), np.uint16)).save(hollow / "Depth" / "2.png")
     refused(f"{run} --data {hollow} --split all", "2.png has no valid depth")
     Image.new("RGB", (48, 36)).save(picture / "Depth" / "0.png")
-    refused(f"{run} --data {picture} --split all",
-            "0.png is uint8 .*expected depth as one 16-bit channel")
+    refused(f"{run} --data {picture} --split all", "0.png is uint8 .*expected depth as one 16-bit channel")
 
     (tmp_path / "file").write_text("")
-    refused(f"{SMALL} --epochs 1 --data {root} --out {tmp_path}/file/out",
-            "--out .* cannot be written")
+    refused(f"{SMALL} --epochs 1 --data {root} --out {tmp_path}/file/out", "--out .* cannot be written")
     out2 = tmp_path / "out2"
     pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {out2}", monkeypatch)
     out, again = out2, f"{SMALL} --data {root} --out {out2}"
@@ -1620,8 +1501,7 @@ def test_bad_input_exits_with_code_2_and_one_line(tmp_path):
                "--workers", "1", "--data", root, "--out", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert re.fullmatch(r"error: .*7\.png cannot be read \(.*\); copy or download it again",
-                        result.stderr.splitlines()[-1])
+    assert re.fullmatch(r"error: .*7\.png cannot be read \(.*\); copy or download it again", result.stderr.splitlines()[-1])
     assert not list((tmp_path / "out").glob("checkpoint*"))
 
 
@@ -1645,8 +1525,7 @@ def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, tmp
     """Tables 1-4, Fig. 3: one trainer; the JSON beside an encoder says how it came to be and what it wants to see."""
     root, out, encoded = toy(tmp_path / "scenes", 16, 2), tmp_path / "out", []
     forward = decur.ResNet.forward
-    monkeypatch.setattr(decur.ResNet, "forward", lambda E, x: (encoded.append(E.channels),
-                                                               forward(E, x))[1])
+    monkeypatch.setattr(decur.ResNet, "forward", lambda E, x: (encoded.append(E.channels), forward(E, x))[1])
     pretrain_here(f"{SMALL} --epochs 2 {flags} --data {root} --out {out}", monkeypatch)
     assert len(encoded) == 2 * views            # two steps
     written = sorted(path.name for path in out.glob("encoder*"))
@@ -1658,16 +1537,14 @@ def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, tmp
     assert about["method"] == (flags.split()[1] if "--method" in flags else "decur")
     assert about["settings"]["no_intra"] == ("--no-intra" in flags) and about["epoch"] == 2
     assert about["sha256"] == hashlib.sha256((out / "encoder2.pth").read_bytes()).hexdigest()
-    decur.load_encoder(decur.resnet("resnet-toy", 1),
-                       *decur.read_weights(out / "encoder2.pth", "resnet-toy"))
+    decur.load_encoder(decur.resnet("resnet-toy", 1), *decur.read_weights(out / "encoder2.pth", "resnet-toy"))
 
 
 def test_barlowtwins_is_decur_without_intra_and_decoupling(tmp_path, monkeypatch):
     """Table 4's row and Tables 1-2's are one run, to the last bit but rounding."""
     root = toy(tmp_path / "scenes", 16, 2)
     for name, flags in (("a", "--method barlowtwins"), ("b", "--no-intra --common 1.0")):
-        pretrain_here(f"{SMALL} --epochs 2 {flags} --data {root} --out {tmp_path / name}",
-                      monkeypatch)
+        pretrain_here(f"{SMALL} --epochs 2 {flags} --data {root} --out {tmp_path / name}", monkeypatch)
     a, b = (torch.load(tmp_path / name / "encoder1.pth", weights_only=True) for name in "ab")
     assert relative(list(a.values()), list(b.values())) < 1e-5
 
@@ -1684,21 +1561,18 @@ def test_methods_take_the_projector_and_the_rate_that_their_papers_ask_for():
     assert (args.lr, args.lr_bias, args.weight_decay, args.common) == (1e-4, 1e-4, 0.01, 0.75)
 
 
-def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars(tmp_path,
-                                                                                        monkeypatch):
+def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars(tmp_path, monkeypatch):
     """App. B: "For segformer backbones, we use AdamW optimizer and a learning rate of 1e-4"; LARS otherwise."""
     root, states = toy(tmp_path / "scenes", 16, 2), {}
     for backbone in ("mit_b0", "resnet-toy"):
-        flags, out = re.sub(" --lr [0-9]+", "", SMALL).replace("resnet-toy",
-                                                               backbone), tmp_path / backbone
+        flags, out = re.sub(" --lr [0-9]+", "", SMALL).replace("resnet-toy", backbone), tmp_path / backbone
         pretrain_here(f"{flags} --epochs 1 --data {root} --out {out}", monkeypatch)
         states[backbone] = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]
         assert json.loads((out / "encoder1.json").read_text())["backbone"] == backbone
     assert "exp_avg_sq" in states["mit_b0"]["state"][0] and list(states["resnet-toy"]["state"][0]) == ["momentum"]
     decayed, spared = states["mit_b0"]["param_groups"]
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
-    spared_names = [name for name, p in DeCUR("mit_b0", 3, 1, [32, 32, 32]).named_parameters()
-                    if p.ndim < 2]
+    spared_names = [name for name, p in DeCUR("mit_b0", 3, 1, [32, 32, 32]).named_parameters() if p.ndim < 2]
     assert len(spared["params"]) == len(spared_names)
     assert all(name.endswith("bias") or "norm" in name or ".P." in name for name in spared_names)
 
@@ -1709,16 +1583,14 @@ def test_weights_start_a_run_or_are_refused_in_one_line(tmp_path, monkeypatch, c
     run = f"{SMALL} --epochs 1 --data {root}"
     pretrain_here(f"{run} --out {first}", monkeypatch)
     both, one, two = (first / name for name in ("checkpoint.pt", "encoder1.pth", "encoder2.pth"))
-    # a learning rate of 0: weights stay as loaded
-    monkeypatch.setattr(pretrain, "cosine", lambda step, steps: 0)
+    monkeypatch.setattr(pretrain, "cosine", lambda step, steps: 0)  # a learning rate of 0: weights stay as loaded
     for n, (files, flags) in enumerate(((f"{both}", ""), (f"{one} {two}", ""),
                                         (f"{both}", "--method barlowtwins --modality 2"))):
         out = tmp_path / str(n)
         pretrain_here(f"{run} --out {out} --weights {files} {flags}", monkeypatch)
         assert "72 of 72 keys matched" in capsys.readouterr().out
         a, b = (torch.load(folder / "encoder2.pth", weights_only=True) for folder in (first, out))
-        assert all(torch.equal(a[key], b[key]) for key in a if "running" not in key
-                   and "num_batches" not in key)
+        assert all(torch.equal(a[key], b[key]) for key in a if "running" not in key and "num_batches" not in key)
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     for files, words in ((f"{one}", "1 encoder, expected 2"), (f"{two} {one}", "1 input channels, this encoder 3"),
                          (f"{tmp_path}/nowhere.pth", "No such file"), (f"{tmp_path}/code.pth", "could run code"),
@@ -1726,8 +1598,7 @@ def test_weights_start_a_run_or_are_refused_in_one_line(tmp_path, monkeypatch, c
         with pytest.raises(BadInput, match=words) as error:
             pretrain_here(f"{run} --out {tmp_path}/refused --weights {files}", monkeypatch)
         assert "\n" not in str(error.value) and not (tmp_path / "refused").exists()
-    for flags in ("--bgr", "--modality 1", "--method clip --no-intra",
-                  "--method clip --common 0.5"):
+    for flags in ("--bgr", "--modality 1", "--method clip --no-intra", "--method clip --common 0.5"):
         with pytest.raises(BadInput, match="expected"):
             pretrain.get_args(f"--scenario rgbd {flags}".split())
 
@@ -1746,7 +1617,9 @@ def slow_average_precision(scores, labels):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_average_precision_is_the_area_under_the_curve(seed):
-    """Ties and an absent class; micro is the ranking of all decisions, macro the mean over classes with a positive."""
+    """Ties and an absent class; micro is the ranking of all decisions, macro the mean over classes
+    with a positive.
+    """
     g = torch.Generator().manual_seed(seed)
     # odd seeds: many ties
     scores = torch.randint(6 if seed % 2 else 10**6, (20, 4), generator=g).float()
@@ -1763,7 +1636,9 @@ def test_average_precision_is_the_area_under_the_curve(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_iou_and_accuracy_are_counts_of_pixels(seed):
-    """Ignored pixels count nowhere; a class that is neither predicted nor labelled is not in the mean."""
+    """Ignored pixels count nowhere; a class that is neither predicted nor labelled is not in the
+    mean.
+    """
     g = torch.Generator().manual_seed(seed)
     pred, gt = torch.randint(4, (2, 9, 9), generator=g), torch.randint(-1, 4, (2, 9, 9),
                                                                        generator=g)
@@ -1804,7 +1679,9 @@ def folder(root, name):
 # ---- finetune.py: heads ----
 
 def test_the_fcn_is_the_papers_convolution_after_upsampling():
-    """App. B in its own words: concatenate, upsample, 1x1 convolutions, add; the order of the first two is free."""
+    """App. B in its own words: concatenate, upsample, 1x1 convolutions, add; the order of the first
+    two is free.
+    """
     torch.manual_seed(0)
     net = finetune.FCN([decur.resnet("resnet-toy", c) for c in (3, 1)], 5).double().eval()
     x = [torch.randn(2, c, 40, 56, dtype=torch.float64) for c in (3, 1)]
@@ -1875,9 +1752,8 @@ def test_rectification_and_fusion_of_cmx_by_hand():
     out = []
     for i in (0, 1):
         t = torch.cat([u[i][:, h * 4:h * 4 + 4] @ G[1 - i][h] for h in range(heads)], 1)
-        out.append(ffm.cross[f"norm{i + 1}"](tokens[i] + ffm.cross[f"end_proj{i + 1}"](torch.cat((y[i],
-                                                                                                  t),
-                                                                                                 1))))
+        yt = ffm.cross[f"end_proj{i + 1}"](torch.cat((y[i], t), 1))
+        out.append(ffm.cross[f"norm{i + 1}"](tokens[i] + yt))
     fused = torch.cat(out, 1).T.view(1, 2 * C, 3, 5)
     emb = ffm.channel_emb
     assert torch.allclose(ffm(a, b),
@@ -1885,11 +1761,14 @@ def test_rectification_and_fusion_of_cmx_by_hand():
 
 
 def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
-    """Modality 2 goes to the extra_ stream; what a run of CMX saved is what it loads; BGR turns both inputs around."""
+    """Modality 2 goes to the extra_ stream; what a run of CMX saved is what it loads; BGR turns
+    both inputs around.
+    """
     E = [decur.mit("mit_b0", 3) for _ in range(2)]
     for k, e in enumerate(E, 1):
         torch.save(e.state_dict(), tmp_path / f"encoder{k}.pth")
-    args = finetune.get_args(f"--task nyuv2 --model cmx --backbone mit_b0 --weights {tmp_path}/encoder1.pth "
+    args = finetune.get_args(f"--task nyuv2 --model cmx --backbone mit_b0 --weights "
+                             f"{tmp_path}/encoder1.pth "
                              f"{tmp_path}/encoder2.pth".split())[0]
     net = finetune.build(args, [3, 3], 40)[0]
     for key, value in E[1].state_dict().items():
@@ -1909,7 +1788,9 @@ def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
 # ---- finetune.py: samples, augmentation, schedule ----
 
 def test_a_box_takes_image_and_mask_along():
-    """Images by the triangle filter, masks by the nearest pixel, mirrored together, outside unlabelled and 0."""
+    """Images by the triangle filter, masks by the nearest pixel, mirrored together, outside
+    unlabelled and 0.
+    """
     mask = torch.arange(1, 49).view(1, 6, 8)
     image = mask[:, None].double().float()
     boxes = [torch.full((1, 1), float(v)) for v in (1, 2, 4, 4, 1)]
@@ -1992,12 +1873,15 @@ def finetune_here(flags, monkeypatch):
 
 
 def test_every_head_trains_frozen_and_fine_tuned(tmp_path, monkeypatch, capsys):
-    """Frozen encoders keep every bit and are evaluated once; pictures, results and the table line are there."""
+    """Frozen encoders keep every bit and are evaluated once; pictures, results and the table line
+    are there.
+    """
     root = toy(tmp_path / "scenes")
     for model, more in (("late", "--linear"), ("late", "--linear --cached"), ("fcn", "--linear --modality 1"), ("fcn", ""),
                         ("cmx", "--linear --backbone mit_b0")):
         out = tmp_path / f"{model}{len(more)}"
-        result = finetune_here(f"{FINE} --data {root} --model {model} {more} --weights none --labels 0.7 --save-images 2 "
+        result = finetune_here(f"{FINE} --data {root} --model {model} {more} --weights none "
+                               f"--labels 0.7 --save-images 2 "
                                f"--out {out}", monkeypatch)
         assert result["samples"] == 34 and result["test_samples"] == 16
         assert list(result["metrics"]) == (["mAP micro", "mAP macro"] if model == "late"
@@ -2018,13 +1902,16 @@ def test_a_frozen_encoder_that_moves_voids_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decur.ResNet, "forward", moves)
     with pytest.raises(SystemExit, match="frozen encoder has changed"):
-        finetune_here(f"{FINE} --data {toy(tmp_path / 'd')} --model late --linear --weights none --out {tmp_path / 'o'}",
+        finetune_here(f"{FINE} --data {toy(tmp_path / 'd')} --model late --linear --weights none "
+                      f"--out {tmp_path / 'o'}",
                       monkeypatch)
     assert not (tmp_path / "o" / "results.json").exists()
 
 
 def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkeypatch, capsys):
-    """Weights of pretraining, the parts of the embedding, refused ones; and the table marks what was not run."""
+    """Weights of pretraining, the parts of the embedding, refused ones; and the table marks what
+    was not run.
+    """
     root, pre = toy(tmp_path / "scenes"), tmp_path / "pre"
     pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {pre}", monkeypatch)
     flags = f"{FINE} --data {root} --model late --linear --cached --weights {pre / 'checkpoint.pt'}"
@@ -2047,10 +1934,12 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
     assert re.search(r"^DeCUR +80\.0 \+- 1\.4 \(n 2\) \| 79\.4 +not run \| 81\.7", out, re.M)
     assert "SimCLR-cross *" in out and "quoted | 49.4" in out and "common dimensions" in out
     for weights, reason in ((f"{pre}/encoder1.pth", "1 encoder, expected 2"),
-                            (f"{pre}/encoder2.pth {pre}/encoder1.pth", "conv1.weight takes 1 input channels"),
+                            (f"{pre}/encoder2.pth {pre}/encoder1.pth", "conv1.weight takes 1 input "
+                                                                       "channels"),
                             (f"{pre}/checkpoint.pt --backbone resnet18", "another shape|unexpected")):
         with pytest.raises(BadInput, match=reason):
-            finetune_here(f"{FINE} --data {root} --model late --weights {weights} --out {tmp_path / 'x'}",
+            finetune_here(f"{FINE} --data {root} --model late --weights {weights} --out "
+                          f"{tmp_path / 'x'}",
                           monkeypatch)
 
 
@@ -2075,7 +1964,8 @@ def test_bad_labels_and_splits_are_named(tmp_path, monkeypatch):
 
     def refused(flags, reason):
         with pytest.raises(BadInput, match=reason):
-            finetune_here(f"{FINE} --data {root} --model fcn --weights none --out {tmp_path / 'o'} {flags}",
+            finetune_here(f"{FINE} --data {root} --model fcn --weights none --out {tmp_path / 'o'} "
+                          f"{flags}",
                           monkeypatch)
 
     (root / "none.txt").write_text("")
@@ -2090,14 +1980,17 @@ def test_bad_labels_and_splits_are_named(tmp_path, monkeypatch):
             rf"{first.name} is a mask of \(24, 64\) pixels for an image of \(48, 64\)")
     for path in (root / "Label").glob("*.png"):
         Image.fromarray(np.zeros((48, 64), np.uint8)).save(path)
-    result = finetune_here(f"{FINE} --data {root} --model fcn --weights none --out {tmp_path / 'u'} --epochs 0",
+    result = finetune_here(f"{FINE} --data {root} --model fcn --weights none --out "
+                           f"{tmp_path / 'u'} --epochs 0",
                            monkeypatch)
     assert good and result["metrics"] == {"mIoU": None,
                                           "accuracy": None} and "mIoU undefined" in finetune.line_of(result)
 
 
 def test_torchrun_transfers_on_two_cpu_processes(tmp_path, monkeypatch):
-    """A frozen probe gives the one-process metric though 2 processes do not divide the 15 test samples."""
+    """A frozen probe gives the one-process metric though 2 processes do not divide the 15 test
+    samples.
+    """
     root = toy(tmp_path / "scenes", held_out=15)
     flags = f"{FINE} --data {root} --model fcn --linear --weights none"
     one = finetune_here(f"{flags} --out {tmp_path / 'one'}", monkeypatch)
@@ -2113,8 +2006,7 @@ def test_torchrun_transfers_on_two_cpu_processes(tmp_path, monkeypatch):
 
 def test_readme_commands_parse(monkeypatch):
     """Every `python script.py ...` and torchrun line in the README names flags that exist."""
-    for line in re.findall(r"^ *(?:python|torchrun [^\n]*?)(?= )(.*)$",
-                           (HERE / "README.md").read_text(), re.M):
+    for line in re.findall(r"^ *(?:python|torchrun [^\n]*?)(?= )(.*)$", (HERE / "README.md").read_text(), re.M):
         words = shlex.split(line.split("#")[0])
         if words[0] == "pretrain.py":
             pretrain.get_args(words[1:])
