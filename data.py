@@ -1070,6 +1070,12 @@ def augment(x, modality, size, draws):
     return normalise(x, modality)
 
 
+def plain(x, modality, size):
+    """What an encoder sees without augmentation: the whole image, BxCxHxW -> BxCxSxS, normalised."""
+    x = F.interpolate(unit(x), (size, size), mode="bilinear", antialias=True)
+    return normalise(x, modality)
+
+
 def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
     """Boxes of `scale` of the area and of an aspect ratio drawn log-uniformly, mirrored with
     probability 1/2.
@@ -1202,8 +1208,11 @@ def random_solarize(x, solarize_p, draws):
 
 # Each scene holds three objects: one that both sensors see, one that only sensor 1 sees, one that
 # only sensor 2 sees. A factor is the shape of one of them.  All shapes have the same area, and
-# position, size and rotation are drawn at random over clutter and noise, so that a randomly
-# initialised encoder reads a factor near chance.
+# position, size and rotation are drawn at random over clutter and noise, lest a random encoder
+# read them.  Linear probes on held-out indoor scenes, chance 0.25, the common and the unique factor:
+# random encoders (three seeds) RGB 0.33-0.45 and 0.38-0.42, depth 0.40-0.59 and 0.54-0.64; a
+# supervised one 0.99 or more.  More clutter in depth lowers the random ones, but is a fingerprint
+# of the scene on which its views can agree instead: no colour jitter covers it up, as in RGB.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
@@ -1260,7 +1269,7 @@ def indoor_scene(rng, H=48, W=64):
     rgb = wall + 0.3 * np.stack([smooth_noise(rng, H, W, 16) for _ in range(3)], -1)
     rgb = rgb + (thing - rgb) * m_common[..., None] + (paint - rgb) * m_paint[..., None]
     rgb = rgb + rng.normal(0, 0.04, rgb.shape)
-    z = 3 + 0.25 * smooth_noise(rng, H, W, 16) + 0.8 * (m_pane - m_common)  # m
+    z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
     label = scene_label((common, m_common), (unique1, m_paint), (unique2, m_pane))

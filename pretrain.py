@@ -440,7 +440,7 @@ def main():
             say(line)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data), processes=world,
+        open_folder(args.out, dict(settings, argv=sys.argv, data=args.data, processes=world,
                                    device=str(device)), step)
         introduce(args, sources, data, net, steps, K, Kc, device, world)
         if step:

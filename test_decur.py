@@ -25,9 +25,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import nn
 
 import data
 import decur
+import explain
 import finetune
 import pretrain
 from data import BadInput
@@ -1366,7 +1368,7 @@ def test_pretraining_runs_on_ones_own_pairs_and_tells_what_its_encoders_expect(t
 
 # ---- pretrain.py as a program ----
 
-SMALL = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 --batch-size 16 --lr 4"
+SMALL = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 --batch-size 16 --lr 2"
 
 
 def pretrain_here(flags, monkeypatch):
@@ -1395,7 +1397,8 @@ def test_pretrain_runs_and_loss_falls(tmp_path):
     assert "chance (independent embeddings)" in result.stdout and "step 000048/000048" in result.stdout
     log = log_of(out)
     assert [row["step"] for row in log] == list(range(1, 49))
-    assert log[-1]["loss"] < 0.75 * log[0]["loss"]
+    first, last = (sum(row["loss"] for row in rows) for rows in (log[:6], log[-6:]))
+    assert last < 0.8 * first
     for row in log:
         assert row["loss"] == pytest.approx(row["L1"] + row["L2"] + row["Lc"] + row["Lu"], rel=1e-5)
     assert json.loads((out / "args.json").read_text())["K"] == 32
@@ -2002,6 +2005,277 @@ def test_torchrun_transfers_on_two_cpu_processes(tmp_path, monkeypatch):
     assert two["metrics"] == pytest.approx(one["metrics"], abs=2e-3)
     assert [row["loss"] for row in log_of(tmp_path / "two")] == pytest.approx(
         [row["loss"] for row in log_of(tmp_path / "one")], rel=1e-4)
+# ---- explain.py: Algorithm 2 ----
+
+def tiny_branch(seed=0, channels=2, K=6):
+    """An encoder with batch norm and ReLU, and a projector, in evaluation mode."""
+    torch.manual_seed(seed)
+    f = nn.Sequential(nn.Conv2d(channels, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(True),
+                      nn.Conv2d(5, 7, 3, padding=1), nn.ReLU(inplace=True),
+                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, K))
+    f(torch.randn(32, channels, 8, 8))
+    return f.eval().requires_grad_(False).double()
+
+
+def explained_branch(n=10):
+    """Images, a branch, and its outputs as Sec. 7 prepares them."""
+    f, x = tiny_branch(), torch.randn(n, 2, 8, 8, dtype=torch.float64)
+    z, parts = f(x), dict(common=slice(0, 4), unique=slice(4, 6))
+    return x, f, explain.prepared(f, z.mean(0), z.var(0, unbiased=False), parts), parts
+
+
+def test_alignment_losses_by_hand():
+    """Eq. 7 of C_ii = 1, 0, -1; Algorithm 2's range (0, 1) leaves the third out; 4 is the most."""
+    a, b = torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, -1, 1, -1])
+    z1, z2 = torch.stack((a, a, a), 1), torch.stack((a, b, -a), 1)
+    losses, counts = explain.alignment_histogram(z1, z2, bins=2)
+    assert torch.allclose(losses, torch.tensor([0.0, 1, 4]), atol=1e-4)
+    assert counts.tolist() == [1, 1]
+    assert explain.alignment_histogram(z1, z2, bins=4, top=4)[1].tolist() == [1, 1, 0, 1]
+
+
+def test_alignment_is_the_diagonal_of_C():
+    """Algorithm 2 (1) has (on_diag(C) - 1)^2 of Algorithm 1's C."""
+    z1, z2 = embeddings(16, 5)[:2]
+    C = BN(z1).T @ BN(z2) / 16
+    assert torch.allclose(explain.alignment_histogram(z1, z2)[0], (on_diag(C) - 1).pow(2))
+
+
+def test_affinities_of_equidistant_points_are_equal():
+    """t-SNE's P is symmetric with sum 1; at a simplex's corners nobody is nearer than others."""
+    P = explain.affinities(3 * torch.eye(12), 4.0)
+    assert torch.allclose(P, (1 - torch.eye(12)) / (12 * 11))
+
+
+def test_affinities_have_the_perplexity_asked_for():
+    """Two far groups of 10 points: a perplexity of 5 sees one's own alone, 15 has to see both."""
+    x = torch.cat((torch.randn(10, 3), torch.randn(10, 3) + 40))
+    near, far = explain.affinities(x, 5.0), explain.affinities(x, 15.0)
+    assert near[:10, 10:].sum() < 1e-6 < 1e-2 < far[:10, 10:].sum()
+    assert near.isfinite().all() and far.isfinite().all()
+    assert explain.affinities(torch.ones(8, 3), 2.0).isfinite().all()
+
+
+def test_tsne_lays_aligned_dimensions_together_and_unique_ones_apart():
+    """Fig. 1: a common dimension lies nearest to its partner, unique ones to their modality's."""
+    torch.manual_seed(0)
+    common, shared1, shared2 = torch.randn(64, 12), torch.randn(64, 1), torch.randn(64, 1)
+    z1, z2 = (torch.cat((common + 0.05 * torch.randn(64, 12), shared + 0.5 * torch.randn(64, 8)), 1)
+              for shared in (shared1, shared2))
+    y, kl = explain.tsne_vis(z1, z2)
+    nearest = explain.distances(y).fill_diagonal_(torch.inf).argmin(1)
+    assert y.shape == (40, 2) and 0 < kl < 1
+    assert nearest[:12].tolist() == list(range(20, 32))
+    assert nearest[20:32].tolist() == list(range(12))
+    assert all(12 <= i < 20 for i in nearest[12:20]) and all(32 <= i < 40 for i in nearest[32:])
+
+
+@pytest.mark.parametrize("channels_last", (False, True))
+def test_gradcam_by_hand(channels_last):
+    """A head w . mean(A) has the gradient w / hw: sum_k w_k A_k / hw; SegFormer's A is NxhxwxC."""
+    w = torch.tensor([[2.0, -1, 0], [0, 1, 1]])
+    layer = nn.LayerNorm(3) if channels_last else nn.Conv2d(3, 3, 1)
+    x = torch.randn(4, 5, 6, 3) if channels_last else torch.randn(4, 3, 5, 6)
+    net = lambda x: layer(x).mean((1, 2) if channels_last else (2, 3)) @ w.T
+    A = layer(x).permute(0, 3, 1, 2) if channels_last else layer(x)
+    for target in (0, 1):
+        expected = torch.einsum("k,nkhw->nhw", w[target], A)[:, None] / 30
+        own = explain.gradcam(net, layer, x, target)
+        assert torch.allclose(own, expected, atol=1e-6)
+        assert torch.equal(explain.gradcam(net, layer, x, target, relu=True), own.relu())
+    assert not layer._forward_hooks
+
+
+def test_batch_statistics_kill_saliency():
+    """Why `prepared` holds them constant: features normalised by their own batch sum to 0."""
+    x, f, net, _ = explained_branch()
+    dead = lambda x: torch.stack([part.mean(1) for part in BN(f(x)).split((4, 2), 1)], 1)
+    for saliency in (lambda net: explain.gradcam(net, f[3], x, 0),
+                     lambda net: explain.integrated_gradients(net, x)):
+        assert saliency(dead).abs().max() < 1e-12 < 1e-4 < saliency(net).abs().max()
+
+
+def test_saliency_does_not_depend_on_the_batch():
+    """Maps of one image at a time are those of all ten; mean and variance are those of all, too."""
+    x, f, net, parts = explained_branch()
+    for vis in (partial(explain.gradcam_vis, net, f[3], parts),
+                partial(explain.IG_vis, net, parts, 3)):
+        whole, single = vis(x), [vis(x_) for x_ in x.split(1)]
+        for part in parts:
+            assert torch.allclose(whole[part], torch.cat([s[part] for s in single]))
+    pair = nn.Module()
+    pair.f1 = pair.f2 = f
+    for B in (3, 10):
+        z, ((mean, var), _) = explain.embed(pair, ([x_, x_] for x_ in x.split(B)), 4, 8)
+        assert [len(z1) for z1, _ in z] == [4, 4]
+        assert torch.allclose(torch.cat([z1 for z1, _ in z]), f(x)[:8])
+        assert torch.allclose(mean, f(x).mean(0).float())
+        assert torch.allclose(var, f(x).var(0, unbiased=False).float())
+
+
+def test_integrated_gradients_by_hand():
+    """Of w.x they are w (x - x0), of the sum of squares x^2 - x0^2: the midpoint rule is exact."""
+    x, w = torch.randn(3, 2, 4, 4), torch.randn(2, 4, 4)
+    net = lambda x: torch.stack(((w * x).sum((1, 2, 3)), x.pow(2).sum((1, 2, 3))), 1)
+    assert torch.allclose(explain.integrated_gradients(net, x, None, 0, 5), w * x, atol=1e-6)
+    assert torch.allclose(explain.integrated_gradients(net, x, None, 1, 5), x.pow(2), atol=1e-5)
+    x0 = torch.ones_like(x)
+    assert torch.allclose(explain.integrated_gradients(net, x, x0, 0, 1), w * (x - 1), atol=1e-6)
+    assert torch.allclose(explain.integrated_gradients(net, x, x0, 1, 1), x.pow(2) - 1, atol=1e-5)
+
+
+def test_integrated_gradients_are_complete():
+    """They sum to net(x) - net(x0), with ReLU's kinks up to an error that steps make smaller."""
+    x, _, net, _ = explained_branch()
+    gain = (net(x) - net(torch.zeros_like(x)))[:, 1]
+    total = [explain.integrated_gradients(net, x, None, 1, steps).sum((1, 2, 3))
+             for steps in (4, 256)]
+    coarse, fine = ((a - gain).abs().mean() / gain.abs().mean() for a in total)
+    assert fine < 1e-3 and fine < coarse / 4
+    att = explain.IG_vis(net, dict(common=slice(0, 4), unique=slice(4, 6)), 4, x)
+    assert torch.allclose(explain.IG_stat(att)["unique"], att["unique"].mean((2, 3)))  # Nx2
+
+
+def test_overlap_scores_by_hand():
+    """Algorithm 2 (4): min-max of positive parts, product, mean over pixels, log of it + 1e-8."""
+    left, right = torch.tensor([[[-3.0, 0], [2, 4]]]), torch.tensor([[[5.0, 0], [5, 10]]])
+    assert explain.norm(left).tolist() == [[[0, 0], [0.5, 1]]]
+    scores = explain.gradcam_stat(dict(common=left, unique=left), dict(common=right, unique=-right))
+    assert torch.allclose(scores["common"], torch.tensor([(0.25 + 1) / 4 + 1e-8]).log())
+    assert torch.allclose(scores["unique"], torch.tensor([1e-8]).log())  # no positive part: not NaN
+
+
+def test_gradcam_looks_after_the_last_convolution():
+    """Algorithm 2's last_conv2, never a shortcut; for SegFormer the end of its last stage."""
+    for backbone, name in (("resnet-toy", "layer4.0.conv2"), ("resnet18", "layer4.1.conv2"),
+                           ("resnet50", "layer4.2.conv3"), ("mit_b0", "norm4")):
+        with torch.device("meta"):
+            found = explain.layers(decur.branch(backbone, 3, ()).E)
+        assert list(found)[-1] == name and not any("downsample" in name for name in found)
+
+
+def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
+    """Four classes along two features are read; classes drawn at random, at chance, unseen."""
+    torch.manual_seed(0)
+    x, noise = torch.randn(400, 6), torch.randint(4, (400,))
+    y = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0)
+    assert explain.linear_probe(x[:300], y[:300], x[300:], y[300:]) > 0.9
+    assert explain.linear_probe(x[:300], noise[:300], x[300:], noise[300:]) < 0.45
+
+
+def test_the_plain_view_is_the_whole_image_normalised():
+    """Any number of channels, uint8 and float: constants stay, the size is S, the mean is kept."""
+    x = torch.full((2, 3, 48, 64), 51, dtype=torch.uint8)
+    expected = data.normalise(torch.full((2, 3, 32, 32), 0.2), "rgb")
+    assert torch.allclose(data.plain(x, "rgb", 32), expected, atol=1e-6)
+    z = torch.rand(2, 1, 48, 64)
+    expected = data.normalise(z, "depth").mean()
+    assert torch.allclose(data.plain(z, "depth", 16).mean(), expected, atol=1e-2)
+
+
+def test_images_are_shown_as_one_sees_them():
+    """Colour and depth as they are; one channel is grey; the normaliser is undone."""
+    rgb, depth = torch.rand(1, 3, 4, 5), torch.rand(1, 1, 4, 5)
+    for x, name in ((rgb, "rgb"), (depth, "depth")):
+        expected = x[0].permute(1, 2, 0).expand(4, 5, 3)
+        assert np.allclose(explain.visible(data.normalise(x, name)[0], name), expected, atol=1e-6)
+
+
+def test_ticks_are_round_and_few():
+    """At most six, within the axis."""
+    assert explain.ticks(0, 1.5) == [0, 0.5, 1, 1.5]
+    assert explain.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    for high in (0.03, 0.7, 9, 64, 130, 5000):
+        assert 2 <= len(explain.ticks(0, high)) <= 6 and max(explain.ticks(0, high)) <= high
+
+
+def explain_here(flags, monkeypatch):
+    """explain.main() in this process, by its command line."""
+    monkeypatch.setattr(sys, "argv", ["explain.py", *shlex.split(flags)])
+    explain.main()
+
+
+def test_explain_makes_every_picture_and_its_numbers(tmp_path, monkeypatch, capsys):
+    """One command; --compare; the same whatever the batch size; without unique dimensions too."""
+    root, a, b = toy(tmp_path / "scenes", 32, 8), tmp_path / "a", tmp_path / "b"
+    pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {a}", monkeypatch)
+    pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {b} --common 1 --no-intra", monkeypatch)
+    few = "--steps 2 --tsne-dims 8 --pairs 2"
+    explain_here(f"--checkpoint {a}/checkpoint.pt --compare {b}/checkpoint.pt {few}", monkeypatch)
+    printed = capsys.readouterr().out
+    for name in explain.PICTURES:
+        assert f"{a}/explain/{name}.png and .npz" in printed
+        with Image.open(a / "explain" / f"{name}.png") as image:
+            page = np.array(image)
+        page[8:-8, 8:-8] = 255
+        assert page.shape[1] <= 1000 and (page == 255).all()  # nothing runs over the page
+    numbers = {name: np.load(a / "explain" / f"{name}.npz") for name in explain.PICTURES}
+    assert numbers["alignment"]["common"].shape == (2, 24)
+    assert numbers["alignment"]["compared"].shape == (2, 32)
+    assert numbers["tsne"]["points"].shape == (2, 16, 2)
+    assert numbers["gradcam"]["modality2_unique"].shape == (2, 32, 32)
+    assert numbers["spatial"]["common"].shape == (32,)
+    assert numbers["spectral"]["modality1_common"].shape == (32, 3)
+    assert numbers["factors"]["accuracy"].shape == (10, 3)
+    few += " --only tsne alignment gradcam spatial spectral"
+    again = f"--checkpoint {a}/checkpoint.pt {few} --batch-size 5 --out {tmp_path}/c"
+    explain_here(again, monkeypatch)
+    for name in ("alignment", "gradcam", "spatial", "spectral"):
+        again = np.load(tmp_path / "c" / f"{name}.npz")
+        assert all(np.allclose(again[key], numbers[name][key], atol=1e-3) for key in again)
+    explain_here(f"--checkpoint {b}/checkpoint.pt {few}", monkeypatch)
+    assert list(np.load(b / "explain" / "spatial.npz")) == ["common"]
+
+
+def test_explain_knows_ones_own_pairs(tmp_path, monkeypatch):
+    """The statistics come from the checkpoint, the folders from the run; no factors are known."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("one", (20, 20, 3)), ("two", (24, 20))):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            pixels = rng.integers(0, 256, shape).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    flags = "--scenario custom --backbone resnet-toy --projector 16-16-16 --epochs 1 --size 16"
+    pretrain_here(f"{flags} --batch-size 4 --data1 {tmp_path}/one --data2 {tmp_path}/two "
+                  f"--out {tmp_path}/out", monkeypatch)
+    few = f"--checkpoint {tmp_path}/out/checkpoint.pt --steps 2 --pairs 2"
+    explain_here(few, monkeypatch)
+    numbers = np.load(tmp_path / "out" / "explain" / "spectral.npz")
+    assert numbers["modality1_common"].shape == (8, 3) and numbers["modality2_unique"].shape == (8, 1)
+    assert not (tmp_path / "out" / "explain" / "factors.png").exists()
+    with pytest.raises(BadInput, match="expected two folders for custom"):
+        explain_here(f"{few} --data {tmp_path}/one", monkeypatch)
+
+
+def test_explain_refuses_what_it_cannot_explain(tmp_path, monkeypatch, capsys):
+    """One line each: one encoder, other data, few samples, a layer that is not, those that are."""
+    root, out = toy(tmp_path / "scenes", 16, 8), tmp_path / "out"
+    pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {out}", monkeypatch)
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    one = {name: value for name, value in checkpoint["model"].items() if name.startswith("f1.")}
+    torch.save(dict(checkpoint, model=one), tmp_path / "one.pt")  # as of barlowtwins --modality 1
+    torch.save(dict(checkpoint, settings=dict(checkpoint["settings"], size=16)), tmp_path / "16.pt")
+    hha = write_frames(tmp_path / "hha", 16)
+    (hha / "HHA").symlink_to(hha / "RGB")
+    run = f"--checkpoint {out}/checkpoint.pt"
+    for flags, words in (
+            (f"--checkpoint {tmp_path}/one.pt", "one.pt holds one encoder alone"),
+            (f"--checkpoint {tmp_path}/nowhere.pt", "nowhere.pt cannot be used"),
+            (f"{run} --data {out}", "the checkpoint is of rgbd; no jpg or png under"),
+            (f"{run} --data {hha} --split all", r"rgb \(3 channels\) and hha .* knows .* depth"),
+            (f"{run} --samples 17", "--samples 17 is more than the 16 pairs .* at most 16"),
+            (f"{run} --layer layer5", "--layer layer5: .*; there are conv1 .* layer4.0.conv2"),
+            (f"{run} --steps 0", "--steps 0: expected 1 or more"),
+            (f"{run} --compare {tmp_path}/16.pt", "--compare: size is 16 in"),
+            (f"{run} --out {tmp_path}/16.pt/out", "--out .* cannot be written")):
+        with pytest.raises(BadInput, match=words) as error:
+            explain_here(flags, monkeypatch)
+        assert "\n" not in str(error.value)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        pretrain.run(partial(explain_here, f"--checkpoint {tmp_path}/nowhere.pt", monkeypatch))
+    assert end.value.code == 2
+    assert re.fullmatch(r"error: .*nowhere\.pt cannot be used.*\n", capsys.readouterr().err)
 
 
 def test_readme_commands_parse(monkeypatch):
@@ -2014,3 +2288,5 @@ def test_readme_commands_parse(monkeypatch):
             finetune.get_args(words[1:])
         elif words[0] == "data.py":
             data.get_args(words[1:])
+        elif words[0] == "explain.py":
+            explain.get_args(words[1:])
