@@ -1076,15 +1076,13 @@ def plain(x, modality, size):
     return normalise(x, modality)
 
 
-def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
-    """A box of `scale` of the area and of an aspect ratio drawn log-uniformly, resized, flipped
-    with probability 1/2.
+def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
+    """Boxes of `scale` of the area and of an aspect ratio drawn log-uniformly, mirrored with
+    probability 1/2.
 
-    Ten tries for a box that fits, as torchvision; then the largest centred one.  Resizing with a
-    triangle filter is two matrix products, with rows of weights for each image; it equals
-    F.interpolate(antialias=True) of the crop.
+    Ten tries for a box that fits, as torchvision; then the largest centred one.  Returns top, left,
+    height, width and mirrored: Bx1 each.
     """
-    B, C, H, W = x.shape
     u = draws(23).double()                                              # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
@@ -1097,7 +1095,18 @@ def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False
     centred = first == 10
     left = torch.where(centred, (W - w) // 2, (u[:, 20:21] * (W - w + 1)).floor())
     top = torch.where(centred, (H - h) // 2, (u[:, 21:22] * (H - h + 1)).floor())
-    mirrored = u[:, 22:23] < 0.5                                        # Bx1
+    return top, left, h, w, u[:, 22:23] < 0.5
+
+
+def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
+    """The box of `random_boxes` of each image, resized and mirrored; with vflip also turned upside
+    down with probability 1/2.
+
+    Resizing with a triangle filter is two matrix products, with rows of weights for each image; it
+    equals F.interpolate(antialias=True) of the crop.
+    """
+    B, C, H, W = x.shape
+    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws, ratio)  # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     # few weights of a row are not 0: torch's sparse filter is faster here
     if x.device.type == "cpu":

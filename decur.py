@@ -321,6 +321,17 @@ class Block(nn.Module):
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop, "row", self.training)
 
 
+def start_as_segformer(net):
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):                         # normal, std sqrt(2 / fan_out)
+            fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class MiT(nn.Module):
     """SegFormer's encoder for any input channels.  Call and `stages` as for `ResNet`, normed."""
 
@@ -339,14 +350,7 @@ class MiT(nn.Module):
             setattr(self, f"patch_embed{s + 1}", embed)
             setattr(self, f"block{s + 1}", nn.Sequential(*blocks))
             setattr(self, f"norm{s + 1}", nn.LayerNorm(C, eps=1e-6))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.Conv2d):                     # normal, std sqrt(2 / fan_out)
-                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.zeros_(module.bias)
+        start_as_segformer(self)
         self.to(memory_format=torch.channels_last)  # as the maps are inside, and so the gradients
 
     def stage(self, s, x):                      # s: 1 to 4

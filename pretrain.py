@@ -194,9 +194,11 @@ def export(path, E, about):
                      lambda part: part.write_text(json.dumps(about, indent=1)))
 
 
-def start_from(files, net, args):
-    """Load --weights into the encoders; yields a line for each.  Raises BadInput unless all fit."""
-    encoders = [f.E for f in net.children()]  # one, or both modalities'
+def start_from(files, encoders, args):
+    """Load --weights into the encoders, one or both modalities'; yields a line for each.
+
+    Raises BadInput unless they fit to the last key.
+    """
     try:
         found = [(file, state) for file in files for state in read_weights(file, args.backbone)]
         if args.modality and len(found) == 2:
@@ -218,11 +220,56 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if {"model", "settings", "step"} <= checkpoint.keys():
             return checkpoint
-        reason = "it is no checkpoint of pretrain.py"
+        reason = "it is no checkpoint of this project"
     except Exception as error:                  # torch raises half a dozen kinds for bad files
         reason = str(error).strip().splitlines()[0]
     raise BadInput(f"{path} cannot be used ({reason}); "
                    f"expected a whole checkpoint.pt of tensors and plain values")
+
+
+def go_on(path, settings, net, optimizer, resume):
+    """Load the checkpoint of an earlier run with these settings, if there is one.
+
+    Returns the step it had reached, or 0.  Raises BadInput without --resume, so that nothing is
+    overwritten, and where the settings differ.
+    """
+    if not path.exists():
+        return 0
+    if not resume:
+        raise BadInput(f"{path} exists; expected a new --out, or --resume to go on from it")
+    checkpoint = load_checkpoint(path)
+    for name, value in settings.items():
+        before = checkpoint["settings"].get(name)
+        if before != value:
+            raise BadInput(f"--resume: {name} is {value}, but {before} in {path}; "
+                           f"give the settings of that run, or a new --out")
+    net.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+def open_folder(out, record, step):
+    """The run's folder: args.json, and log.jsonl without the lines that an earlier run wrote after `step`."""
+    record = dict(record, torch=str(torch.__version__), torchvision=torchvision.__version__)
+    log_file = out / "log.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "args.json",
+                         lambda path: path.write_text(json.dumps(record, indent=1)))
+        kept = log_file.read_text().splitlines(True) if step and log_file.exists() else []
+        kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(log_file, lambda path: path.write_text("".join(kept)))
+    except OSError as error:
+        raise BadInput(f"--out {out} cannot be written ({error.strerror}); "
+                       f"give a folder that can") from None
+
+
+def signals_to_come():
+    """A list that SIGTERM and Ctrl-C append to: a run ends its step and saves; a second one kills."""
+    stopped = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
+    return stopped
 
 
 # ---- command line ----
@@ -387,48 +434,20 @@ def main():
                      channels=[channels1, channels2],
                      inputs=[MODALITIES[m] for m in data.modalities])
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    step = 0
-    if checkpoint_file.exists():
-        if not args.resume:
-            raise BadInput(f"{checkpoint_file} exists; "
-                           f"expected a new --out, or --resume to go on from it")
-        checkpoint = load_checkpoint(checkpoint_file)
-        for name, value in settings.items():
-            before = checkpoint["settings"].get(name)
-            if before != value:
-                raise BadInput(f"--resume: {name} is {value}, but {before} in {checkpoint_file}; "
-                               f"give the settings of that run, or a new --out")
-        net.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
-        del checkpoint                          # gigabytes
-    elif args.weights:
-        for line in start_from(args.weights, net, args):
+    step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
+    if not step and args.weights:
+        for line in start_from(args.weights, [f.E for f in net.children()], args):
             say(line)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            record = dict(settings, argv=sys.argv, data=args.data, processes=world,
-                          device=str(device), torch=str(torch.__version__),
-                          torchvision=torchvision.__version__)
-            write_atomically(args.out / "args.json",
-                             lambda path: path.write_text(json.dumps(record, indent=1)))
-            kept = log_file.read_text().splitlines(True) if step and log_file.exists() else []
-            kept = [line for line in kept
-                    if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(log_file, lambda path: path.write_text("".join(kept)))
-        except OSError as error:
-            raise BadInput(f"--out {args.out} cannot be written ({error.strerror}); "
-                           f"give a folder that can") from None
+        open_folder(args.out, dict(settings, argv=sys.argv, data=args.data, processes=world,
+                                   device=str(device)), step)
         introduce(args, sources, data, net, steps, K, Kc, device, world)
         if step:
             print(f"resumed from {checkpoint_file} at step {step} of {steps}")
 
     # ---- Algorithm 1 ----
-    stopped = []                                # signals that came
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
+    stopped = signals_to_come()
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
     every = 1 if steps < 500 else 50
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()

@@ -30,6 +30,7 @@ from torch import nn
 import data
 import decur
 import explain
+import finetune
 import pretrain
 from data import BadInput
 from decur import BN, DeCUR, decur_loss, decur_loss_gram, loss_c, loss_u, off_diag, on_diag
@@ -1605,6 +1606,405 @@ def test_weights_start_a_run_or_are_refused_in_one_line(tmp_path, monkeypatch, c
             pretrain.get_args(f"--scenario rgbd {flags}".split())
 
 
+# ---- finetune.py: metrics ----
+
+def slow_average_precision(scores, labels):
+    """Precision and recall at every threshold, one by one."""
+    area, before, positive = 0, 0, sum(labels)
+    for threshold in sorted(set(scores), reverse=True):
+        taken = [label for score, label in zip(scores, labels) if score >= threshold]
+        area += (sum(taken) / positive - before) * sum(taken) / len(taken)
+        before = sum(taken) / positive
+    return area
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_average_precision_is_the_area_under_the_curve(seed):
+    """Ties and an absent class; micro is the ranking of all decisions, macro the mean over classes
+    with a positive.
+    """
+    g = torch.Generator().manual_seed(seed)
+    # odd seeds: many ties
+    scores = torch.randint(6 if seed % 2 else 10**6, (20, 4), generator=g).float()
+    labels = (torch.rand(20, 4, generator=g) < 0.3).float()
+    labels[:, 3] = 0
+    micro = slow_average_precision(scores.flatten().tolist(), labels.flatten().tolist())
+    assert finetune.average_precision(scores, labels) == pytest.approx(micro, rel=1e-12)
+    each = [slow_average_precision(scores[:, c].tolist(), labels[:, c].tolist()) for c in range(3)]
+    assert finetune.macro_average_precision(scores, labels) == pytest.approx(sum(each) / 3,
+                                                                             rel=1e-12)
+    assert finetune.average_precision(scores, torch.zeros(20, 4)) is None
+    assert finetune.macro_average_precision(scores, torch.zeros(20, 4)) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_iou_and_accuracy_are_counts_of_pixels(seed):
+    """Ignored pixels count nowhere; a class that is neither predicted nor labelled is not in the
+    mean.
+    """
+    g = torch.Generator().manual_seed(seed)
+    pred, gt = torch.randint(4, (2, 9, 9), generator=g), torch.randint(-1, 4, (2, 9, 9),
+                                                                       generator=g)
+    ious, right, valid = [], 0, 0
+    for c in range(6):                          # classes 4 and 5 do not occur
+        pairs = [(p == c, t == c) for p, t in zip(pred.flatten().tolist(), gt.flatten().tolist())
+                 if t != -1]
+        if union := sum(p or t for p, t in pairs):
+            ious.append(sum(p and t for p, t in pairs) / union)
+        right, valid = right + sum(p and t for p, t in pairs), len(pairs)
+    expected = sum(ious) / len(ious), right / valid
+    assert len(ious) == 4 and finetune.iou_and_accuracy(pred, gt, 6,
+                                                        -1) == pytest.approx(expected, rel=1e-12)
+    assert finetune.iou_and_accuracy(pred, torch.full_like(gt, -1), 6, -1) == (None, None)
+
+
+def metrics_of(rank, world):
+    """Both kinds of metrics from this process's samples of 5: two processes have 2 and 3."""
+    g = torch.Generator().manual_seed(0)
+    rows = slice(rank * 5 // world, (rank + 1) * 5 // world)
+    s, y = torch.randn(5, 3, generator=g), torch.randint(2, (5, 3), generator=g).float()
+    maps, gt = torch.randn(5, 3, 4, 4, generator=g), torch.randint(4, (5, 4, 4), generator=g)
+    return [finetune.evaluate(lambda i: (a[i:i + 1], b[i:i + 1]), range(rows.start, rows.stop), 3, rows, 5, "cpu")
+            for a, b in ((s, y), (maps, gt))]
+
+
+def test_metrics_count_every_sample_once_on_any_number_of_processes(tmp_path):
+    one = metrics_of(0, 1)
+    assert set(one[0]) == {"mAP micro", "mAP macro"} and set(one[1]) == {"mIoU", "accuracy"}
+    assert in_processes(2, tmp_path / "two", metrics_of) == [one, one]
+
+
+def folder(root, name):
+    (root / name).mkdir()
+    return root / name
+
+
+# ---- finetune.py: heads ----
+
+def test_the_fcn_is_the_papers_convolution_after_upsampling():
+    """App. B in its own words: concatenate, upsample, 1x1 convolutions, add; the order of the first
+    two is free.
+    """
+    torch.manual_seed(0)
+    net = finetune.FCN([decur.resnet("resnet-toy", c) for c in (3, 1)], 5).double().eval()
+    x = [torch.randn(2, c, 40, 56, dtype=torch.float64) for c in (3, 1)]
+    maps = zip(*(E.stages(x_)[1:] for E, x_ in zip(net.encoders, x)))
+    literal = sum(score(F.interpolate(torch.cat(m, 1), (40, 56), mode="bilinear")) for score,
+                  m in zip(net.score, maps))
+    assert torch.allclose(net(*x), literal, rtol=0, atol=1e-12)
+
+
+def test_late_fusion_is_one_linear_layer_on_both_features():
+    encoders = [decur.resnet("resnet-toy", c) for c in (3, 1)]
+    net = finetune.LateFusion(encoders, [128, 128], 12).eval()
+    x = [torch.randn(2, c, 32, 32) for c in (3, 1)]
+    assert torch.equal(net(*x), net.fc(torch.cat([E(x_) for E, x_ in zip(encoders, x)], 1)))
+    assert not net.fc.bias.any()
+
+
+@pytest.mark.parametrize("name, count", [("mit_b0", 12_130_544), ("mit_b2", 66_581_424)])
+def test_cmx_has_the_published_size_and_names(name, count):
+    net = finetune.CMX(name, 40)
+    state = net.state_dict()
+    assert sum(p.numel() for p in net.parameters()) == count
+    streams = {key for key in state if re.match(r"backbone\.(extra_)?(patch_embed|block|norm)",
+                                                key)}
+    mit_keys = decur.mit(name, 3).state_dict().keys()
+    assert streams == {f"backbone.{extra}{key}" for extra in ("", "extra_") for key in mit_keys}
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    wb, names = ("weight", "bias"), set()
+    for s in range(4):
+        names |= {f"FRMs.{s}.{kind}_weights.mlp.{i}.{p}" for kind in ("channel", "spatial")
+                  for i in (0, 2) for p in wb}
+        names |= {f"FFMs.{s}.cross.{part}{i}.{p}" for part in ("channel_proj", "end_proj",
+                                                               "norm") for i in (1, 2) for p in wb}
+        names |= {f"FFMs.{s}.cross.cross_attn.kv{i}.weight"
+                  for i in (1, 2)} | {f"FFMs.{s}.channel_emb.residual.weight"}
+        names |= {f"FFMs.{s}.channel_emb.channel_embed.{i}.{p}" for i in (0, 1, 3) for p in wb}
+        names |= {f"FFMs.{s}.channel_emb.{bn}.{p}" for bn in ("channel_embed.4", "norm")
+                  for p in norm}
+    head = {f"linear_c{s}.proj.{p}" for s in (1, 2, 3, 4) for p in wb} | {f"linear_fuse.1.{p}"
+                                                                          for p in norm}
+    head |= {f"{part}.{p}" for part in ("linear_fuse.0", "linear_pred") for p in wb}
+    assert state.keys() - streams == {f"backbone.{name}"
+                                      for name in names} | {f"decode_head.{name}" for name in head}
+
+
+def test_rectification_and_fusion_of_cmx_by_hand():
+    """Head by head and stream by stream, from the weights."""
+    torch.manual_seed(0)
+    C, heads = 8, 2
+    a, b = torch.randn(2, 1, C, 3, 5, dtype=torch.float64)
+    frm = finetune.FRM(C).double()
+    ab = torch.cat((a, b), 1)[0]                                    # 2Cx3x5
+    w = torch.sigmoid(frm.channel_weights["mlp"](torch.cat((ab.flatten(1).mean(1),
+                                                            ab.flatten(1).max(1)[0]))))
+    m = torch.sigmoid(frm.spatial_weights["mlp"](ab[None]))[0]
+    assert torch.allclose(frm(a, b)[0], a + 0.5 * w[C:, None, None] * b + 0.5 * m[1] * b)
+    assert torch.allclose(frm(a, b)[1], b + 0.5 * w[:C, None, None] * a + 0.5 * m[0] * a)
+
+    ffm = finetune.FFM(C, heads).double().eval()
+    tokens = [t[0].flatten(1).T for t in (a, b)]                    # 15xC
+    y, u, G = [], [], []
+    for i, t in enumerate(tokens, 1):
+        p = torch.relu(ffm.cross[f"channel_proj{i}"](t))
+        y.append(p[:, :C]), u.append(p[:, C:])
+        kv = ffm.cross["cross_attn"][f"kv{i}"](u[-1])
+        G.append([torch.softmax(kv[:, h * 4:h * 4 + 4].T @ kv[:, C + h * 4:C + h * 4 + 4] / 2,
+                                0) for h in range(heads)])
+    out = []
+    for i in (0, 1):
+        t = torch.cat([u[i][:, h * 4:h * 4 + 4] @ G[1 - i][h] for h in range(heads)], 1)
+        yt = ffm.cross[f"end_proj{i + 1}"](torch.cat((y[i], t), 1))
+        out.append(ffm.cross[f"norm{i + 1}"](tokens[i] + yt))
+    fused = torch.cat(out, 1).T.view(1, 2 * C, 3, 5)
+    emb = ffm.channel_emb
+    assert torch.allclose(ffm(a, b),
+                          emb["norm"](emb["residual"](fused) + emb["channel_embed"](fused)))
+
+
+def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
+    """Modality 2 goes to the extra_ stream; what a run of CMX saved is what it loads; BGR turns
+    both inputs around.
+    """
+    E = [decur.mit("mit_b0", 3) for _ in range(2)]
+    for k, e in enumerate(E, 1):
+        torch.save(e.state_dict(), tmp_path / f"encoder{k}.pth")
+    args = finetune.get_args(f"--task nyuv2 --model cmx --backbone mit_b0 --weights "
+                             f"{tmp_path}/encoder1.pth "
+                             f"{tmp_path}/encoder2.pth".split())[0]
+    net = finetune.build(args, [3, 3], 40)[0]
+    for key, value in E[1].state_dict().items():
+        assert torch.equal(net.state_dict()[f"backbone.extra_{key}"], value)
+    torch.save(net.state_dict(), tmp_path / "cmx.pth")
+    args.weights = [str(tmp_path / "cmx.pth")]
+    again, _, lines = finetune.build(args, [3, 3], 40)
+    assert same_weights(net, again) and "all" in lines[0]
+    args.bgr = True
+    turned = finetune.build(args, [3, 3], 40)[0]
+    assert torch.equal(turned.encoders[1].patch_embed1.proj.weight,
+                       E[1].patch_embed1.proj.weight.flip(1))
+    with pytest.raises(BadInput, match="size mismatch"):
+        finetune.build(args, [3, 3], 37)
+
+
+# ---- finetune.py: samples, augmentation, schedule ----
+
+def test_a_box_takes_image_and_mask_along():
+    """Images by the triangle filter, masks by the nearest pixel, mirrored together, outside
+    unlabelled and 0.
+    """
+    mask = torch.arange(1, 49).view(1, 6, 8)
+    image = mask[:, None].double().float()
+    boxes = [torch.full((1, 1), float(v)) for v in (1, 2, 4, 4, 1)]
+    assert torch.equal(finetune.resample(mask, boxes, (4, 4)), mask[:, 1:5, 2:6].flip(2))
+    assert torch.allclose(finetune.resample(image, boxes, (4, 4))[:, 0],
+                          mask[:, 1:5, 2:6].flip(2).float())
+    # CMX's scale 0.5: the frame in the middle
+    outside = [torch.full((1, 1), float(v)) for v in (-3, -4, 12, 16, 0)]
+    small = finetune.resample(mask, outside, (6, 8))
+    assert small[0, 1:4, 2:6].all() and small[0, [0, -1]].sum() == 0 and small[0, :,
+                                                                               [0, 1,
+                                                                                -1]].sum() == 0
+    assert finetune.resample(image, outside, (6, 8))[0, 0, 0].sum() == 0
+
+
+def test_the_boxes_of_cmx_are_its_six_scales():
+    draws = data.Draws(0, 400, slice(None))
+    draws.restart(0)
+    top, left, h, w, mirrored = finetune.cmx_boxes(400, 48, 64, draws)
+    assert {round(48 / v, 4) for v in h[:, 0].tolist()} == {0.5, 0.75, 1, 1.25, 1.5, 1.75}
+    inside = h <= 48
+    assert (top[inside] >= 0).all() and ((top + h)[inside] <= 48 + 1e-9).all() and (left[w <= 64] >= 0).all()
+    assert torch.allclose(top[h == 96], torch.tensor(-24.0).double()) and 150 < mirrored.sum() < 250
+
+
+def test_subsets_are_without_replacement_and_lie_in_one_another():
+    small, large = finetune.subset(1000, 0.01, 3), finetune.subset(1000, 0.5, 3)
+    assert len(set(small)) == 10 and set(small) < set(large) and len(set(large)) == 500
+    assert set(finetune.subset(1000, 0.01, 4)) != set(small) and len(finetune.subset(10, 0.01,
+                                                                                     0)) == 1
+
+
+def test_schedules_are_those_of_app_B_and_of_cmx():
+    assert [finetune.schedule("steps", e, 100) for e in (0, 59, 60, 79, 80, 99)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [finetune.schedule("warm poly", i, 50000) for i in (0, 500, 1000, 25000)] == pytest.approx(
+        [0, 0.5, 0.98 ** 0.9, 0.5 ** 0.9])
+    assert finetune.schedule("poly", 20000,
+                             40000) == pytest.approx(0.5 ** 0.9) and finetune.schedule("constant",
+                                                                                       9, 9) == 1
+
+
+def test_transfer_defaults_are_the_papers():
+    """App. B, Transfer learning."""
+    wanted = {
+        "bigearthnet": dict(model="late", batch_size=256, epochs=100, lr=0.05, weight_decay=0, optimizer="sgd", scale=(0.8, 1)),
+        "bigearthnet --linear": dict(lr=0.5, backbone="resnet50", modality=0, size=224),
+        "geonrw --linear": dict(model="fcn", batch_size=256, epochs=30, lr=1e-4, weight_decay=0.01, optimizer="adamw",
+                                scale=(0.2, 1)),
+        "sunrgbd": dict(model="fcn", batch_size=8, steps=40000, epochs=None, lr=0.01, weight_decay=1e-5, optimizer="sgd",
+                        modality=1),
+        "sunrgbd --model cmx": dict(backbone="mit_b2", batch_size=8, epochs=500, steps=None, lr=6e-5, modality=0),
+        "nyuv2 --model cmx": dict(backbone="mit_b5", steps=50000, weight_decay=0.01, test_scales=(0.75, 1, 1.25))}
+    for flags, settings in wanted.items():
+        args = finetune.get_args(["--task", *flags.split(), "--weights", "none"])[0]
+        for name, value in settings.items():
+            assert getattr(args, name) == value, (flags, name)
+    for flags in ("--part common", "--cached", "--model cmx", "--labels 0", "--model late"):
+        with pytest.raises(BadInput, match="expected"):
+            finetune.get_args(f"--task geonrw --weights none {flags}".split())
+
+
+# ---- finetune.py as a program ----
+
+FINE = "--task sunrgbd --toy --size 48 --batch-size 16 --epochs 2"
+
+
+def finetune_here(flags, monkeypatch):
+    """finetune.main() in this process, by its command line.  Returns the results."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *shlex.split(str(flags))])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        finetune.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out = shlex.split(str(flags))
+    file = Path(out[out.index("--out") + 1]) / "results.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def test_every_head_trains_frozen_and_fine_tuned(tmp_path, monkeypatch, capsys):
+    """Frozen encoders keep every bit and are evaluated once; pictures, results and the table line
+    are there.
+    """
+    root = toy(tmp_path / "scenes")
+    for model, more in (("late", "--linear"), ("late", "--linear --cached"), ("fcn", "--linear --modality 1"), ("fcn", ""),
+                        ("cmx", "--linear --backbone mit_b0")):
+        out = tmp_path / f"{model}{len(more)}"
+        result = finetune_here(f"{FINE} --data {root} --model {model} {more} --weights none "
+                               f"--labels 0.7 --save-images 2 "
+                               f"--out {out}", monkeypatch)
+        assert result["samples"] == 34 and result["test_samples"] == 16
+        assert list(result["metrics"]) == (["mAP micro", "mAP macro"] if model == "late"
+                                           else ["mIoU", "accuracy"])
+        assert all(0 < value < 1 for value in result["metrics"].values())
+        ids = (out / "ids.txt").read_text().split()
+        assert len(set(ids)) == 34 and set(ids) < set((root / "train.txt").read_text().split())
+        assert len(list((out / "images").glob("*.png"))) == 2 and len(log_of(out)) == 4
+        assert ("not changed by one bit" in capsys.readouterr().out) == ("--linear" in more)
+
+
+def test_a_frozen_encoder_that_moves_voids_the_run(tmp_path, monkeypatch):
+    forward = decur.ResNet.forward
+
+    def moves(self, x):
+        self.bn1.running_mean += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(decur.ResNet, "forward", moves)
+    with pytest.raises(SystemExit, match="frozen encoder has changed"):
+        finetune_here(f"{FINE} --data {toy(tmp_path / 'd')} --model late --linear --weights none "
+                      f"--out {tmp_path / 'o'}",
+                      monkeypatch)
+    assert not (tmp_path / "o" / "results.json").exists()
+
+
+def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkeypatch, capsys):
+    """Weights of pretraining, the parts of the embedding, refused ones; and the table marks what
+    was not run.
+    """
+    root, pre = toy(tmp_path / "scenes"), tmp_path / "pre"
+    pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {pre}", monkeypatch)
+    flags = f"{FINE} --data {root} --model late --linear --cached --weights {pre / 'checkpoint.pt'}"
+    whole = finetune_here(f"{flags} --out {tmp_path / 'a'}", monkeypatch)
+    assert whole["weights_sha256"] == [hashlib.sha256((pre / "checkpoint.pt").read_bytes()).hexdigest()]
+    assert whole["pretraining"]["method"] == "decur" and whole["settings"]["seed"] == 0
+    for part, dims in (("common", 24), ("unique", 8), ("all", 32)):
+        finetune_here(f"{flags} --part {part} --out {tmp_path / part}", monkeypatch)
+        assert torch.load(tmp_path / part / "checkpoint.pt",
+                          weights_only=True)["model"]["fc.weight"].shape == (12, 2 * dims)
+    capsys.readouterr()
+    paper = dict(whole, task="bigearthnet", model="late", toy=False, labels=0.01, pretraining=dict(
+        method="decur", common=0.875, projector="8192-8192-8192", no_intra=False, modality=None))
+    for seed, value in enumerate((0.79, 0.81)):
+        results = folder(tmp_path, f"seed{seed}") / "results.json"
+        results.write_text(json.dumps(dict(paper, seed=seed, metrics={"mAP micro": value})))
+    finetune_here(f"--table {tmp_path}/seed0 {tmp_path}/seed1 {tmp_path}/common --out {tmp_path}",
+                  monkeypatch)
+    out = capsys.readouterr().out
+    assert re.search(r"^DeCUR +80\.0 \+- 1\.4 \(n 2\) \| 79\.4 +not run \| 81\.7", out, re.M)
+    assert "SimCLR-cross *" in out and "quoted | 49.4" in out and "common dimensions" in out
+    for weights, reason in ((f"{pre}/encoder1.pth", "1 encoder, expected 2"),
+                            (f"{pre}/encoder2.pth {pre}/encoder1.pth", "conv1.weight takes 1 input "
+                                                                       "channels"),
+                            (f"{pre}/checkpoint.pt --backbone resnet18", "another shape|unexpected")):
+        with pytest.raises(BadInput, match=reason):
+            finetune_here(f"{FINE} --data {root} --model late --weights {weights} --out "
+                          f"{tmp_path / 'x'}",
+                          monkeypatch)
+
+
+def test_a_stopped_transfer_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
+    root, whole, broken = toy(tmp_path / "scenes"), tmp_path / "whole", tmp_path / "broken"
+    flags = f"{FINE} --data {root} --model fcn --weights none"
+    a = finetune_here(f"{flags} --out {whole}", monkeypatch)
+    with monkeypatch.context() as patch:        # SIGTERM during the third step
+        calls, loss_of = [], finetune.loss_of
+        patch.setattr(finetune, "loss_of", lambda *x: (calls.append(1), len(calls) == 3 and os.kill(
+            os.getpid(), signal.SIGTERM), loss_of(*x))[-1])
+        assert finetune_here(f"{flags} --out {broken}", patch) is None
+    assert torch.load(broken / "checkpoint.pt", weights_only=True)["step"] == 3
+    b = finetune_here(f"{flags} --out {broken} --resume", monkeypatch)
+    assert a["metrics"] == b["metrics"] and log_of(whole) == log_of(broken)
+    with pytest.raises(BadInput, match="exists; expected a new --out, or --resume"):
+        finetune_here(f"{flags} --out {broken}", monkeypatch)
+
+
+def test_bad_labels_and_splits_are_named(tmp_path, monkeypatch):
+    root = toy(tmp_path / "scenes")
+
+    def refused(flags, reason):
+        with pytest.raises(BadInput, match=reason):
+            finetune_here(f"{FINE} --data {root} --model fcn --weights none --out {tmp_path / 'o'} "
+                          f"{flags}",
+                          monkeypatch)
+
+    (root / "none.txt").write_text("")
+    refused("--split none", "none.txt is empty")
+    refused("--test-split val", "no .*val.txt")
+    first = root / "Label" / f"{(root / 'test.txt').read_text().split()[0]}.png"
+    good = first.read_bytes()
+    Image.fromarray(np.full((48, 64), 77, np.uint8)).save(first)
+    refused("--epochs 0", rf"{first.name} has the label 77; expected 0 \(unlabelled\) to 13")
+    Image.fromarray(np.ones((24, 64), np.uint8)).save(first)
+    refused("--epochs 0 --resume",
+            rf"{first.name} is a mask of \(24, 64\) pixels for an image of \(48, 64\)")
+    for path in (root / "Label").glob("*.png"):
+        Image.fromarray(np.zeros((48, 64), np.uint8)).save(path)
+    result = finetune_here(f"{FINE} --data {root} --model fcn --weights none --out "
+                           f"{tmp_path / 'u'} --epochs 0",
+                           monkeypatch)
+    assert good and result["metrics"] == {"mIoU": None,
+                                          "accuracy": None} and "mIoU undefined" in finetune.line_of(result)
+
+
+def test_torchrun_transfers_on_two_cpu_processes(tmp_path, monkeypatch):
+    """A frozen probe gives the one-process metric though 2 processes do not divide the 15 test
+    samples.
+    """
+    root = toy(tmp_path / "scenes", held_out=15)
+    flags = f"{FINE} --data {root} --model fcn --linear --weights none"
+    one = finetune_here(f"{flags} --out {tmp_path / 'one'}", monkeypatch)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "finetune.py",
+               *shlex.split(flags), "--out", tmp_path / "two"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=2e-3)
+    assert [row["loss"] for row in log_of(tmp_path / "two")] == pytest.approx(
+        [row["loss"] for row in log_of(tmp_path / "one")], rel=1e-4)
 # ---- explain.py: Algorithm 2 ----
 
 def tiny_branch(seed=0, channels=2, K=6):
@@ -1884,6 +2284,8 @@ def test_readme_commands_parse(monkeypatch):
         words = shlex.split(line.split("#")[0])
         if words[0] == "pretrain.py":
             pretrain.get_args(words[1:])
+        elif words[0] == "finetune.py":
+            finetune.get_args(words[1:])
         elif words[0] == "data.py":
             data.get_args(words[1:])
         elif words[0] == "explain.py":
