@@ -1247,6 +1247,14 @@ def place(rng, H, W, rows, columns):
     return shape, mask.reshape(H, 2, W, 2).mean((1, 3))
 
 
+def place_three(rng, H, W):
+    """The objects of a scene, (class, mask HxW) each: common, in front, unique1 and unique2."""
+    sides = rng.permutation([(0.2, 0.35), (0.65, 0.8)])
+    common = place(rng, H, W, (0.6, 0.76), (0.25, 0.75))
+    unique = [place(rng, H, W, (0.24, 0.4), side) for side in sides]
+    return [common, *((shape, mask * (1 - common[1])) for shape, mask in unique)]
+
+
 def smooth_noise(rng, H, W, cells):
     """Clutter: HxW, bilinear between random values in [-1, 1] on a coarse grid."""
     coarse = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
@@ -1260,11 +1268,8 @@ def indoor_scene(rng, H=48, W=64):
     Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 (0 none, then SCENE_CLASSES + 1),
     the three classes.
     """
-    sides = rng.permutation([(0.2, 0.35), (0.65, 0.8)])
-    common, m_common = place(rng, H, W, (0.6, 0.76), (0.25, 0.75))
-    unique1, m_paint = place(rng, H, W, (0.24, 0.4), sides[0])
-    unique2, m_pane = place(rng, H, W, (0.24, 0.4), sides[1])
-    m_paint, m_pane = (m * (1 - m_common) for m in (m_paint, m_pane))
+    objects = place_three(rng, H, W)
+    (common, m_common), (unique1, m_paint), (unique2, m_pane) = objects
     wall, thing, paint = (grey + rng.uniform(-0.05, 0.05, 3) for grey in (0.5, 0.9, 0.1))
     rgb = wall + 0.12 * np.stack([smooth_noise(rng, H, W, 6) for _ in range(3)], -1)
     rgb = rgb + (thing - rgb) * m_common[..., None] + (paint - rgb) * m_paint[..., None]
@@ -1272,7 +1277,7 @@ def indoor_scene(rng, H=48, W=64):
     z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
-    label = scene_label((common, m_common), (unique1, m_paint), (unique2, m_pane))
+    label = scene_label(*objects)
     rgb, z = (rgb.clip(0, 1) * 255).astype(np.uint8), (z * 1000).astype(np.uint16)
     return rgb, z, label, (common, unique1, unique2)
 
@@ -1287,13 +1292,6 @@ def scene_label(*objects):
     return label
 
 
-def place_three(rng, S):
-    """The objects of a scene seen from above, (class, mask SxS) each; the common one in front."""
-    (common, front), *rest = [place(rng, S, S, rows, (0.13, 0.17))
-                              for rows in ((0.58, 0.76), (0.24, 0.42), (0.24, 0.42))]
-    return [(common, front), *((shape, mask * (1 - front)) for shape, mask in rest)]
-
-
 def satellite_scene(rng, S=48):
     """Seen from orbit: a village (bright in both), an oil slick (dark in SAR alone), an algae bloom
     (dark in optical).
@@ -1301,7 +1299,7 @@ def satellite_scene(rng, S=48):
     Returns four seasons of {band: array} at native size, S1 in dB and S2 as reflectance x 10000;
     label, the classes.
     """
-    objects = place_three(rng, S)
+    objects = place_three(rng, S, S)
     (common, m_common), (unique1, m_slick), (unique2, m_bloom) = objects
     clutter1, visible, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
     # near SSL4EO-S12's means
@@ -1329,7 +1327,7 @@ def aerial_scene(rng, S=48):
 
     Returns rgb SxSx3 uint8, heights SxS float32 in metres, label, the classes.
     """
-    objects = place_three(rng, S)
+    objects = place_three(rng, S, S)
     (common, m_common), (unique1, m_paint), (unique2, m_pit) = objects
     ground, roof, paint = (grey + rng.uniform(-0.05, 0.05, 3) for grey in (0.5, 0.9, 0.1))
     rgb = ground + 0.12 * np.stack([smooth_noise(rng, S, S, 6) for _ in range(3)], -1)
