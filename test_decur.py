@@ -41,8 +41,9 @@ HERE = Path(__file__).parent
 def embeddings(N, K, dtype=torch.float64, seed=0):
     """Four correlated NxK embeddings that need gradients."""
     g = torch.Generator().manual_seed(seed)
-    shared = torch.randn(N, K, generator=g, dtype=dtype)
-    return [(shared + torch.randn(N, K, generator=g, dtype=dtype)).requires_grad_() for _ in range(4)]
+    draw = partial(torch.randn, N, K, generator=g, dtype=dtype)
+    shared = draw()
+    return [(shared + draw()).requires_grad_() for _ in range(4)]
 
 
 def relative(a, b):
@@ -55,7 +56,8 @@ def relative(a, b):
 
 def test_the_loss_block_runs_with_torch_alone():
     """What the README offers for copying: the lines between the two markers."""
-    block = (HERE / "decur.py").read_text().split("# ---- Algorithm 1: copy from here")[1].split("# ---- to here")[0]
+    source = (HERE / "decur.py").read_text()
+    block = source.split("# ---- Algorithm 1: copy from here")[1].split("# ---- to here")[0]
     names = {"torch": torch}
     exec("#" + block, names)
     z = embeddings(8, 6)
@@ -68,11 +70,12 @@ def test_the_loss_in_the_readme_is_the_loss():
     names = {}
     exec(block, names)
     z = embeddings(8, 6)
-    assert names["decur_loss"](*z, 4).item() == pytest.approx(decur_loss(*z, 4)[0].item(), rel=1e-12)
+    loss = names["decur_loss"](*z, 4).item()
+    assert loss == pytest.approx(decur_loss(*z, 4)[0].item(), rel=1e-12)
 
 
 def test_algorithm_1_C_equals_equation_1():
-    """BN's biased variance makes z.T @ z / N the normalised correlation of Eq. 1, but for eps 1e-5."""
+    """BN's biased variance makes z.T @ z / N the correlation of Eq. 1, but for eps 1e-5."""
     zA, zB = embeddings(16, 5)[:2]
     C = BN(zA).T @ BN(zB) / 16
     a, b = zA - zA.mean(0), zB - zB.mean(0)
@@ -96,7 +99,7 @@ def test_off_diag_is_all_but_the_diagonal(K):
 
 
 def test_losses_on_a_2x2_matrix_by_hand():
-    """Eq. 2: (0.5-1)^2 + (1-1)^2 + 0.1 (0.2^2 + 0.4^2) = 0.27; Eq. 3: 0.5^2 + 1^2 + 0.1 (0.2^2 + 0.4^2) = 1.27."""
+    """Eq. 2: (0.5-1)^2 + 0 + r = 0.27; Eq. 3: 0.5^2 + 1^2 + r = 1.27; r = 0.1 (0.2^2 + 0.4^2)."""
     C = torch.tensor([[0.5, 0.2], [0.4, 1.0]])
     assert loss_c(C, 0.1).item() == pytest.approx(0.27)
     assert loss_u(C, 0.1).item() == pytest.approx(1.27)
@@ -105,7 +108,8 @@ def test_losses_on_a_2x2_matrix_by_hand():
 def test_the_loss_is_the_plain_sum_of_equation_6():
     z = embeddings(9, 7)
     loss, parts = decur_loss(*z, 4)
-    assert loss.item() == pytest.approx(sum(parts[name].item() for name in ("L1", "L2", "Lc", "Lu")))
+    terms = [parts[name].item() for name in ("L1", "L2", "Lc", "Lu")]
+    assert loss.item() == pytest.approx(sum(terms))
     assert not any(part.requires_grad for part in parts.values())
 
 
@@ -125,15 +129,17 @@ def test_chance_loss_matches_theory():
         g = torch.Generator().manual_seed(seed)
         _, parts = decur_loss(*(torch.randn(N, K, generator=g) for _ in range(4)), Kc)
         sums += torch.tensor([parts[name] for name in ("L1", "L2", "Lc", "Lu")])
-    chance = [decur.chance_and_floor(N, k, unique=u)[0] for k, u in ((K, 0), (K, 0), (Kc, 0), (K - Kc, 1))]
+    blocks = (K, 0), (K, 0), (Kc, 0), (K - Kc, 1)
+    chance = [decur.chance_and_floor(N, k, unique=u)[0] for k, u in blocks]
     assert torch.allclose(sums / 800, torch.tensor(chance), rtol=0.01)
 
 
 def test_no_loss_beats_the_rank_floor():
-    """K of 64 dimensions cannot be decorrelated by 8 samples; the optimum of loss_c over embeddings meets the bound."""
+    """8 samples cannot decorrelate K = 64 dimensions; loss_c's optimum over z meets the bound."""
     N, K = 8, 64
     floor = decur.chance_and_floor(N, K)[1]
-    z = torch.randn(N, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(N, K, dtype=torch.float64, generator=g).requires_grad_()
     optimizer = torch.optim.LBFGS([z], max_iter=500, line_search_fn="strong_wolfe")
     loss = lambda: loss_c(BN(z).T @ BN(z) / N, 0.0051)
 
@@ -144,7 +150,8 @@ def test_no_loss_beats_the_rank_floor():
         return value
     optimizer.step(closure)
     assert floor <= loss() < 1.2 * floor
-    assert [round(decur.chance_and_floor(256, k)[i]) for k in (8192, 7168) for i in (0, 1)] == [9566, 1122, 8224, 871]
+    values = [decur.chance_and_floor(256, k)[i] for k in (8192, 7168) for i in (0, 1)]
+    assert [round(value) for value in values] == [9566, 1122, 8224, 871]
 
 
 def test_Kc_equal_K_is_cross_modal_barlow_twins():
@@ -156,7 +163,7 @@ def test_Kc_equal_K_is_cross_modal_barlow_twins():
 
 
 def test_affine_change_of_z_changes_nothing():
-    """BN inside the loss: scale (of either sign, the same for all) and shift of a dimension have no effect."""
+    """BN inside the loss: a dimension's scale (of any sign, one for all) and shift do nothing."""
     z = [z_.detach() * 10 for z_ in embeddings(16, 6)]  # large, so that eps does not matter
     scale, shift = torch.tensor([3.0, -2, 5, 1, 7, -4]), torch.arange(6.0)
     changed = decur_loss(*(z_ * scale + shift for z_ in z), 4)[0]
@@ -164,7 +171,7 @@ def test_affine_change_of_z_changes_nothing():
 
 
 def test_common_by_unique_blocks_are_free():
-    """A unique dimension of modality 1 equal to a common one of modality 2 costs nothing across the modalities."""
+    """A unique dimension of modality 1 equal to a common one of 2 costs nothing across the two."""
     z11, _, z21, _ = (z_.detach() for z_ in embeddings(16, 6))
     before = decur_loss(z11, z11, z21, z21, 4)[1]
     z11[:, 5] = z21[:, 0]
@@ -179,7 +186,7 @@ def test_common_by_unique_blocks_are_free():
     (16, 64, 48, True), (7, 13, 5, True), (7, 13, 5, False), (16, 32, 0, True), (16, 32, 32, True),
     (16, 32, 32, False), (16, 32, 0, False), (33, 8, 6, True), (5, 1, 1, True), (5, 2, 1, True)])
 def test_the_gram_form_is_algorithm_1(N, K, Kc, intra):
-    """Same value, parts and gradients in float64, N below and above K, empty blocks, odd sizes, unequal lambdas."""
+    """Same value, parts, gradients in float64: N below, above K, empty blocks, unequal lambdas."""
     z, results = embeddings(N, K), []
     for form in (decur_loss, decur_loss_gram):
         loss, parts = form(*z, Kc, 0.01, 0.02, 0.03, 0.04, intra=intra)
@@ -195,7 +202,8 @@ def test_the_gram_form_is_algorithm_1(N, K, Kc, intra):
 def test_the_gram_form_keeps_no_KxK_matrix():
     """Nothing saved for the backward pass is larger than NxK."""
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+    saved = lambda t: (sizes.append(t.numel()), t)[1]
+    with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
         decur_loss_gram(*embeddings(8, 512), 384)
     assert max(sizes) <= 8 * 512
 
@@ -219,7 +227,8 @@ def test_the_projector_is_that_of_section_4():
     """Linear-BN-ReLU twice, then Linear; no biases; 151 M parameters for a ResNet-50."""
     names = [type(layer).__name__ for layer in decur.projector(8, [4, 4, 6])]
     assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
-    assert sum(p.numel() for p in decur.projector(8, [4, 4, 6]).parameters()) == 8 * 4 + 8 + 4 * 4 + 8 + 4 * 6
+    parameters = sum(p.numel() for p in decur.projector(8, [4, 4, 6]).parameters())
+    assert parameters == 8 * 4 + 8 + 4 * 4 + 8 + 4 * 6
     x = torch.randn(2, 8)
     assert decur.projector(8, [])(x) is x       # Fig. 3b, no projector
 
@@ -249,15 +258,21 @@ def two_views(scale=1.0):
     return [scale * z.detach() for z in embeddings(6, 5)[:2]]  # NxK, float64
 
 
+def cosine(a, b):
+    """The similarity of two lists of numbers."""
+    lengths = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b)) / lengths
+
+
 def test_barlow_twins_is_its_equations_1_and_2():
     """Zbontar et al. 2021, Eq. 1-2 (as DeCUR's Eq. 1 and 2), one element at a time."""
-    zA, zB = two_views(scale=1000)              # so large that BN's eps, which Eq. 1 has not, does not count
+    zA, zB = two_views(scale=1000)              # so large that BN's eps, not in Eq. 1, is little
     a, b = (zA - zA.mean(0)).tolist(), (zB - zB.mean(0)).tolist()
     N, K, loss = len(a), len(a[0]), 0
     for i in range(K):
         for j in range(K):
             dot = sum(a[n][i] * b[n][j] for n in range(N))
-            lengths = math.sqrt(sum(a[n][i] ** 2 for n in range(N)) * sum(b[n][j] ** 2 for n in range(N)))
+            lengths = math.sqrt(sum(row[i] ** 2 for row in a) * sum(row[j] ** 2 for row in b))
             loss += (1 - dot / lengths) ** 2 if i == j else 0.0051 * (dot / lengths) ** 2
     assert math.isclose(decur.barlow_twins_loss(zA, zB).item(), loss, rel_tol=1e-9)
 
@@ -265,12 +280,13 @@ def test_barlow_twins_is_its_equations_1_and_2():
 def test_barlow_twins_is_decur_without_intra_and_without_unique():
     """Table 4, "w/o intra&decoup.": "a cross-modal Barlow Twins remains"."""
     zA, zB = two_views()
+    expected = decur.barlow_twins_loss(zA, zB)
     for loss in (decur.decur_loss, decur.decur_loss_gram):
-        assert torch.allclose(loss(zA, zA, zB, zB, Kc=5, intra=False)[0], decur.barlow_twins_loss(zA, zB), rtol=1e-12)
+        assert torch.allclose(loss(zA, zA, zB, zB, Kc=5, intra=False)[0], expected, rtol=1e-12)
 
 
 def test_vicreg_is_its_equations_1_to_6():
-    """Bardes et al. 2022, Eq. 1-6, one element at a time; Eq. 5 as a mean over dimensions, as in its Algorithm 1."""
+    """Bardes et al. 2022, Eq. 1-6, by element; Eq. 5 a mean of dimensions, as its Algorithm 1."""
     zA, zB = two_views(scale=0.7)
     N, K = zA.shape
     s = sum((zA[n, i] - zB[n, i]).item() ** 2 for n in range(N) for i in range(K)) / (N * K)
@@ -292,30 +308,31 @@ def test_simclr_is_its_equation_1():
     """Chen et al. 2020, Eq. 1: of the other 2N - 1 embeddings the partner is the right one."""
     zA, zB = two_views()
     z, N = torch.cat((zA, zB)).tolist(), len(zA)
-    cosine = [[sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)) for b in z]
-              for a in z]
+    s = [[cosine(a, b) for b in z] for a in z]
     loss = 0
     for i in range(2 * N):
-        total = sum(math.exp(cosine[i][k] / 0.1) for k in range(2 * N) if k != i)
-        loss -= math.log(math.exp(cosine[i][(i + N) % (2 * N)] / 0.1) / total) / (2 * N)
+        total = sum(math.exp(s[i][k] / 0.1) for k in range(2 * N) if k != i)
+        loss -= math.log(math.exp(s[i][(i + N) % (2 * N)] / 0.1) / total) / (2 * N)
     assert math.isclose(decur.simclr_loss(zA, zB).item(), loss, rel_tol=1e-12)
 
 
 def test_clip_is_its_figure_3():
-    """Radford et al. 2021, Fig. 3: of the N embeddings of the other modality the partner is right, both ways."""
+    """Radford et al. 2021, Fig. 3: of the other modality's N the partner is right, both ways."""
     zA, zB = two_views()
     a, b, N = zA.tolist(), zB.tolist(), len(zA)
-    e = [[math.exp(sum(x * y for x, y in zip(p, q)) / math.sqrt(sum(x * x for x in p) * sum(y * y for y in q)) / 0.07)
-          for q in b] for p in a]
-    loss = -sum(math.log(e[i][i] / sum(e[i])) + math.log(e[i][i] / sum(row[i] for row in e)) for i in range(N)) / 2 / N
+    e = [[math.exp(cosine(p, q) / 0.07) for q in b] for p in a]
+    rows = [math.log(e[i][i] / sum(e[i])) for i in range(N)]
+    columns = [math.log(e[i][i] / sum(row[i] for row in e)) for i in range(N)]
+    loss = -(sum(rows) + sum(columns)) / 2 / N
     assert math.isclose(decur.clip_loss(zA, zB).item(), loss, rel_tol=1e-12)
 
 
 def test_methods_ignore_what_their_papers_say_they_ignore():
-    """Barlow Twins an affine change of a dimension, VICReg a shift of both, SimCLR and CLIP lengths and a rotation."""
+    """Barlow Twins an affine change per dimension, VICReg a shift, the others lengths, rotation."""
     zA, zB = two_views(scale=1000)
     per_dimension, per_sample = torch.arange(1, 6).double(), torch.arange(1, 7).double()[:, None]
-    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    g = torch.Generator().manual_seed(1)
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=g))[0]
     same = lambda loss, a, b: torch.allclose(loss(a, b), loss(zA, zB), rtol=1e-6)
     assert same(decur.barlow_twins_loss, zA * per_dimension - 3, zB / per_dimension + 7)
     assert same(decur.vicreg_loss, zA + per_dimension, zB + per_dimension)
@@ -341,10 +358,12 @@ def test_chance_of_contrastive_losses():
 
 def test_mit_has_the_published_number_of_parameters():
     """Without the classifier."""
-    published = {"mit_b0": 3319392, "mit_b1": 13151424, "mit_b2": 24196288, "mit_b3": 44072128, "mit_b4": 60842688,
-                 "mit_b5": 81443008}
+    published = {"mit_b0": 3319392, "mit_b1": 13151424, "mit_b2": 24196288,
+                 "mit_b3": 44072128, "mit_b4": 60842688, "mit_b5": 81443008}
     with torch.device("meta"):                  # no memory, no time
-        assert {name: sum(p.numel() for p in decur.mit(name, 3).parameters()) for name in decur.MITS} == published
+        encoders = {name: decur.mit(name, 3) for name in decur.MITS}
+    sizes = {name: sum(p.numel() for p in E.parameters()) for name, E in encoders.items()}
+    assert sizes == published
 
 
 def mit_keys(depths):
@@ -353,7 +372,8 @@ def mit_keys(depths):
     for S, depth in enumerate(depths, 1):
         keys += [f"patch_embed{S}.proj", f"patch_embed{S}.norm", f"norm{S}"]
         names = "norm1 norm2 attn.q attn.kv attn.proj mlp.fc1 mlp.fc2 mlp.dwconv.dwconv".split()
-        keys += [f"block{S}.{n}.{name}" for n in range(depth) for name in names + ["attn.sr", "attn.norm"] * (S < 4)]
+        names += ["attn.sr", "attn.norm"] * (S < 4)
+        keys += [f"block{S}.{n}.{name}" for n in range(depth) for name in names]
     return {f"{key}.{kind}" for key in keys for kind in ("weight", "bias")}
 
 
@@ -362,42 +382,46 @@ def test_mit_has_the_published_names():
     with torch.device("meta"):
         for name, (_, depths) in decur.MITS.items():
             assert decur.mit(name, 3).state_dict().keys() == mit_keys(depths)
-    assert len(mit_keys((2, 2, 2, 2))) == 2 * (4 * 3 + 8 * 8 + 6 * 2)  # stages' own, blocks', reductions'
+    assert len(mit_keys((2, 2, 2, 2))) == 2 * (4 * 3 + 8 * 8 + 6 * 2)  # stages, blocks, reductions
 
 
 def test_mit_starts_as_published():
-    """Linear weights of std 0.02, convolutions' sqrt(2 / fan_out), biases 0; two different eps of layer norms."""
+    """Linear weights of std 0.02, convolutions' sqrt(2 / fan_out), biases 0; norms of two eps."""
     torch.manual_seed(0)
     E = decur.mit("mit_b0", 3)
     assert E.block4[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    assert E.patch_embed4.proj.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
-    assert E.block4[0].mlp.dwconv.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
+    conv, depthwise = E.patch_embed4.proj, E.block4[0].mlp.dwconv.dwconv
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
+    assert depthwise.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
     assert all(p.abs().max() == 0 for name, p in E.named_parameters() if name.endswith("bias"))
     eps = {name: m.eps for name, m in E.named_modules() if isinstance(m, torch.nn.LayerNorm)}
-    assert all(value == (1e-5 if "embed" in name or "attn" in name else 1e-6) for name, value in eps.items())
+    for name, value in eps.items():
+        assert value == (1e-5 if "embed" in name or "attn" in name else 1e-6), name
 
 
 def test_mit_has_four_stages_at_any_size():
-    """Strides 4, 2, 2, 2, each output (n - 1) // stride + 1; sides need not be equal nor divisible."""
+    """Strides 4, 2, 2, 2: a side n becomes (n - 1) // stride + 1, equal, divisible or not."""
     E = decur.mit("mit_b0", 5).eval()
     x = torch.randn(2, 5, 70, 50)
     maps = E.stages(x)
-    assert [tuple(m.shape) for m in maps] == [(2, 32, 18, 13), (2, 64, 9, 7), (2, 160, 5, 4), (2, 256, 3, 2)]
+    shapes = [(2, 32, 18, 13), (2, 64, 9, 7), (2, 160, 5, 4), (2, 256, 3, 2)]
+    assert [tuple(m.shape) for m in maps] == shapes
     assert (E.dims[-1], E.channels) == (256, 5)
     assert torch.allclose(E(x), maps[-1].mean((2, 3)))
-    assert all(abs(m.mean(1)).max() < 1e-5 for m in maps)  # normed: what a fresh layer norm leaves has mean 0
+    assert all(abs(m.mean(1)).max() < 1e-5 for m in maps)  # a fresh layer norm leaves mean 0
 
 
 def test_attention_of_mit_by_hand():
-    """SegFormer Eq. 1: softmax(q k / sqrt(C / heads)) v, head by head, keys and values of a reduced map."""
+    """SegFormer Eq. 1: softmax(q k / sqrt(C / heads)) v, head by head, k and v of a reduced map."""
     torch.manual_seed(0)
     attention = decur.Attention(C=4, heads=2, R=2).double()
     x = torch.randn(1, 4, 6, 4, dtype=torch.float64)
-    y = attention.norm(attention.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))[0].reshape(6, 4)  # 4x6 -> 2x3 tokens
+    y = attention.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # 4x6 -> 2x3 tokens
+    y = attention.norm(y)[0].reshape(6, 4)
     q, kv = attention.q(x)[0].reshape(24, 4), attention.kv(y)
     out = torch.zeros(24, 4, dtype=torch.float64)
     for head in (slice(0, 2), slice(2, 4)):
-        k, v = kv[:, :4][:, head], kv[:, 4:][:, head]               # the first C values are k, the others v
+        k, v = kv[:, :4][:, head], kv[:, 4:][:, head]  # the first C values are k, the others v
         for n in range(24):
             weight = torch.stack([(q[n, head] @ k[m] / math.sqrt(2)).exp() for m in range(6)])
             out[n, head] = (weight / weight.sum()) @ v
@@ -405,17 +429,18 @@ def test_attention_of_mit_by_hand():
 
 
 def test_drop_path_grows_with_depth_and_drops_a_branch_of_a_sample_whole():
-    """0 for the first block of the net to 0.1 for the last; what is kept is divided by the probability to be kept."""
+    """0 for the first block to 0.1 for the last; what is kept is divided by its probability."""
     torch.manual_seed(0)
     E = decur.mit("mit_b0", 3)
     drops = [block.drop for S in "1234" for block in getattr(E, f"block{S}")]
     assert torch.allclose(torch.tensor(drops), torch.arange(8) / 70)
     block, x = E.block4[1], torch.randn(64, 2, 2, 256)
-    block.drop, block.norm2, block.mlp = 0.5, torch.nn.Identity(), torch.nn.Identity()  # y + y / 0.5 or y
+    block.drop, block.norm2, block.mlp = 0.5, nn.Identity(), nn.Identity()  # y + y / 0.5 or y
     with torch.no_grad():
         attended, out = x + block.attn(block.norm1(x)) / 0.5, block.train()(x)
         cases = [y[n] * f for n in range(64) for y in (x, attended) for f in (1, 3)]
-        case = [[torch.allclose(out[n], cases[4 * n + c], atol=1e-5) for c in range(4)].index(True) for n in range(64)]
+        equal = lambda n, c: torch.allclose(out[n], cases[4 * n + c], atol=1e-5)
+        case = [[equal(n, c) for c in range(4)].index(True) for n in range(64)]
         assert set(case) == {0, 1, 2, 3}        # by sample, and by branch
         assert torch.allclose(block.eval()(x), 2 * (x + block.attn(block.norm1(x))), atol=1e-5)
 
@@ -423,7 +448,7 @@ def test_drop_path_grows_with_depth_and_drops_a_branch_of_a_sample_whole():
 # ---- weights in and out ----
 
 def backbone_1_and_2(E1, E2, module="module."):
-    """A file of the authors: two backbones, projectors, the loss's batch norm, all under one prefix."""
+    """A file of the authors: two backbones, projectors, the loss's batch norm, one prefix."""
     state = {**{f"backbone_1.{k}": v for k, v in E1.state_dict().items()},
              **{f"backbone_2.{k}": v for k, v in E2.state_dict().items()},
              "projector1.0.weight": torch.zeros(4, 4), "projector2.0.weight": torch.zeros(4, 4),
@@ -432,7 +457,8 @@ def backbone_1_and_2(E1, E2, module="module."):
 
 
 def same_weights(A, B):
-    return all(torch.equal(a, b) for a, b in zip(A.state_dict().values(), B.state_dict().values(), strict=True))
+    tensors = zip(A.state_dict().values(), B.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in tensors)
 
 
 def test_weights_of_every_kind_load(tmp_path):
@@ -447,7 +473,8 @@ def test_weights_of_every_kind_load(tmp_path):
            "the authors' alone": {f"module.backbone_1.{k}": v for k, v in E1.state_dict().items()},
            "the authors' alone, flat": {"model": {**E1.state_dict(), **fc}}}
     both = {"ours": {"model": model.state_dict(), "epoch": 3, "args": {"method": "decur"}},
-            "the authors'": {"model": backbone_1_and_2(E1, E2), "epoch": 99, "optimizer": {"state": {}}},
+            "the authors'": {"model": backbone_1_and_2(E1, E2), "epoch": 99,
+                             "optimizer": {"state": {}}},
             "the authors', flat": backbone_1_and_2(E1, E2, module="")}
     for kind, state in one.items():
         torch.save(state, tmp_path / "file.pth")
@@ -456,7 +483,8 @@ def test_weights_of_every_kind_load(tmp_path):
         fresh = decur.resnet("resnet-toy", 2)
         report = decur.load_encoder(fresh, states[0])
         assert same_weights(fresh, E1), kind
-        assert report.endswith("2 unexpected: fc.weight fc.bias") == ("fc.bias" in states[0]), report
+        has_fc = "fc.bias" in states[0]
+        assert report.endswith("2 unexpected: fc.weight fc.bias") == has_fc, report
     for kind, state in both.items():
         torch.save(state, tmp_path / "file.pth")
         states = decur.read_weights(tmp_path / "file.pth", "resnet-toy")
@@ -474,21 +502,22 @@ def test_weights_of_every_kind_load(tmp_path):
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
-    """Another number of channels, another backbone, something over, something missing: an error, nothing loaded."""
+    """Other channels, another backbone, something over or missing: an error, nothing loaded."""
     E = decur.resnet("resnet-toy", 3)
     before = {k: v.clone() for k, v in E.state_dict().items()}
     good = decur.resnet("resnet-toy", 3).state_dict()
     missing = {k: v for k, v in good.items() if k != "layer4.0.bn2.bias"}
-    for state, words in ((decur.resnet("resnet-toy", 13).state_dict(), "13 input channels, this encoder 3"),
-                         (decur.resnet("resnet18", 3).state_dict(), "of another shape"),
-                         (decur.mit("mit_b0", 3).state_dict(), "missing: conv1.weight"),
-                         (missing, "1 missing: layer4.0.bn2.bias"),
-                         ({**good, "da1_l3.proj.weight": torch.zeros(2)}, "1 unexpected: da1_l3.proj.weight")):
+    for state, words in (
+            (decur.resnet("resnet-toy", 13).state_dict(), "13 input channels, this encoder 3"),
+            (decur.resnet("resnet18", 3).state_dict(), "of another shape"),
+            (decur.mit("mit_b0", 3).state_dict(), "missing: conv1.weight"),
+            (missing, "1 missing: layer4.0.bn2.bias"),
+            ({**good, "da1_l3.proj.weight": torch.zeros(2)}, "1 unexpected: da1_l3.proj.weight")):
         with pytest.raises(ValueError, match=words):
             decur.load_encoder(E, state)
     assert all(torch.equal(v, before[k]) for k, v in E.state_dict().items())
     joint = backbone_1_and_2(E, E)
-    joint["module.da1_l3.proj.weight"] = torch.zeros(2)  # the authors' deformable attention between the stages
+    joint["module.da1_l3.proj.weight"] = torch.zeros(2)  # the authors' deformable attention
     torch.save({"model": joint}, tmp_path / "rda.pth")
     for state in decur.read_weights(tmp_path / "rda.pth", "resnet-toy"):
         with pytest.raises(ValueError, match="1 unexpected: da1_l3.proj.weight"):
@@ -500,7 +529,8 @@ def test_files_that_could_run_code_are_refused(tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(lr=0.2)}, tmp_path / "code.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("not weights at all")
-    for name, words in (("code.pth", "could run code"), ("text.pth", "could run code"), ("list.pth", "a list")):
+    for name, words in (("code.pth", "could run code"), ("text.pth", "could run code"),
+                        ("list.pth", "a list")):
         with pytest.raises(ValueError, match=words) as error:
             decur.read_weights(tmp_path / name, "resnet-toy")
         assert "\n" not in str(error.value)
@@ -509,12 +539,13 @@ def test_files_that_could_run_code_are_refused(tmp_path):
 
 
 def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
-    """Asked for as tensors alone and with its checksum; without a network, the message says where the file is."""
+    """As tensors alone, with its checksum; without a network the message says where it is."""
     def download(url, **kwargs):
         assert kwargs["weights_only"] and kwargs["check_hash"] and "resnet18" in url
         return torchvision.models.resnet18().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
-    report = decur.load_encoder(decur.resnet("resnet18", 3), *decur.read_weights("imagenet", "resnet18"))
+    states = decur.read_weights("imagenet", "resnet18")
+    report = decur.load_encoder(decur.resnet("resnet18", 3), *states)
     assert report == "120 of 120 keys matched, 2 unexpected: fc.weight fc.bias"
 
     def no_network(url, **kwargs):
@@ -525,10 +556,11 @@ def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
 
 
 def test_bgr_weights_are_turned_around():
-    """The authors read images with OpenCV, so that their first channel is blue; only the first convolution cares."""
+    """With OpenCV the authors' first channel is blue; only the first convolution cares."""
     for make, name in ((decur.resnet, "resnet-toy"), (decur.mit, "mit_b0")):
         theirs, ours = make(name, 3).eval(), make(name, 3).eval()
-        assert decur.load_encoder(ours, theirs.state_dict(), bgr=True).endswith("input channels reversed")
+        report = decur.load_encoder(ours, theirs.state_dict(), bgr=True)
+        assert report.endswith("input channels reversed")
         rgb = torch.rand(2, 3, 32, 32)
         with torch.no_grad():
             assert torch.allclose(ours(rgb), theirs(rgb.flip(1)), atol=1e-5)
@@ -542,7 +574,8 @@ def test_bgr_weights_are_turned_around():
 
 def process(rank, world, folder, function, *args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -558,31 +591,34 @@ def losses_and_gradients(rank, world):
     """Of DeCUR and of all that it is compared with: {name: [loss, gradient of each view]}."""
     results = {}
     for name, (loss_of, _) in pretrain.METHODS.items():
-        z = [z_.detach().chunk(world)[rank].requires_grad_() for z_ in embeddings(16, 24, torch.float32)]
+        joint = embeddings(16, 24, torch.float32)
+        z = [z_.detach().chunk(world)[rank].requires_grad_() for z_ in joint]
         z = z if name == "decur" else z[:2]
         gathered = list(map(pretrain.gather, z))
         loss = loss_of(*gathered, 18)[0] if name == "decur" else loss_of(*gathered)
         loss.backward()
-        results[name] = [loss.detach(), *(z_.grad / world for z_ in z)]  # DistributedDataParallel averages: / world
+        results[name] = [loss.detach(), *(z_.grad / world for z_ in z)]  # DDP averages: / world
     return results
 
 
 def three_steps(rank, world):
-    """The parameters after three LARS steps of a two-branch network, its batch norm in evaluation mode, and before."""
+    """Two branches' parameters after three LARS steps and before, batch norm in evaluation mode."""
     torch.manual_seed(0)
     net = DeCUR("resnet-toy", 3, 1, [16, 16])
     net.eval()
     before = [p.detach().clone() for p in net.parameters()]
     model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    optimizer = pretrain.LARS([dict(params=[p for p in net.parameters() if p.ndim > 1], lr=0.2),
-                               dict(params=[p for p in net.parameters() if p.ndim <= 1], lr=0.0048)])
+    groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], lr=0.2),
+              dict(params=[p for p in net.parameters() if p.ndim <= 1], lr=0.0048)]
+    optimizer = pretrain.LARS(groups)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     draws = data.Draws(0, 8, rows)
     for step in range(3):
         draws.restart(step)
         g = torch.Generator().manual_seed(step)
-        x1, x2 = torch.rand(8, 3, 36, 48, generator=g)[rows], torch.rand(8, 1, 36, 48, generator=g)[rows]
-        x = [data.augment(x_, m, 32, draws) for x_, m in ((x1, "rgb"), (x1, "rgb"), (x2, "depth"), (x2, "depth"))]
+        x1, x2 = (torch.rand(8, C, 36, 48, generator=g)[rows] for C in (3, 1))
+        views = (x1, "rgb"), (x1, "rgb"), (x2, "depth"), (x2, "depth")
+        x = [data.augment(x_, m, 32, draws) for x_, m in views]
         loss, _ = decur_loss_gram(*map(pretrain.gather, model(*x)), 12)
         optimizer.zero_grad()
         loss.backward()
@@ -592,29 +628,31 @@ def three_steps(rank, world):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_give_the_one_process_gradient(world, tmp_path):
-    """gather: an in-place all_reduce of C would give 1/world of it, as the published codes do.  All methods alike."""
+    """gather, of all methods: an in-place all_reduce of C, as published, would give 1/world."""
     several = in_processes(world, tmp_path / "w", losses_and_gradients)
     for name, one in losses_and_gradients(0, 1).items():
         assert all(relative([rank[name][0]], [one[0]]) < 1e-6 for rank in several), name
         for view in range(1, len(one)):
-            assert relative([torch.cat([rank[name][view] for rank in several])], [one[view]]) < 1e-6, name
+            joint = torch.cat([rank[name][view] for rank in several])
+            assert relative([joint], [one[view]]) < 1e-6, name
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_make_the_one_process_steps(world, tmp_path):
-    """Augmentation, gather, DistributedDataParallel and LARS together; a gradient of 1/world would move biases less."""
+    """Augmentation, gather, DDP and LARS together; a gradient of 1/world would move biases less."""
     one, before = three_steps(0, 1)
     for rank, _ in in_processes(world, tmp_path / "w", three_steps):
         assert relative(rank, one) < 1e-6
-        for ndim in (1, 2, 4):                  # biases and batch norm, Linear weights, convolutions
-            moved = [[p - p0 for p, p0 in zip(after, before) if p.ndim == ndim] for after in (rank, one)]
+        for ndim in (1, 2, 4):                  # biases and batch norm, Linear, convolutions
+            moved = [[p - p0 for p, p0 in zip(after, before) if p.ndim == ndim]
+                     for after in (rank, one)]
             assert relative(*moved) < 1e-4
 
 
 # ---- pretrain.py: App. B ----
 
 def test_lars_step_by_hand():
-    """|p| = 5, |g| = 10, no decay: trust = 0.001 * 5 / 10; the second step adds 0.9 of the first."""
+    """|p| = 5, |g| = 10, no decay: trust = 0.001 * 5 / 10; step 2 adds 0.9 of the first."""
     p = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
     optimizer = pretrain.LARS([p], lr=2.0, weight_decay=0.0)
     p.grad = torch.tensor([[6.0, 8.0]])
@@ -622,15 +660,17 @@ def test_lars_step_by_hand():
     assert torch.allclose(p, torch.tensor([[3 - 2 * 0.003, 4 - 2 * 0.004]]))
     before = p.detach().clone()
     optimizer.step()                            # trust * g = 0.001 |p| g / |g|, |p| = 4.99
-    assert torch.allclose(before - p, 2 * (torch.tensor([[0.002994, 0.003992]]) + 0.9 * torch.tensor([[0.003, 0.004]])))
+    first, second = torch.tensor([[0.003, 0.004]]), torch.tensor([[0.002994, 0.003992]])
+    assert torch.allclose(before - p, 2 * (second + 0.9 * first))
 
 
 def test_lars_decays_weights_but_not_biases():
-    """wd 0.5, gradient zero: the weight's direction is 0.5 p and its trust 0.001 |p| / |0.5 p| = 0.002; biases stay."""
+    """wd 0.5, gradient 0: direction 0.5 p, trust 0.001 |p| / |0.5 p| = 0.002; biases stay."""
     w, b = torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.full((2,), 2.0))
     w.grad, b.grad = torch.zeros(2, 2), torch.zeros(2)
     pretrain.LARS([w, b], lr=1.0, weight_decay=0.5).step()
-    assert torch.allclose(w, torch.full((2, 2), 2 - 0.002)) and torch.equal(b, torch.full((2,), 2.0))
+    assert torch.allclose(w, torch.full((2, 2), 2 - 0.002))
+    assert torch.equal(b, torch.full((2,), 2.0))
 
 
 def test_lars_ignores_loss_scale_biases_do_not():
@@ -641,7 +681,8 @@ def test_lars_ignores_loss_scale_biases_do_not():
         w.grad, b.grad = scale * torch.tensor([[1.0, 2], [3, 4]]), scale * torch.tensor([1.0, 2])
         pretrain.LARS([w, b], lr=0.1, weight_decay=0.0).step()
         steps.append((1 - w.detach(), 1 - b.detach()))
-    assert torch.allclose(steps[0][0], steps[1][0]) and torch.allclose(10 * steps[0][1], steps[1][1])
+    assert torch.allclose(steps[0][0], steps[1][0])
+    assert torch.allclose(10 * steps[0][1], steps[1][1])
 
 
 def test_lars_moves_a_weight_of_norm_zero():
@@ -659,8 +700,9 @@ def test_schedule_has_no_warmup_and_ends_at_zero():
 
 def test_defaults_are_the_papers():
     """Sec. 4 and App. B, every scenario."""
-    for scenario, common, epochs, batch in (("sar-optical", 0.875, 100, 256), ("rgb-dem", 0.75, 100, 256),
-                                            ("rgbd", 0.75, 200, 128)):
+    for scenario, common, epochs, batch in (
+            ("sar-optical", 0.875, 100, 256), ("rgb-dem", 0.75, 100, 256),
+            ("rgbd", 0.75, 200, 128)):
         args, sources = pretrain.get_args(["--scenario", scenario])
         assert (args.common, args.epochs, args.batch_size) == (common, epochs, batch)
         assert (args.lr, args.lr_bias, args.weight_decay, args.size) == (0.2, 0.0048, 1e-6, 224)
@@ -677,28 +719,32 @@ def test_the_data_order_is_a_function_of_seed_and_epoch():
     batches = data.epoch_batches(50, 8, seed=3, epoch=1)
     assert batches.shape == (6, 8) and len(set(batches.flatten())) == 48
     assert (batches == data.epoch_batches(50, 8, 3, 1)).all()
-    assert (batches != data.epoch_batches(50, 8, 3, 2)).any() and (batches != data.epoch_batches(50, 8, 4, 1)).any()
+    assert (batches != data.epoch_batches(50, 8, 3, 2)).any()
+    assert (batches != data.epoch_batches(50, 8, 4, 1)).any()
 
 
 def test_augmentation_does_not_depend_on_the_processes():
     """Two processes with half the batch each make the views of one process with all of it."""
-    x = torch.randint(256, (8, 3, 36, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (8, 3, 36, 48), dtype=torch.uint8, generator=g)
     views = []
     for rows in (slice(0, 8), slice(0, 4), slice(4, 8)):
         draws = data.Draws(1, 8, rows)
         draws.restart(5)
         views.append([data.augment(x[rows], "rgb", 24, draws) for _ in range(2)])
     for view in range(2):
-        assert torch.allclose(torch.cat([views[1][view], views[2][view]]), views[0][view], atol=1e-5)
+        joined = torch.cat([views[1][view], views[2][view]])
+        assert torch.allclose(joined, views[0][view], atol=1e-5)
     assert not torch.allclose(views[0][0], views[0][1], atol=0.1)  # two views differ
 
 
 def test_the_crop_is_an_antialiased_resize_of_a_box():
-    """triangle_filter against F.interpolate(antialias=True), boxes smaller and larger than the crop."""
+    """As F.interpolate(antialias=True) has it, boxes smaller and larger than the crop."""
     x = torch.rand(3, 2, 40, 50, generator=torch.Generator().manual_seed(0))
     left, w = torch.tensor([[3.0], [0], [5]]), torch.tensor([[20.0], [50], [11]])
     top, h = torch.tensor([[0.0], [7], [29]]), torch.tensor([[40.0], [10], [11]])
-    y = data.separable(x, data.triangle_filter(top, h, 40, 16), data.triangle_filter(left, w, 50, 16))
+    Wy, Wx = data.triangle_filter(top, h, 40, 16), data.triangle_filter(left, w, 50, 16)
+    y = data.separable(x, Wy, Wx)
     for i in range(3):
         box = x[i:i + 1, :, int(top[i]):int(top[i] + h[i]), int(left[i]):int(left[i] + w[i])]
         expected = F.interpolate(box, (16, 16), mode="bilinear", antialias=True)
@@ -708,11 +754,13 @@ def test_the_crop_is_an_antialiased_resize_of_a_box():
 def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
     """Ramps in x and y show each box: its sides from the slope, its flip from the sign."""
     B, H, W = 400, 60, 80
-    ramp = torch.stack([torch.arange(W).expand(H, W), torch.arange(H)[:, None].expand(H, W)]).float().expand(B, 2, H, W)
+    ramp = torch.stack([torch.arange(W).expand(H, W), torch.arange(H)[:, None].expand(H, W)])
+    ramp = ramp.float().expand(B, 2, H, W)
     draws = data.Draws(0, B, slice(0, B))
     draws.restart(0)
     y = data.random_resized_crop(ramp, 10, (0.25, 0.5), draws)
-    w, h = (y[:, 0, 5, 7] - y[:, 0, 5, 2]) * 2, (y[:, 1, 7, 5] - y[:, 1, 2, 5]) * 2  # 5 of 10 pixels apart
+    w = (y[:, 0, 5, 7] - y[:, 0, 5, 2]) * 2     # 5 of 10 pixels apart
+    h = (y[:, 1, 7, 5] - y[:, 1, 2, 5]) * 2
     area, ratio = (w.abs() * h) / (H * W), w.abs() / h
     assert 0.24 < area.min() < 0.27 and 0.48 < area.max() < 0.51
     assert 0.73 < ratio.min() < 0.78 and 1.28 < ratio.max() < 1.37
@@ -720,7 +768,7 @@ def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
 
 
 def test_a_box_that_never_fits_becomes_the_largest_centred_one():
-    """A strip of 8 x 100 pixels has no box of its whole area within 3/4 and 4/3: 8 x 11 in the middle."""
+    """A strip of 8 x 100 has no box of its whole area within 3/4 and 4/3: 8 x 11 in the middle."""
     x = torch.arange(100.0).expand(1, 1, 8, 100)
     draws = data.Draws(0, 1, slice(0, 1))
     draws.restart(0)
@@ -739,9 +787,9 @@ def test_colours_stay_within_range_and_never_wrap():
 
 def test_brightness_contrast_and_saturation_are_torchvisions():
     """One at a time, factors read off a probe image, away from the clamp; float32."""
-    from torchvision.transforms.v2 import functional as functions
+    from torchvision.transforms.v2 import functional as TF
     x = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
-    for k, function in enumerate((functions.adjust_brightness, functions.adjust_contrast, functions.adjust_saturation)):
+    for k, function in enumerate((TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)):
         jitter = [0.0] * 4
         jitter[k] = 0.4
         draws, same = data.Draws(0, 8, slice(0, 8)), data.Draws(0, 8, slice(0, 8))
@@ -765,7 +813,8 @@ def test_grayscale_makes_channels_equal_for_any_number_of_them():
 def test_hue_turns_red_into_green_into_blue_and_keeps_grey():
     third = data.hue_rotation(torch.tensor([2 * np.pi / 3]))[0]
     assert torch.allclose(third @ torch.eye(3), torch.eye(3).roll(1, 0), atol=1e-6)
-    assert torch.allclose(data.hue_rotation(torch.tensor([0.7]))[0] @ torch.ones(3), torch.ones(3), atol=1e-6)
+    grey = data.hue_rotation(torch.tensor([0.7]))[0] @ torch.ones(3)
+    assert torch.allclose(grey, torch.ones(3), atol=1e-6)
 
 
 def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
@@ -774,7 +823,7 @@ def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
     x = torch.rand(40, 1, 56, 56, generator=torch.Generator().manual_seed(0))
     x[:, :, :28] = 0.5
     y = data.random_blur(x, 0.5, draws)
-    assert torch.allclose(y[:, :, :24], x[:, :, :24], atol=1e-5)  # sigma <= 0.5 pixels at 56: 8 sigma away
+    assert torch.allclose(y[:, :, :24], x[:, :, :24], atol=1e-5)  # 8 sigma of <= 0.5 pixels away
     unchanged = (y == x).flatten(1).all(1)
     assert 10 < unchanged.sum() < 30
 
@@ -783,7 +832,8 @@ def test_solarize_inverts_what_is_bright():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3)
     draws = data.Draws(0, 1, slice(0, 1))
     draws.restart(0)
-    assert torch.allclose(data.random_solarize(x, 1.1, draws).flatten(), torch.tensor([0.2, 0.5, 0.1]))
+    solarized = data.random_solarize(x, 1.1, draws).flatten()
+    assert torch.allclose(solarized, torch.tensor([0.2, 0.5, 0.1]))
     assert torch.equal(data.random_solarize(x, 0.0, draws), x)
 
 
@@ -800,10 +850,11 @@ def write_frames(root, n=4, size=(48, 36)):
 
 
 def test_a_frame_is_read_as_colour_and_metres(tmp_path):
-    """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; without a reading: the data set's mean."""
+    """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; no reading: the data set's mean."""
     pairs = data.RGBD(write_frames(tmp_path / "d"), 24)
     (rgb,), (depth,) = pairs[1]
-    assert rgb.shape == (3, 36, 48) and rgb.dtype == torch.uint8 and rgb[:, 5, 5].tolist() == [10, 20, 30]
+    assert rgb.shape == (3, 36, 48) and rgb.dtype == torch.uint8
+    assert rgb[:, 5, 5].tolist() == [10, 20, 30]
     assert depth.shape == (1, 36, 48) and depth[0, 5, 5].item() == pytest.approx(0.21)
     assert depth[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
     assert pairs.modalities == ("rgb", "depth")
@@ -833,7 +884,8 @@ def test_collate_gives_two_views_of_each_modality():
     one, two = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     x1, x2 = data.collate([([one], [one, two]), ([two], [two, one])])
     assert x1[0] is x1[1] and x1[0].shape == (2, 1, 2, 2)
-    assert torch.equal(x2[0], torch.stack([one, two])) and torch.equal(x2[1], torch.stack([two, one]))
+    assert torch.equal(x2[0], torch.stack([one, two]))
+    assert torch.equal(x2[1], torch.stack([two, one]))
 
 
 def toy(folder, scenes=48, held_out=16):
@@ -842,20 +894,25 @@ def toy(folder, scenes=48, held_out=16):
 
 
 def test_made_up_scenes_are_seeded_and_hold_what_factors_csv_says(tmp_path):
-    """The common object is nearer than the wall and bright; the painting leaves no trace in depth, the pane none in RGB."""
+    """The common object is nearer than the wall, bright; no painting in depth, no pane in RGB."""
     a, b = toy(tmp_path / "a", 6, 2), toy(tmp_path / "b", 6, 2)
     files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
-    assert len(files) == 8 * 3 + 3 and all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
+    assert len(files) == 8 * 3 + 3
+    assert all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
     rows = list(csv.DictReader(open(a / "factors.csv")))
     assert (a / "train.txt").read_text().split() == [row["id"] for row in rows[:6]]
     for row in rows:
-        rgb, depth, label = (np.array(Image.open(a / d / f"{row['id']}.png")).astype(float) for d in ("RGB", "Depth", "Label"))
+        rgb, depth, label = (np.array(Image.open(a / d / f"{row['id']}.png")).astype(float)
+                             for d in ("RGB", "Depth", "Label"))
         depth[depth == 0] = np.nan
-        masks = {key: label == 2 + 4 * k + int(row[key]) for k, key in enumerate(("common", "unique1", "unique2"))}
+        masks = {key: label == 2 + 4 * k + int(row[key])
+                 for k, key in enumerate(("common", "unique1", "unique2"))}
         wall = label == 1
         assert all(mask.sum() > 30 for mask in masks.values())
         assert rgb[masks["common"]].mean() > rgb[wall].mean() > rgb[masks["unique1"]].mean()
-        assert np.nanmean(depth[masks["common"]]) < np.nanmean(depth[wall]) < np.nanmean(depth[masks["unique2"]])
+        order = masks["common"], wall, masks["unique2"]
+        near, middle, far = (np.nanmean(depth[mask]) for mask in order)
+        assert near < middle < far
 
 
 def test_shapes_have_the_same_area():
@@ -867,19 +924,21 @@ def test_shapes_have_the_same_area():
 # ---- data.py: the real layouts of the data sets, in small ----
 
 def bands_of(date, S=12):
-    """A season of SSL4EO-S12: S1 in dB, S2 x 10000, each band at its native size, with the date in every pixel."""
+    """A season of SSL4EO-S12: S1 in dB, S2 x 10000, of native size, the date in every pixel."""
     size = {band: S // r for r, names in data.BLOCKS.items() for band in names}
-    return {band: np.full((n, n), -12.0 if band in data.S1 else 100 * date + k, np.float32 if band in data.S1 else np.uint16)
-            for k, (band, n) in enumerate((band, size[band]) for band in data.S1 + data.S2)}
+    kind = lambda k, band: (-12.0, np.float32) if band in data.S1 else (100 * date + k, np.uint16)
+    return {band: np.full((size[band], size[band]), *kind(k, band))
+            for k, band in enumerate(data.S1 + data.S2)}
 
 
 def write_ssl4eo(root, ids=("0000000", "000001", "0000007")):
-    """Locations of four seasons, out of the order of their names in S1, with a six-digit folder and void ids."""
+    """Four seasons each, out of the order of S1's names, with a six-digit folder and void ids."""
     for name in ids:
         for date, satellite in ((3, "B"), (6, "A"), (9, "B"), (12, "A")):
             stamp = f"2020{date:02d}20T001515"
-            for folder, season, bands in (("s1", f"S1{satellite}_IW_GRDH_1SDV_{stamp}_{stamp}_031883_03AE27_9BAF", data.S1),
-                                          ("s2c", f"{stamp}_{stamp}_T15QXA", data.S2)):
+            s1 = f"S1{satellite}_IW_GRDH_1SDV_{stamp}_{stamp}_031883_03AE27_9BAF"
+            s2 = f"{stamp}_{stamp}_T15QXA"
+            for folder, season, bands in (("s1", s1, data.S1), ("s2c", s2, data.S2)):
                 (root / folder / name / season).mkdir(parents=True)
                 for band, x in bands_of(date).items():
                     if band in bands:
@@ -888,23 +947,25 @@ def write_ssl4eo(root, ids=("0000000", "000001", "0000007")):
 
 
 def test_ssl4eo_reads_four_seasons_in_the_order_of_their_dates(tmp_path):
-    """Directories are listed (void ids, six digits); S1A sorts before S1B by name, but not by date."""
+    """Directories are listed (void ids, six digits); S1A is before S1B by name, not by date."""
     pairs = data.open_pairs("sar-optical", write_ssl4eo(tmp_path), 8)
     assert pairs.ids == ["0000000", "0000007", "000001"]
     for season, date in enumerate((3, 6, 9, 12)):
         bands = dict(pairs.raw(0, [season]))
-        assert tuple(bands) == data.S1 + data.S2 and bands["B2"].shape == (1, 12, 12) and bands["B9"].shape == (1, 2, 2)
+        assert tuple(bands) == data.S1 + data.S2
+        assert bands["B2"].shape == (1, 12, 12) and bands["B9"].shape == (1, 2, 2)
         assert (bands["B12"] == 100 * date + 14).all()
         x1, x2 = data.stack_bands(pairs.blocks(0, season))
         assert x1.shape == (2, 12, 12) and x2.dtype == torch.uint8
-        assert [band.unique().tolist() for band in x2] == [[round((100 * date + k) / 10000 * 255)] for k in range(2, 15)]
+        expected = [[round((100 * date + k) / 10000 * 255)] for k in range(2, 15)]
+        assert [band.unique().tolist() for band in x2] == expected
 
 
 def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
-    """Seasons are functions of (seed, epoch, index), drawn for each view; the two views need not agree."""
+    """Seasons are functions of (seed, epoch, index), drawn for each view; two need not agree."""
     pairs = data.open_pairs("sar-optical", write_ssl4eo(tmp_path, ["0000000"]), 8, seed=3)
-    for season in range(4):                     # now S1 tells its season, too
-        folder = sorted((tmp_path / "s1" / "0000000").iterdir(), key=lambda path: path.name[17:])[season]
+    folders = sorted((tmp_path / "s1" / "0000000").iterdir(), key=lambda path: path.name[17:])
+    for season, folder in enumerate(folders):   # now S1 tells its season, too
         tifffile.imwrite(folder / "VV.tif", np.full((12, 12), -18 + 3 * season, np.float32))
     seen = []
     for epoch in range(12):
@@ -918,26 +979,29 @@ def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
 
 
 def test_eight_bits_are_clipped_and_never_wrap():
-    """S2: x / 10000 * 255.  S1: 2 % of outliers cut in the band, then mean -+ 2 std of the data set to 0..255."""
-    assert data.to_8bit("B2", np.array([0, 5000, 10000, 10040, 65535], np.uint16), {}).tolist() == [0, 128, 255, 255, 255]
+    """S2: x / 10000 * 255.  S1: without 2 % of outliers, the data set's mean -+ 2 std to 0..255."""
+    s2 = np.array([0, 5000, 10000, 10040, 65535], np.uint16)
+    assert data.to_8bit("B2", s2, {}).tolist() == [0, 128, 255, 255, 255]
     x = np.linspace(-15, -10, 101, dtype=np.float32)
     x[0], x[-1], stats = -60, np.inf, {"VV": (-12.0, 2.0)}
     y = data.to_8bit("VV", x, stats)
     assert y[50] == round(255 * (-12.5 + 16) / 8) and y.dtype == np.uint8
-    assert y[0] == y[-1] == 0 and y[99] == y[98] > y[97]                # an empty pixel is -16 dB, then 1 % is cut each way
-    assert data.to_8bit("VV", np.full(3, -10, np.float32), stats).tolist() == [round(255 * 6 / 8)] * 3
+    assert y[0] == y[-1] == 0 and y[99] == y[98] > y[97]  # empty is -16 dB; 1 % is cut each way
+    x = np.full(3, -10, np.float32)
+    assert data.to_8bit("VV", x, stats).tolist() == [round(255 * 6 / 8)] * 3
 
 
 @pytest.mark.parametrize("r", [1, 2, 6])
 def test_bands_are_brought_to_10_m_bilinearly(r):
-    """Integer arithmetic against F.interpolate in float64: half a step at most, that is, rounded."""
+    """Integer arithmetic against F.interpolate in float64: half a step at most, so rounded."""
     x = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
-    y = F.interpolate(torch.from_numpy(x).double()[None], scale_factor=r, mode="bilinear")[0].numpy()
+    y = torch.from_numpy(x).double()[None]
+    y = F.interpolate(y, scale_factor=r, mode="bilinear")[0].numpy()
     assert np.abs(data.upsample(x, r) - y).max() <= 0.5 + 1e-9
 
 
 def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch):
-    """Also after packing was interrupted: nothing is there before all is, and what was done is not done again."""
+    """Also interrupted: nothing is there before all is, and what was done is not done again."""
     root = tmp_path / "raw"
     list(data.write_satellite(root, [np.random.default_rng(i) for i in range(5)], 5, S=24))
     raw, whole, calls = data.SSL4EO(root), data.packed_rows, []
@@ -964,7 +1028,7 @@ def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch)
 
 
 def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
-    """A missing band, a band of another size, a missing season, a location without its partner, v1.1."""
+    """A missing band, a band of another size, a missing season, a missing partner, v1.1."""
     root = write_ssl4eo(tmp_path / "v1")
     band = next((root / "s2c" / "0000000").glob("*/B9.tif"))
     tifffile.imwrite(band, np.zeros((3, 3), np.uint16))
@@ -986,26 +1050,31 @@ def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
 
 
 def write_bigearthnet(root):
-    """Three patches of 12 pixels; the last one is snowy.  Times of five digits, CRLF lists of one and two columns."""
-    pairs = [(f"S2B_MSIL2A_20170924T9302{k}_69_{k}", f"S1A_IW_GRDH_1SDV_20170925T04325{k}_35VPK_69_{k}") for k in range(3)]
+    """Three patches of 12 pixels, the last snowy; five-digit times, CRLF lists of 1, 2 columns."""
+    pairs = [(f"S2B_MSIL2A_20170924T9302{k}_69_{k}",
+              f"S1A_IW_GRDH_1SDV_20170925T04325{k}_35VPK_69_{k}") for k in range(3)]
+    folder1, folder2 = root / "BigEarthNet-S1-v1.0", root / "BigEarthNet-v1.0"
     for k, (s2, s1) in enumerate(pairs):
-        labels = ["Discontinuous urban fabric", "Airports", "Sea and ocean"] if k == 0 else ["Bare rock"]
-        for folder, name, extra in (("BigEarthNet-v1.0", s2, {}), ("BigEarthNet-S1-v1.0", s1, {"corresponding_s2_patch": s2})):
-            (root / folder / name).mkdir(parents=True)
-            (root / folder / name / f"{name}_labels_metadata.json").write_text(json.dumps(dict(labels=labels, **extra)))
+        labels = ["Bare rock"] if k else ["Discontinuous urban fabric", "Airports", "Sea and ocean"]
+        patch1, patch2 = folder1 / s1, folder2 / s2
+        for patch, extra in ((patch2, {}), (patch1, {"corresponding_s2_patch": s2})):
+            patch.mkdir(parents=True)
+            text = json.dumps(dict(labels=labels, **extra))
+            (patch / f"{patch.name}_labels_metadata.json").write_text(text)
         for n, (band, x) in enumerate(bands_of(k + 1).items()):
-            folder, name = ("BigEarthNet-S1-v1.0", s1) if band in data.S1 else ("BigEarthNet-v1.0", s2)
+            patch = patch1 if band in data.S1 else patch2
             if band != "B10":
                 band = band if band in data.S1 else f"B{band[1:]:0>2}"
-                tifffile.imwrite(root / folder / name / f"{name}_{band}.tif", x)
+                tifffile.imwrite(patch / f"{patch.name}_{band}.tif", x)
     (root / "train.csv").write_bytes("".join(f"{s2},{s1}\r\n" for s2, s1 in pairs).encode())
-    (root / "bigearthnet-val.csv").write_bytes("".join(f"{s2}\r\n" for s2, _ in pairs[::-1]).encode())
+    column = "".join(f"{s2}\r\n" for s2, _ in pairs[::-1])
+    (root / "bigearthnet-val.csv").write_bytes(column.encode())
     (root / "patches_with_seasonal_snow.csv").write_bytes(f"{pairs[2][0]}\r\n".encode())
     return pairs
 
 
 def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
-    """Two-column lists name the pair, one-column lists are completed from the S1 patches' json; snow is left out."""
+    """Two columns name the pair, one is completed from the S1 patches' json; snow is left out."""
     pairs = write_bigearthnet(tmp_path)
     task = data.open_pairs("bigearthnet", tmp_path, 8, "train")
     assert task.ids == [s2 for s2, _ in pairs[:2]]
@@ -1023,33 +1092,38 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
 
 
 def write_geonrw(root, dem=None):
-    """A tile of 32 pixels, whose JPEG 2000 has near infrared as its fourth band, in a city for training and one for tests."""
+    """A tile of 32 pixels, near infrared its fourth band, in a city to train and one to test."""
     rng = np.random.default_rng(0)
     rgbi = rng.integers(0, 256, (32, 32, 4)).astype(np.uint8)
     for city in ("aachen", "herne"):
         (root / city).mkdir(parents=True)
         Image.fromarray(rgbi).save(root / city / "371_5712_rgb.jp2")
-        tifffile.imwrite(root / city / "371_5712_dem.tif", rng.random((32, 32), np.float32) * 50 if dem is None else dem)
-        tifffile.imwrite(root / city / "371_5712_seg.tif", rng.integers(0, 11, (32, 32)).astype(np.uint8))
+        height = rng.random((32, 32), np.float32) * 50 if dem is None else dem
+        tifffile.imwrite(root / city / "371_5712_dem.tif", height)
+        classes = rng.integers(0, 11, (32, 32)).astype(np.uint8)
+        tifffile.imwrite(root / city / "371_5712_seg.tif", classes)
     return rgbi
 
 
 def test_geonrw_gives_16_patches_a_tile_and_cropped_equals_whole(tmp_path):
-    """Row by row; three of four bands; the split is by city; masks keep label 0; the same bits after `crop`."""
+    """Row by row; three of four bands; split by city; masks keep label 0; `crop` changes no bit."""
     rgbi = write_geonrw(tmp_path)
-    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path, 8, "train")
+    both = lambda: [data.open_pairs(name, tmp_path, 8, "train") for name in ("geonrw", "rgb-dem")]
+    tasks = both()
     assert tasks[0].ids == [f"aachen/371_5712_{k}" for k in range(1, 17)]
     assert data.open_pairs("geonrw", tmp_path, 8, "test").ids[0] == "herne/371_5712_1"
     rgb, dem, seg = tasks[0][6]                 # the 7th: second row, third column
     assert (rgb.permute(1, 2, 0).numpy() == rgbi[8:16, 16:24, :3]).all()
     mask = tifffile.imread(tmp_path / "aachen" / "371_5712_seg.tif")
-    assert (seg.numpy() == mask[8:16, 16:24]).all() and seg.dtype == torch.int64 and (mask == 0).any()
+    assert (seg.numpy() == mask[8:16, 16:24]).all() and seg.dtype == torch.int64
+    assert (mask == 0).any()
     assert dem.shape == (3, 8, 8) and dem.dtype == torch.float32 and (dem[0] == dem[2]).all()
     before = [task[i] for task in tasks for i in range(16)]
     data.crop(tmp_path, tmp_path / "cropped", 1)
-    tasks = data.open_pairs("geonrw", tmp_path, 8, "train"), data.open_pairs("rgb-dem", tmp_path, 8, "train")
+    tasks = both()
     after = [task[i] for task in tasks for i in range(16)]
-    for a, b in zip(before[:16] + [sum(x, []) for x in before[16:]], after[:16] + [sum(x, []) for x in after[16:]]):
+    flat = lambda items: items[:16] + [sum(x, []) for x in items[16:]]
+    for a, b in zip(flat(before), flat(after)):
         assert all((x == y).all() and x.dtype == y.dtype for x, y in zip(a, b))
     (tmp_path / "cropped" / "aachen" / "371_5712_3_seg.tif").unlink()
     with pytest.raises(BadInput, match="less than all of dem, rgb, seg .*371_5712_3"):
@@ -1061,8 +1135,9 @@ def test_holes_of_a_height_model_take_no_part_and_flat_ground_is_no_division_by_
     dem = np.linspace(100, 200, 101).reshape(1, 1, -1)
     holes = np.array([[[np.nan, -9999, 65535, -1.7e308, np.inf]]])
     x = data.stretch(np.concatenate([dem, holes], 2), "tile")[0, 0]
-    assert x[0] == 0 and x[100] == 1 and abs(x[50] - 0.5) < 1e-6        # 1st and 99th percentile: 101 m and 199 m
-    assert abs(x[75] - (175 - 101) / 98) < 1e-6 and (x[101:] == x[101]).all() and abs(x[101] - 0.5) < 1e-6
+    assert x[0] == 0 and x[100] == 1 and abs(x[50] - 0.5) < 1e-6  # 1st, 99th percentile: 101, 199
+    assert abs(x[75] - (175 - 101) / 98) < 1e-6
+    assert (x[101:] == x[101]).all() and abs(x[101] - 0.5) < 1e-6
     assert (data.stretch(np.full((1, 4, 4), 7.0), "tile") == 0).all()
     with pytest.raises(BadInput, match="tile has no valid height"):
         data.stretch(holes, "tile")
@@ -1075,29 +1150,33 @@ def camera(W=160, H=120):
 def tilted_room(W=160, H=120):
     """Depth in metres of a room seen by a camera that is turned, 1.5 m above its floor.
 
-    Returns depth, the direction of gravity in the camera's axes, and for every pixel its plane (0 floor, 1 ceiling,
-    2 wall) and its height above the floor in cm.
+    Returns depth, the direction of gravity in the camera's axes, and for every pixel its plane
+    (0 floor, 1 ceiling, 2 wall) and its height above the floor in cm.
     """
     pitch, roll = np.radians(12), np.radians(7)
-    turn = np.array([[1, 0, 0], [0, np.cos(pitch), np.sin(pitch)], [0, -np.sin(pitch), np.cos(pitch)]])
-    turn = turn @ np.array([[np.cos(roll), -np.sin(roll), 0], [np.sin(roll), np.cos(roll), 0], [0, 0, 1]])
+    (cp, sp), (cr, sr) = ((np.cos(angle), np.sin(angle)) for angle in (pitch, roll))
+    turn = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
+    turn = turn @ np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
     K = camera(W, H)
     y, x = np.mgrid[1:H + 1, 1:W + 1]
-    rays = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], np.ones((H, W))]).reshape(3, -1)
-    world = turn @ rays                         # x right, y down, z forward
+    rays = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], np.ones((H, W))])
+    world = turn @ rays.reshape(3, -1)          # x right, y down, z forward
     planes = [(world[1], 1.5), (-world[1], 1.0), (world[2], 3.0), (world[0], 1.4), (-world[0], 1.4)]
-    z = np.stack([np.where(along > 1e-9, distance / np.maximum(along, 1e-9), np.inf) for along, distance in planes])
+    z = np.stack([np.where(along > 1e-9, distance / np.maximum(along, 1e-9), np.inf)
+                  for along, distance in planes])
     which, z = z.argmin(0), z.min(0)
-    return z.reshape(H, W), turn[1], np.minimum(which, 2).reshape(H, W), 100 * (1.5 - world[1] * z).reshape(H, W)
+    plane, height = np.minimum(which, 2), 100 * (1.5 - world[1] * z)
+    return z.reshape(H, W), turn[1], plane.reshape(H, W), height.reshape(H, W)
 
 
 def test_hha_of_a_tilted_room_is_known():
-    """Disparity 31000 / cm; height over the floor in cm; 38 on floors, 128 on walls, 218 on ceilings (angle + 38)."""
+    """Disparity 31000 / cm; height in cm; angle + 38: floors 38, walls 128, ceilings 218."""
     z, g, plane, height = tilted_room()
     for K in (camera(), (80, 80, 80, 60)):
         out = data.hha(z, z, K).astype(float)
         assert out.shape == (120, 160, 3)
-        assert np.abs(out[..., 0] - np.minimum(np.floor(310 / np.maximum(z, 1) + 0.5), 255)).max() == 0
+        disparity = np.minimum(np.floor(310 / np.maximum(z, 1) + 0.5), 255)
+        assert np.abs(out[..., 0] - disparity).max() == 0
         assert np.abs(out[..., 1] - np.minimum(height, 255)).max() < 3
         inside = np.ones(plane.shape, bool)     # windows that lie in one plane
         for dy, dx in ((-4, -4), (-4, 4), (4, -4), (4, 4), (0, 4), (0, -4), (4, 0), (-4, 0)):
@@ -1108,11 +1187,12 @@ def test_hha_of_a_tilted_room_is_known():
             assert len(wrong) > 200 and np.median(wrong) <= 1 and (wrong > 2).mean() < 0.05
     integral = np.pad(np.ones((9, 8)).cumsum(0).cumsum(1), ((11, 10), (11, 10)), "edge")
     integral[:11] = integral[:, :11] = 0
-    assert data.window_sums(integral, 3)[[0, 4, 4], [0, 4, 7]].tolist() == [16, 49, 28]  # 4x4, 7x7, 7x4 at the border
+    sums = data.window_sums(integral, 3)[[0, 4, 4], [0, 4, 7]].tolist()
+    assert sums == [16, 49, 28]                 # 4x4, 7x7, 7x4 at the border
 
 
 def test_missing_depth_takes_no_part_in_hha():
-    """Where the whole window is missing the angle is 180 degrees; metres mistaken for millimetres are an error."""
+    """Where the whole window is missing the angle is 180 degrees; millimetres are an error."""
     z, g, plane, height = tilted_room()
     raw = z.copy()
     raw[40:70, 40:90] = 0
@@ -1128,17 +1208,19 @@ def test_missing_depth_takes_no_part_in_hha():
 
 
 def write_sunrgbd(root):
-    """Two frames of different sensors, sizes and depth in the tree; the stems in image/ and depth/ differ."""
+    """Two frames of different sensors, sizes, depth in the tree; image's stem is not depth's."""
     rng = np.random.default_rng(0)
-    for frame, (H, W), intrinsics in (("kv1/b3dodata/img_0063", (42, 56), "60 0 28\n0 60 21\n0 0 1\n"),
-                                      ("xtion/sun3ddata/hotel/hotel/0000110-1", (44, 59), "60 0 29 0 60 22 0 0 1")):
+    for frame, (H, W), intrinsics in (
+            ("kv1/b3dodata/img_0063", (42, 56), "60 0 28\n0 60 21\n0 0 1\n"),
+            ("xtion/sun3ddata/hotel/hotel/0000110-1", (44, 59), "60 0 29 0 60 22 0 0 1")):
         for name in ("image", "depth", "depth_bfx"):
             (root / "SUNRGBD" / frame / name).mkdir(parents=True)
         (root / "SUNRGBD" / frame / "intrinsics.txt").write_text(intrinsics)
         (root / "SUNRGBD" / frame / "scene.txt").write_text("office")
-        Image.fromarray(rng.integers(0, 256, (H, W, 3)).astype(np.uint8)).save(root / "SUNRGBD" / frame / "image" / "a.JPG")
+        rgb = rng.integers(0, 256, (H, W, 3)).astype(np.uint8)
+        Image.fromarray(rgb).save(root / "SUNRGBD" / frame / "image" / "a.JPG")
         mm = (2000 + 5 * np.mgrid[:H, :W].sum(0)).astype(np.uint16)
-        raw = (mm << 3 | mm >> 13).astype(np.uint16)  # as the data set has them: rotated left by three bits
+        raw = (mm << 3 | mm >> 13).astype(np.uint16)  # rotated left by three bits, as published
         Image.fromarray(raw).save(root / "SUNRGBD" / frame / "depth_bfx" / "b_abs.png")
         raw[:4] = 0
         Image.fromarray(raw).save(root / "SUNRGBD" / frame / "depth" / "b_abs.png")
@@ -1150,19 +1232,23 @@ def write_sunrgbd(root):
 
 
 def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
-    """`hha` uses each frame's camera, the filled depth and the raw one's holes; it goes on where it was stopped."""
+    """`hha` takes a frame's camera, filled depth, raw holes; it goes on where it was stopped."""
     write_sunrgbd(tmp_path)
-    assert data.sunrgbd_depth(np.array([8 * 2378, 2378 >> 13, 8 * 8100], np.uint16)).tolist() == [2.378, 0.0, 8.0]
-    with pytest.raises(BadInput, match="2 samples .* without hha/, which `python data.py hha` writes"):
+    raw = np.array([8 * 2378, 2378 >> 13, 8 * 8100], np.uint16)
+    assert data.sunrgbd_depth(raw).tolist() == [2.378, 0.0, 8.0]
+    words = "2 samples .* without hha/, which `python data.py hha` writes"
+    with pytest.raises(BadInput, match=words):
         data.open_pairs("rgbd", tmp_path, 16)
     data.write_hha(tmp_path, 1, 1000.0)
     frames = data.sunrgbd_frames(tmp_path)
     assert list(frames) == ["kv1/b3dodata/img_0063", "xtion/sun3ddata/hotel/hotel/0000110-1"]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("hha/*.png")}
     data.write_hha(tmp_path, 1, 1000.0)
-    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("hha/*.png")} and len(written) == 2
+    again = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("hha/*.png")}
+    assert written == again and len(written) == 2
     pairs = data.open_pairs("rgbd", tmp_path, 16)
-    assert pairs.modalities == ("rgb", "hha") and [x.shape for x in sum(pairs[1], [])] == [(3, 24, 32)] * 2
+    assert pairs.modalities == ("rgb", "hha")
+    assert [x.shape for x in sum(pairs[1], [])] == [(3, 24, 32)] * 2
     mm = 2000 + 5 * np.mgrid[:42, :56].sum(0)
     raw = np.where(np.arange(42)[:, None] < 4, 0, mm)
     _, hha = pairs.raw(0)
@@ -1173,9 +1259,10 @@ def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
 
 
 def test_hha_of_the_folder_form_fills_holes_from_the_background(tmp_path):
-    """A hole gets the farther of the readings left and right of it; a palette's label is its index; colours are refused."""
-    assert data.filled(np.array([[0, 2, 0, 0, 3, 0], [0, 0, 0, 0, 0, 0.0]])).tolist() == [
-        [2, 2, 3, 3, 3, 3], [2.5] * 6] or data.filled(np.array([[0, 2, 0, 0, 3, 0.0]])).tolist() == [[2, 2, 3, 3, 3, 3]]
+    """A hole gets the farther reading beside it; a label is a palette's index, never a colour."""
+    row, full = [0, 2, 0, 0, 3, 0.0], [2, 2, 3, 3, 3, 3]
+    assert data.filled(np.array([row, [0] * 6])).tolist() == [full, [2.5] * 6] \
+        or data.filled(np.array([row])).tolist() == [full]
     root = write_frames(tmp_path / "frames", 2)
     with pytest.raises(BadInput, match="intrinsics.txt cannot be read"):
         data.write_hha(root, 1, 1000.0)
@@ -1194,7 +1281,7 @@ def test_hha_of_the_folder_form_fills_holes_from_the_background(tmp_path):
 
 
 def test_tiff_of_any_layout_is_read_as_CxHxW(tmp_path):
-    """Bands last, bands in planes, pages, big-endian, deflate; LZW through Pillow, unless it would drop bands silently."""
+    """Bands last, planes, pages, big-endian, deflate; LZW by Pillow, unless it would drop bands."""
     path, rng = tmp_path / "a.tif", np.random.default_rng(0)
     x = rng.integers(0, 60000, (13, 6, 7)).astype(np.uint16)
     tifffile.imwrite(path, x.transpose(1, 2, 0), planarconfig="contig", photometric="minisblack")
@@ -1207,9 +1294,11 @@ def test_tiff_of_any_layout_is_read_as_CxHxW(tmp_path):
     for image in (rgb[..., 0], rgb, x[0], rng.random((6, 7), np.float32)):
         Image.fromarray(image).save(path, compression="tiff_lzw")
         y = data.read_tiff(path)
-        assert y.dtype == image.dtype and (y == (image[None] if image.ndim == 2 else image.transpose(2, 0, 1))).all()
+        expected = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+        assert y.dtype == image.dtype and (y == expected).all()
     Image.fromarray(rgb[..., :2], "LA").save(path, compression="tiff_lzw")
-    with pytest.raises(BadInput, match=r"a.tif is compressed with LZW .*2 bands.*pip install imagecodecs"):
+    words = "a.tif is compressed with LZW .*2 bands.*pip install imagecodecs"
+    with pytest.raises(BadInput, match=words):
         data.read_tiff(path)
     tifffile.imwrite(path, x)
     path.write_bytes(path.read_bytes()[:700])
@@ -1218,19 +1307,22 @@ def test_tiff_of_any_layout_is_read_as_CxHxW(tmp_path):
 
 
 def test_ones_own_pairs_of_any_form_are_measured_and_brought_to_0_to_1(tmp_path):
-    """npy of 16 bits with 2 channels, and PNG and TIFF of 8 with any case of suffix; NaN, other sizes, constant channels."""
+    """npy, 2 channels; PNG, TIFF of 8 bits, any case; NaN, other sizes, constant channels."""
     rng, (one, two) = np.random.default_rng(0), (tmp_path / "one", tmp_path / "two")
     one.mkdir(), two.mkdir()
-    arrays = [np.stack([rng.normal(1000, 50, (8, 9)), np.full((8, 9), 7)]).astype(np.float32) for _ in range(4)]
+    arrays = [np.stack([rng.normal(1000, 50, (8, 9)), np.full((8, 9), 7)]).astype(np.float32)
+              for _ in range(4)]
     arrays[2][0, 0, 0] = np.nan
     for i, a in enumerate(arrays):
         np.save(one / f"{i}.npy", a if i else a.transpose(1, 2, 0))
-        image = Image.fromarray(rng.integers(0, 256, (8, 9, 3)).astype(np.uint8)).resize((9, 8) if i < 3 else (18, 16))
+        image = Image.fromarray(rng.integers(0, 256, (8, 9, 3)).astype(np.uint8))
+        image = image.resize((9, 8) if i < 3 else (18, 16))
         image.save(two / f"{i}{'.PNG' if i % 2 else '.TIF'}")
     pairs = data.open_pairs("custom", (one, two), 8)
     row1, row2 = pairs.rows
     values = np.stack(arrays)[:, 0]
-    assert abs(row1["raw_mean"][0] - np.nanmean(values)) < 1e-3 and abs(row1["raw_std"][0] - np.nanstd(values)) < 1e-3
+    assert abs(row1["raw_mean"][0] - np.nanmean(values)) < 1e-3
+    assert abs(row1["raw_std"][0] - np.nanstd(values)) < 1e-3
     assert row1["raw_mean"][1] == 7 and row2["raw_mean"] is None and len(row2["mean"]) == 3
     (x1,), (x2,) = pairs[2]
     assert x1.dtype == torch.float32 and x2.dtype == torch.uint8 and x2.shape == (3, 8, 9)
@@ -1253,13 +1345,14 @@ def test_ones_own_pairs_of_any_form_are_measured_and_brought_to_0_to_1(tmp_path)
 
 
 def test_what_is_seen_from_above_is_augmented_as_section_4_says():
-    """SAR: no jitter, no solarize; DEM: crop and flips alone; 13 bands stay 13 and within range; a half is upside down."""
+    """SAR: no jitter, no solarize; DEM: crop, flips; 13 bands stay, in range; half upside down."""
     draws = data.Draws(0, 400, slice(None))
     for modality, C, values in (("sar", 2, 1), ("dem", 3, 1), ("ms", 13, 100)):
         draws.restart(1)
         x = data.augment(torch.full((400, C, 12, 12), 102, dtype=torch.uint8), modality, 8, draws)
         assert x.shape == (400, C, 8, 8) and x.min() >= 0 and x.max() <= 1
-        assert len(torch.unique((x * 1000).round())) >= values and (values > 1 or (x - 0.4).abs().max() < 1e-5)
+        assert len(torch.unique((x * 1000).round())) >= values
+        assert values > 1 or (x - 0.4).abs().max() < 1e-5
     ramp = torch.arange(12.0).view(1, 1, 12, 1).expand(400, 3, 12, 12) / 11
     draws.restart(2)
     x = data.augment(ramp, "dem", 8, draws)
@@ -1272,8 +1365,9 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says():
 
 
 def test_a_crop_is_the_same_on_a_device_as_on_a_cpu():
-    """The matrix products of a device against torch's own filter, image by image, that a CPU takes."""
-    x, boxes = torch.rand(4, 5, 20, 24), torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
+    """A device's matrix products against torch's own filter, image by image, that a CPU takes."""
+    x = torch.rand(4, 5, 20, 24)
+    boxes = torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
     flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
     cpu = torch.cat([data.resized_box(image[None], 11, *map(int, box), *map(int, flip))
                      for image, box, flip in zip(x, boxes, flips)])
@@ -1286,7 +1380,7 @@ def test_a_crop_is_the_same_on_a_device_as_on_a_cpu():
 
 @pytest.mark.parametrize("scene", [data.satellite_scene, data.aerial_scene])
 def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
-    """Each sensor inside each object against the ground, in standard deviations of the ground: the median of 15 scenes."""
+    """Each sensor in each object against the ground, in its std: the median of 15 scenes."""
     contrast = np.full((2, 3, 15), np.nan)
     for seed in range(15):
         *sensors, label, classes = scene(np.random.default_rng(seed))
@@ -1295,11 +1389,12 @@ def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
             sensors = sensors[0][seed % 4]["VV"], sensors[0][seed % 4]["B4"].astype(float)
         ground = label == 1
         for which, shape in enumerate(classes):
-            inside = (masks[which] > 0.9) & (sum(masks) - masks[which] < 0.1)  # and in no other object
+            inside = (masks[which] > 0.9) & (sum(masks) - masks[which] < 0.1)  # and in no other
             assert (label[inside] == 2 + which * len(data.SHAPES) + shape).all()
             for k, x in enumerate(sensors if inside.any() else ()):
                 x = x.reshape(*label.shape, -1).mean(-1).astype(float)
-                contrast[k, which, seed] = (np.median(x[inside]) - np.median(x[ground])) / x[ground].std()
+                difference = np.median(x[inside]) - np.median(x[ground])
+                contrast[k, which, seed] = difference / x[ground].std()
     contrast = np.nanmedian(contrast, 2)
     assert (np.abs(contrast) > 1.5).tolist() == [[True, True, False], [True, False, True]], contrast
     assert np.abs(contrast[[0, 1], [2, 1]]).max() < 1, contrast
@@ -1307,7 +1402,7 @@ def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
 
 @pytest.mark.parametrize("scenario, shapes", [("sar-optical", [2, 2, 13, 13]), ("rgb-dem", [3, 3])])
 def test_made_up_scenes_lie_in_the_layout_of_their_scenario(scenario, shapes, tmp_path):
-    """Written once, whole or not at all, packed or cropped at once, with lists, masks and factors.csv beside them."""
+    """Written once, whole or not at all, packed or cropped, beside lists, masks and factors.csv."""
     root = tmp_path / "toy"
     data.make_toy(scenario, root, 16, 16)
     train = data.open_pairs(scenario, root, 32, "train")
@@ -1321,8 +1416,9 @@ def test_made_up_scenes_lie_in_the_layout_of_their_scenario(scenario, shapes, tm
         assert (label == 2 + which * len(data.SHAPES) + int(rows[name][factor])).any()
 
 
-def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path, monkeypatch, capsys):
-    """Exit code 1 and bad-ids.txt for a truncated file and a missing partner; 0 and the contact sheet once they are gone."""
+def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(
+        tmp_path, monkeypatch, capsys):
+    """Code 1 and bad-ids.txt: a truncated file, a missing partner; then 0 and the contact sheet."""
     root, out = tmp_path / "data", tmp_path / "out"
     list(data.write_satellite(root, [np.random.default_rng(i) for i in range(4)], 4, S=24))
     run = f"data.py check --scenario sar-optical --data {root} --out {out} --workers 1 --size 16"
@@ -1335,7 +1431,8 @@ def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path
         data.main()
     assert error.value.code == 1
     bad = (out / "bad-ids.txt").read_text().splitlines()
-    assert bad[0] == "0000003\tno partner" and bad[1].startswith("0000001\t") and "VH.tif" in bad[1] and len(bad) == 2
+    assert len(bad) == 2 and bad[0] == "0000003\tno partner"
+    assert bad[1].startswith("0000001\t") and "VH.tif" in bad[1]
     assert "3 samples read, 2 bad, of which 1 without a partner" in capsys.readouterr().out
     file.write_bytes(whole)
     os.rename(tmp_path / "away", root / "s2c" / "0000003")
@@ -1345,30 +1442,36 @@ def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path
     assert Image.open(out / "contact-sheet.png").size == (4 * 16, 4 * 16)
 
 
-def test_pretraining_runs_on_ones_own_pairs_and_tells_what_its_encoders_expect(tmp_path, monkeypatch):
-    """5 channels of 16 bits and 1 of 8; the statistics stand in the checkpoint and beside the encoders."""
+def test_pretraining_runs_on_ones_own_pairs_and_tells_what_its_encoders_expect(
+        tmp_path, monkeypatch):
+    """5 channels of 16 bits, 1 of 8; the statistics are in the checkpoint and beside encoders."""
     rng = np.random.default_rng(0)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     for i in range(8):
-        tifffile.imwrite(tmp_path / "one" / f"{i}.tif", rng.integers(0, 4000, (5, 20, 20)).astype(np.uint16))
-        Image.fromarray(rng.integers(0, 256, (20, 24)).astype(np.uint8)).save(tmp_path / "two" / f"{i}.png")
-    flags = f"--data1 {tmp_path}/one --data2 {tmp_path}/two --out {tmp_path}/out --augment2 depth --size 16 --batch-size 4 " \
-        f"--scenario custom --backbone resnet-toy --projector 16-16-16 --epochs 1"
+        one = rng.integers(0, 4000, (5, 20, 20)).astype(np.uint16)
+        two = rng.integers(0, 256, (20, 24)).astype(np.uint8)
+        tifffile.imwrite(tmp_path / "one" / f"{i}.tif", one)
+        Image.fromarray(two).save(tmp_path / "two" / f"{i}.png")
+    flags = f"--data1 {tmp_path}/one --data2 {tmp_path}/two --out {tmp_path}/out " \
+        "--augment2 depth --size 16 --batch-size 4 --scenario custom --backbone resnet-toy " \
+        "--projector 16-16-16 --epochs 1"
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags.split()])
     pretrain.main()
     checkpoint = pretrain.load_checkpoint(tmp_path / "out" / "checkpoint.pt")
     beside = [json.loads((tmp_path / "out" / f"encoder{k}.json").read_text()) for k in (1, 2)]
     for row, text in zip(checkpoint["settings"]["inputs"], beside):
         assert row.items() <= text.items()
-    assert len(beside[0]["raw_mean"]) == 5 and abs(beside[0]["raw_mean"][0] - 2000) < 100 and beside[1]["mean"][0] > 0.4
+    assert len(beside[0]["raw_mean"]) == 5 and abs(beside[0]["raw_mean"][0] - 2000) < 100
+    assert beside[1]["mean"][0] > 0.4
     with pytest.raises(BadInput, match="expected --data1 and --data2"):
         pretrain.get_args(["--scenario", "custom", "--data1", "x"])
 
 
 # ---- pretrain.py as a program ----
 
-SMALL = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 --batch-size 16 --lr 2"
+SMALL = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 " \
+    "--batch-size 16 --lr 2"
 
 
 def pretrain_here(flags, monkeypatch):
@@ -1389,12 +1492,14 @@ def log_of(out):
 
 
 def test_pretrain_runs_and_loss_falls(tmp_path):
-    """The command line as users have it: log, settings, checkpoint and encoders that torchvision's names fit."""
+    """By the command line: log, settings, checkpoint and encoders that torchvision's names fit."""
     root, out = toy(tmp_path / "scenes"), tmp_path / "out"
-    command = [sys.executable, HERE / "pretrain.py", *SMALL.split(), "--epochs", "16", "--data", root, "--out", out]
+    flags = *SMALL.split(), "--epochs", "16", "--data", root, "--out", out
+    command = [sys.executable, HERE / "pretrain.py", *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "chance (independent embeddings)" in result.stdout and "step 000048/000048" in result.stdout
+    assert "chance (independent embeddings)" in result.stdout
+    assert "step 000048/000048" in result.stdout
     log = log_of(out)
     assert [row["step"] for row in log] == list(range(1, 49))
     first, last = (sum(row["loss"] for row in rows) for rows in (log[:6], log[-6:]))
@@ -1410,19 +1515,20 @@ def test_pretrain_runs_and_loss_falls(tmp_path):
 
 
 def test_resume_equals_no_interruption(tmp_path, monkeypatch):
-    """SIGTERM in the middle of an epoch, then --resume: weights and log are those of an unbroken run, bit for bit."""
+    """SIGTERM in mid-epoch, then --resume: weights and log of an unbroken run, bit for bit."""
     root, whole, broken = toy(tmp_path / "scenes"), tmp_path / "whole", tmp_path / "broken"
     flags = f"{SMALL} --epochs 16 --data {root}"  # 3 steps an epoch
     pretrain_here(f"{flags} --out {whole}", monkeypatch)
     command = [sys.executable, HERE / "pretrain.py", *shlex.split(f"{flags} --out {broken}")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True)
     while "step 000004" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert "--resume" in process.communicate(timeout=60)[0] and process.returncode == 0
     step = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
     assert 4 <= step < 48
-    with open(broken / "log.jsonl", "a") as file:  # a process killed later would have left lines after the checkpoint
+    with open(broken / "log.jsonl", "a") as file:  # as if killed later, after the checkpoint
         file.write(json.dumps(dict(step=step + 1)) + "\n" + '{"step": ')
     pretrain_here(f"{flags} --out {broken} --resume", monkeypatch)
     a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, broken))
@@ -1432,8 +1538,11 @@ def test_resume_equals_no_interruption(tmp_path, monkeypatch):
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     root, out = toy(tmp_path / "scenes"), tmp_path / "out"
-    monkeypatch.setattr(pretrain, "augment", lambda x, modality, size, draws, calls=[]: (
-        calls.append(1), data.augment(x, modality, size, draws) * (float("nan") if len(calls) > 20 else 1))[1])
+
+    def diverges(x, modality, size, draws, calls=[]):
+        calls.append(1)
+        return data.augment(x, modality, size, draws) * (float("nan") if len(calls) > 20 else 1)
+    monkeypatch.setattr(pretrain, "augment", diverges)
     with pytest.raises(SystemExit, match=r"the loss is nan at step 5 \(L1 nan"):
         pretrain_here(f"{SMALL} --epochs 4 --data {root} --out {out}", monkeypatch)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -1451,7 +1560,8 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
 
     def refused(flags, pattern):
         finished = (out / "checkpoint.pt").exists()
-        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} if finished else {}
+        files = [path for path in out.rglob("*") if path.is_file()] if finished else []
+        before = {path: path.read_bytes() for path in files}
         with pytest.raises(BadInput, match=pattern) as error:
             pretrain_here(flags, monkeypatch)
         assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
@@ -1478,12 +1588,14 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
     Image.fromarray(np.zeros((36, 48), np.uint16)).save(hollow / "Depth" / "2.png")
     refused(f"{run} --data {hollow} --split all", "2.png has no valid depth")
     Image.new("RGB", (48, 36)).save(picture / "Depth" / "0.png")
-    refused(f"{run} --data {picture} --split all", "0.png is uint8 .*expected depth as one 16-bit channel")
+    refused(f"{run} --data {picture} --split all",
+            "0.png is uint8 .*expected depth as one 16-bit channel")
 
     (tmp_path / "file").write_text("")
-    refused(f"{SMALL} --epochs 1 --data {root} --out {tmp_path}/file/out", "--out .* cannot be written")
+    run = f"{SMALL} --epochs 1 --data {root}"
+    refused(f"{run} --out {tmp_path}/file/out", "--out .* cannot be written")
     out2 = tmp_path / "out2"
-    pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {out2}", monkeypatch)
+    pretrain_here(f"{run} --out {out2}", monkeypatch)
     out, again = out2, f"{SMALL} --data {root} --out {out2}"
     refused(f"{again} --epochs 1", "checkpoint.pt exists; expected a new --out, or --resume")
     refused(f"{again} --epochs 2 --resume", "--resume: epochs is 2, but 1 in")
@@ -1498,21 +1610,22 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
 
 def test_bad_input_exits_with_code_2_and_one_line(tmp_path):
     """Also from a loader's worker, which wraps the message in its traceback."""
-    root = write_frames(tmp_path / "d", 16)
+    root, out = write_frames(tmp_path / "d", 16), tmp_path / "out"
     (root / "Depth" / "7.png").write_bytes(b"not a picture")
-    command = [sys.executable, HERE / "pretrain.py", *SMALL.replace("train", "all").split(), "--epochs", "1",
-               "--workers", "1", "--data", root, "--out", tmp_path / "out"]
+    flags = *SMALL.replace("train", "all").split(), "--epochs", "1", "--workers", "1"
+    command = [sys.executable, HERE / "pretrain.py", *flags, "--data", root, "--out", out]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert re.fullmatch(r"error: .*7\.png cannot be read \(.*\); copy or download it again", result.stderr.splitlines()[-1])
-    assert not list((tmp_path / "out").glob("checkpoint*"))
+    words = r"error: .*7\.png cannot be read \(.*\); copy or download it again"
+    assert re.fullmatch(words, result.stderr.splitlines()[-1])
+    assert not list(out.glob("checkpoint*"))
 
 
 def test_torchrun_trains_on_two_cpu_processes(tmp_path):
-    """One code path; the warning about batch normalisation; the same data whatever the number of processes."""
+    """One code path; the warning about batch norm; the same data for any number of processes."""
     root, out = toy(tmp_path / "scenes"), tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "pretrain.py",
-               *SMALL.split(), "--epochs", "1", "--data", root, "--out", out]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               HERE / "pretrain.py", *SMALL.split(), "--epochs", "1", "--data", root, "--out", out]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "cannot synchronise batch normalisation" in result.stdout
@@ -1522,13 +1635,15 @@ def test_torchrun_trains_on_two_cpu_processes(tmp_path):
 # ---- pretrain.py: methods, ablations and weights ----
 
 @pytest.mark.parametrize("flags, views", [
-    ("--method decur", 4), ("--no-intra", 2), ("--common 0 --projector none", 4), ("--method barlowtwins", 2),
-    ("--method vicreg", 2), ("--method simclr", 2), ("--method clip", 2), ("--method barlowtwins --modality 2", 2)])
+    ("--method decur", 4), ("--no-intra", 2), ("--common 0 --projector none", 4),
+    ("--method barlowtwins", 2), ("--method vicreg", 2), ("--method simclr", 2),
+    ("--method clip", 2), ("--method barlowtwins --modality 2", 2)])
 def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, tmp_path, monkeypatch):
-    """Tables 1-4, Fig. 3: one trainer; the JSON beside an encoder says how it came to be and what it wants to see."""
+    """Tables 1-4, Fig. 3: one trainer; an encoder's JSON says how it came to be, what it wants."""
     root, out, encoded = toy(tmp_path / "scenes", 16, 2), tmp_path / "out", []
     forward = decur.ResNet.forward
-    monkeypatch.setattr(decur.ResNet, "forward", lambda E, x: (encoded.append(E.channels), forward(E, x))[1])
+    spy = lambda E, x: (encoded.append(E.channels), forward(E, x))[1]
+    monkeypatch.setattr(decur.ResNet, "forward", spy)
     pretrain_here(f"{SMALL} --epochs 2 {flags} --data {root} --out {out}", monkeypatch)
     assert len(encoded) == 2 * views            # two steps
     written = sorted(path.name for path in out.glob("encoder*"))
@@ -1540,14 +1655,15 @@ def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, tmp
     assert about["method"] == (flags.split()[1] if "--method" in flags else "decur")
     assert about["settings"]["no_intra"] == ("--no-intra" in flags) and about["epoch"] == 2
     assert about["sha256"] == hashlib.sha256((out / "encoder2.pth").read_bytes()).hexdigest()
-    decur.load_encoder(decur.resnet("resnet-toy", 1), *decur.read_weights(out / "encoder2.pth", "resnet-toy"))
+    states = decur.read_weights(out / "encoder2.pth", "resnet-toy")
+    decur.load_encoder(decur.resnet("resnet-toy", 1), *states)
 
 
 def test_barlowtwins_is_decur_without_intra_and_decoupling(tmp_path, monkeypatch):
     """Table 4's row and Tables 1-2's are one run, to the last bit but rounding."""
-    root = toy(tmp_path / "scenes", 16, 2)
+    run = f"{SMALL} --epochs 2 --data {toy(tmp_path / 'scenes', 16, 2)}"
     for name, flags in (("a", "--method barlowtwins"), ("b", "--no-intra --common 1.0")):
-        pretrain_here(f"{SMALL} --epochs 2 {flags} --data {root} --out {tmp_path / name}", monkeypatch)
+        pretrain_here(f"{run} --out {tmp_path / name} {flags}", monkeypatch)
     a, b = (torch.load(tmp_path / name / "encoder1.pth", weights_only=True) for name in "ab")
     assert relative(list(a.values()), list(b.values())) < 1e-5
 
@@ -1556,52 +1672,61 @@ def test_methods_take_the_projector_and_the_rate_that_their_papers_ask_for():
     """SimCLR Sec. 2.3, CLIP Sec. 2.3 and Table 19; App. B for segformers; all others as DeCUR."""
     settings = lambda flags: pretrain.get_args(f"--scenario rgbd {flags}".split())[0]
     widths = {method: settings(f"--method {method}").widths for method in pretrain.METHODS}
-    assert widths == {"decur": [8192] * 3, "barlowtwins": [8192] * 3, "vicreg": [8192] * 3, "simclr": [2048, 128],
-                      "clip": [1024]}
+    assert widths == {"decur": [8192] * 3, "barlowtwins": [8192] * 3, "vicreg": [8192] * 3,
+                      "simclr": [2048, 128], "clip": [1024]}
     assert settings("--method clip --projector 64-64").widths == [64, 64]
     assert settings("--method clip").out == Path("runs/rgbd-clip")
     args = settings("--backbone mit_b5")
     assert (args.lr, args.lr_bias, args.weight_decay, args.common) == (1e-4, 1e-4, 0.01, 0.75)
 
 
-def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars(tmp_path, monkeypatch):
-    """App. B: "For segformer backbones, we use AdamW optimizer and a learning rate of 1e-4"; LARS otherwise."""
+def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars(
+        tmp_path, monkeypatch):
+    """App. B: "AdamW optimizer and a learning rate of 1e-4" for SegFormer's; LARS otherwise."""
     root, states = toy(tmp_path / "scenes", 16, 2), {}
     for backbone in ("mit_b0", "resnet-toy"):
-        flags, out = re.sub(" --lr [0-9]+", "", SMALL).replace("resnet-toy", backbone), tmp_path / backbone
+        flags = re.sub(" --lr [0-9]+", "", SMALL).replace("resnet-toy", backbone)
+        out = tmp_path / backbone
         pretrain_here(f"{flags} --epochs 1 --data {root} --out {out}", monkeypatch)
         states[backbone] = torch.load(out / "checkpoint.pt", weights_only=True)["optimizer"]
         assert json.loads((out / "encoder1.json").read_text())["backbone"] == backbone
-    assert "exp_avg_sq" in states["mit_b0"]["state"][0] and list(states["resnet-toy"]["state"][0]) == ["momentum"]
+    assert "exp_avg_sq" in states["mit_b0"]["state"][0]
+    assert list(states["resnet-toy"]["state"][0]) == ["momentum"]
     decayed, spared = states["mit_b0"]["param_groups"]
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
-    spared_names = [name for name, p in DeCUR("mit_b0", 3, 1, [32, 32, 32]).named_parameters() if p.ndim < 2]
+    net = DeCUR("mit_b0", 3, 1, [32, 32, 32])
+    spared_names = [name for name, p in net.named_parameters() if p.ndim < 2]
     assert len(spared["params"]) == len(spared_names)
     assert all(name.endswith("bias") or "norm" in name or ".P." in name for name in spared_names)
 
 
 def test_weights_start_a_run_or_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    """A file with both encoders, or one for each modality; what fits only in part does not start."""
+    """A file with both encoders, or one for each; what fits only in part does not start."""
     root, first = toy(tmp_path / "scenes", 16, 2), tmp_path / "first"
     run = f"{SMALL} --epochs 1 --data {root}"
     pretrain_here(f"{run} --out {first}", monkeypatch)
     both, one, two = (first / name for name in ("checkpoint.pt", "encoder1.pth", "encoder2.pth"))
-    monkeypatch.setattr(pretrain, "cosine", lambda step, steps: 0)  # a learning rate of 0: weights stay as loaded
+    monkeypatch.setattr(pretrain, "cosine", lambda step, steps: 0)  # a rate of 0: weights stay
     for n, (files, flags) in enumerate(((f"{both}", ""), (f"{one} {two}", ""),
                                         (f"{both}", "--method barlowtwins --modality 2"))):
         out = tmp_path / str(n)
         pretrain_here(f"{run} --out {out} --weights {files} {flags}", monkeypatch)
         assert "72 of 72 keys matched" in capsys.readouterr().out
         a, b = (torch.load(folder / "encoder2.pth", weights_only=True) for folder in (first, out))
-        assert all(torch.equal(a[key], b[key]) for key in a if "running" not in key and "num_batches" not in key)
+        keys = [key for key in a if "running" not in key and "num_batches" not in key]
+        assert all(torch.equal(a[key], b[key]) for key in keys)
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
-    for files, words in ((f"{one}", "1 encoder, expected 2"), (f"{two} {one}", "1 input channels, this encoder 3"),
-                         (f"{tmp_path}/nowhere.pth", "No such file"), (f"{tmp_path}/code.pth", "could run code"),
-                         ("imagenet", "no ImageNet weights")):
+    for files, words in (
+            (f"{one}", "1 encoder, expected 2"),
+            (f"{two} {one}", "1 input channels, this encoder 3"),
+            (f"{tmp_path}/nowhere.pth", "No such file"),
+            (f"{tmp_path}/code.pth", "could run code"),
+            ("imagenet", "no ImageNet weights")):
         with pytest.raises(BadInput, match=words) as error:
             pretrain_here(f"{run} --out {tmp_path}/refused --weights {files}", monkeypatch)
         assert "\n" not in str(error.value) and not (tmp_path / "refused").exists()
-    for flags in ("--bgr", "--modality 1", "--method clip --no-intra", "--method clip --common 0.5"):
+    for flags in ("--bgr", "--modality 1", "--method clip --no-intra",
+                  "--method clip --common 0.5"):
         with pytest.raises(BadInput, match="expected"):
             pretrain.get_args(f"--scenario rgbd {flags}".split())
 
@@ -2241,7 +2366,8 @@ def test_explain_knows_ones_own_pairs(tmp_path, monkeypatch):
     few = f"--checkpoint {tmp_path}/out/checkpoint.pt --steps 2 --pairs 2"
     explain_here(few, monkeypatch)
     numbers = np.load(tmp_path / "out" / "explain" / "spectral.npz")
-    assert numbers["modality1_common"].shape == (8, 3) and numbers["modality2_unique"].shape == (8, 1)
+    assert numbers["modality1_common"].shape == (8, 3)
+    assert numbers["modality2_unique"].shape == (8, 1)
     assert not (tmp_path / "out" / "explain" / "factors.png").exists()
     with pytest.raises(BadInput, match="expected two folders for custom"):
         explain_here(f"{few} --data {tmp_path}/one", monkeypatch)
@@ -2280,7 +2406,8 @@ def test_explain_refuses_what_it_cannot_explain(tmp_path, monkeypatch, capsys):
 
 def test_readme_commands_parse(monkeypatch):
     """Every `python script.py ...` and torchrun line in the README names flags that exist."""
-    for line in re.findall(r"^ *(?:python|torchrun [^\n]*?)(?= )(.*)$", (HERE / "README.md").read_text(), re.M):
+    readme = (HERE / "README.md").read_text()
+    for line in re.findall(r"^ *(?:python|torchrun [^\n]*?)(?= )(.*)$", readme, re.M):
         words = shlex.split(line.split("#")[0])
         if words[0] == "pretrain.py":
             pretrain.get_args(words[1:])
