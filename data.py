@@ -610,7 +610,7 @@ class BigEarthNet:
         kept = self.root / "pairs.csv"
         if not kept.is_file():
             lines = []
-            for s1 in tqdm(sorted(s1_names), "S1 patches", leave=False):
+            for s1 in tqdm(sorted(s1_names), "S1 patches", leave=False, disable=None):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json")
                 lines.append(f"{about['corresponding_s2_patch']},{s1}\n")
             write_text(kept, "".join(lines))
@@ -935,7 +935,7 @@ def measured(paths, strict=True, most=1000):
     row = dict(bands=[f"channel {c + 1}" for c in range(len(first))], size=list(first.shape[1:]),
                dtype=str(first.dtype))
     sums = np.zeros((3, len(first)))
-    for path in tqdm(paths[::-(-len(paths) // most)], "measuring", leave=False):
+    for path in tqdm(paths[::-(-len(paths) // most)], "measuring", leave=False, disable=None):
         try:
             a = read_like(path, row).reshape(len(first), -1).astype(float)
         except BadInput:
@@ -1403,7 +1403,7 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     rngs = (np.random.default_rng((seed, i)) for i in range(scenes + held_out))
-    rows = list(tqdm(write(part, rngs, scenes), desc=f"making {root}", total=scenes + held_out,
+    rows = list(tqdm(write(part, rngs, scenes), f"making {root}", scenes + held_out, disable=None,
                      unit="scene"))
     for split, ids in (("train", rows[:scenes]), ("test", rows[scenes:])):
         (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in ids))
@@ -1421,7 +1421,7 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
 
 def in_processes(function, jobs, workers, text):
     """function of each of the jobs, in order, from several processes, under a progress bar."""
-    bar = functools.partial(tqdm, desc=text, total=len(jobs), dynamic_ncols=True)
+    bar = functools.partial(tqdm, desc=text, total=len(jobs), disable=None)
     if workers < 2:
         yield from bar(map(function, jobs))
         return
@@ -1715,7 +1715,7 @@ def get_args(argv=None):
         for flag, options in flags.items():
             sub.add_argument(f"--{flag.replace('_', '-')}", **options)
 
-    data = dict(metavar="DIR", help="default: data/SCENARIO")
+    data = dict(metavar="DIR", help="default: the scenario's or the task's, under data/")
     out = dict(metavar="DIR", type=Path, help="default: in DIR, where it is looked for")
     unit = dict(type=float, default=1000.0, help="steps of a depth file a metre; default: 1000")
     workers = dict(type=int, default=os.cpu_count(), help="processes; default: one a core")

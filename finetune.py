@@ -1051,8 +1051,8 @@ def main():
     step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data),
-                                   processes=world, device=str(device)), step)
+        lock = open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data),
+                                          processes=world, device=str(device)), step)  # noqa: F841
         write_atomically(args.out / "ids.txt", lambda path: path.write_text(
             "".join(f"{train.data.ids[i]}\n" for i in sorted(chosen))))
         print(" ".join(sys.argv))

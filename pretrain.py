@@ -21,6 +21,11 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                             # Windows
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 import torchvision
@@ -249,23 +254,32 @@ def go_on(path, settings, net, optimizer, resume):
 
 
 def open_folder(out, record, step):
-    """The run's folder: args.json, and log.jsonl without the lines that an earlier run wrote after `step`."""
+    """The run's folder: args.json, and log.jsonl without what an earlier run wrote after `step`.
+
+    Returns an open file: its lock keeps a second run out of the folder, until the process ends.
+    """
     record = dict(record, torch=str(torch.__version__), torchvision=torchvision.__version__)
     log_file = out / "log.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "w")
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_atomically(out / "args.json",
-                         lambda path: path.write_text(json.dumps(record, indent=1)))
+                         lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         kept = log_file.read_text().splitlines(True) if step and log_file.exists() else []
         kept = [line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomically(log_file, lambda path: path.write_text("".join(kept)))
+        return lock
+    except BlockingIOError:
+        raise BadInput(f"another run is writing into --out {out}; give another folder") from None
     except OSError as error:
         raise BadInput(f"--out {out} cannot be written ({error.strerror}); "
                        f"give a folder that can") from None
 
 
 def signals_to_come():
-    """A list that SIGTERM and Ctrl-C append to: a run ends its step and saves; a second one kills."""
+    """A list that SIGTERM and Ctrl-C append to: a run ends its step and saves; a second kills."""
     stopped = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
@@ -440,8 +454,8 @@ def main():
             say(line)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        open_folder(args.out, dict(settings, argv=sys.argv, data=args.data, processes=world,
-                                   device=str(device)), step)
+        lock = open_folder(args.out, dict(settings, argv=sys.argv, data=args.data, processes=world,
+                                          device=str(device)), step)  # noqa: F841, held to the end
         introduce(args, sources, data, net, steps, K, Kc, device, world)
         if step:
             print(f"resumed from {checkpoint_file} at step {step} of {steps}")
@@ -524,7 +538,8 @@ def main():
 def introduce(args, sources, data, net, steps, K, Kc, device, world):
     """What runs, each setting with its source, and the loss by chance and at the least (README)."""
     print(" ".join(sys.argv))
-    print(f"{len(data)} pairs of {data.modalities[0]} and {data.modalities[1]} from {args.data}; "
+    root = " and ".join(args.data) if isinstance(args.data, list) else args.data
+    print(f"{len(data)} pairs of {data.modalities[0]} and {data.modalities[1]} from {root}; "
           f"{steps} steps on {world} process{'es' if world > 1 else ''}, {device.type}; "
           f"torch {torch.__version__}")
     for name, source in sources.items():
