@@ -1150,10 +1150,10 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
 
     Brightness b and contrast c are x -> c b x + (1 - c) b m with m the image's mean luma;
     saturation s blends with the luma; hue turns the colour about the grey axis, which is linear,
-    unlike a shift of HSV's hue (they differ little up to 0.1 of a turn); grayscale is s = 0.
+    where a shift of HSV's hue is not; grayscale is s = 0.
     Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold.
     """
-    B, C, shape = *x.shape[:2], x.shape
+    C, shape = x.shape[1], x.shape
     u = draws(6)                                                        # Bx6
     jittered = (u[:, :1] < jitter_p).float()
     # B each, around 0
