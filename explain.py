@@ -2,14 +2,16 @@
 
     python explain.py --checkpoint runs/toy-rgbd-decur/checkpoint.pt
     python explain.py --checkpoint runs/rgbd-decur/checkpoint.pt --compare runs/cross/checkpoint.pt
+    python explain.py --sweep runs/common-*               made-up scenes: Sec. 6 over seeds, Fig. 3a
 
     Algorithm 2   figure                  function                                picture, numbers
-    1             Fig. 4a and 8, Eq. 7    alignment_histogram                     alignment.png .npz
+    1             Fig. 4a and 8, Eq. 7    alignment_histogram, retrieval          alignment.png .npz
     2             Fig. 1 and 9            tsne_vis                                tsne.png      .npz
     3             Fig. 4b and 10          gradcam, gradcam_vis                    gradcam.png   .npz
     4             Fig. 5a                 gradcam_stat                            spatial.png   .npz
     5             Fig. 5b                 integrated_gradients, IG_vis, IG_stat   spectral.png  .npz
-    not there     made-up scenes only     linear_probe                            factors.png   .npz
+    not there     made-up scenes only     linear_probe, sweep                     factors.png   .npz
+                  the training's log      picture_curves                          curves.png    .npz
 
 A sentence on how to read each is printed beside its path.  Two dictionaries run through the file:
 `parts`, from "common" and "unique" to their columns of an embedding, and attributions, from the
@@ -33,10 +35,10 @@ from tqdm import tqdm
 
 from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, open_pairs, plain,
                   random_resized_crop)
-from decur import BN, DeCUR, branch
+from decur import BN, DeCUR, branch, chance_and_floor
 from pretrain import load_checkpoint, run, start_processes, write_atomically
 
-PICTURES = ("alignment", "tsne", "gradcam", "spatial", "spectral", "factors")
+PICTURES = ("curves", "alignment", "tsne", "gradcam", "spatial", "spectral", "factors")
 WAVELENGTHS = dict(                             # Sentinel-2: the band's centre; Sentinel-1: C band
     B1="443 nm", B2="490 nm", B3="560 nm", B4="665 nm", B5="705 nm", B6="740 nm", B7="783 nm",
     B8="842 nm", B8A="865 nm", B9="945 nm", B10="1375 nm", B11="1610 nm", B12="2190 nm",
@@ -57,6 +59,16 @@ def alignment_histogram(z1, z2, bins=20, top=1.0):
     C_ii = (z1 * z2).mean(0)                    # K    on_diag(z1.T @ z2 / N), but no KxK matrix
     losses = (C_ii - 1).pow(2)                  # K
     return losses, torch.histc(losses, bins, 0, top)
+
+
+def retrieval(z1, z2):
+    """How often a sample's nearest neighbour in the other modality, by cosine, is its partner.
+
+    z1, z2: NxK.  The mean of both directions, 0..1; unrelated embeddings give 1 / N.
+    """
+    near = F.normalize(BN(z1)) @ F.normalize(BN(z2)).T                  # NxN
+    partner = torch.arange(len(near), device=near.device)
+    return sum((near.argmax(dim) == partner).float().mean().item() for dim in (0, 1)) / 2
 
 
 # ---- Algorithm 2, 2: representation visualization ----
@@ -284,23 +296,49 @@ def features(f, x):
     return torch.cat([f(chunk) for chunk in x.split(256)])              # NxD
 
 
-def read_factors(f, parts, fresh, x, y, x_test, y_test, seed):
-    """{features: accuracies, one a factor} of one modality.
+def probe_all(rows, y, y_test):
+    """{name: accuracies, one a factor} of {name: (train features NxD, test features)}; y: NxF."""
+    return {name: [linear_probe(a, y[:, i], b, y_test[:, i]) for i in range(y.shape[1])]
+            for name, (a, b) in rows.items()}
 
-    f: its branch of the net; fresh: makes one anew; x: NxCxSxS normalised; y: NxF classes.
+
+def read_factors(f, parts, x, y, x_test, y_test):
+    """Of one modality's branch f of a net: {features: accuracies, one a factor}.
+
+    x: NxCxSxS normalised; y: NxF classes.
     """
-    random, taught = fresh().E.to(x.device), fresh().E.to(x.device)
+    z, z_test = features(f, x), features(f, x_test)                     # NxK
+    rows = {part: (z[:, columns], z_test[:, columns]) for part, columns in parts.items()}
+    return probe_all(rows | dict(backbone=(features(f.E, x), features(f.E, x_test))), y, y_test)
+
+
+def read_yardsticks(fresh, x, y, x_test, y_test, seed):
+    """The same of an encoder that knows nothing and of one that was told all.  fresh: makes one."""
+    torch.manual_seed(seed)
+    random, taught = fresh().to(x.device), fresh().to(x.device)
     with torch.no_grad():
         for chunk in 3 * x.split(256):
             random(chunk)                       # running statistics of its batch norms
     supervised(taught, x, y, seed)
-    z, z_test = features(f, x), features(f, x_test)                     # NxK
-    rows = {part: (z[:, columns], z_test[:, columns]) for part, columns in parts.items()}
-    rows |= {name: (features(E, x), features(E, x_test))
-             for name, E in (("backbone", f.E), ("random encoder", random),
-                             ("supervised encoder", taught))}
-    return {name: [linear_probe(a, y[:, i], b, y_test[:, i]) for i in range(y.shape[1])]
-            for name, (a, b) in rows.items()}
+    rows = {name: (features(E, x), features(E, x_test))
+            for name, E in (("random encoder", random), ("supervised encoder", taught))}
+    return probe_all(rows, y, y_test)
+
+
+def read_net(net, settings, parts, scenes, y, seed=None):
+    """{(m, features): accuracies} of both modalities m, with a seed those of the yardsticks, too.
+
+    scenes: [x1, x2] of train and test scenes, NxCxSxS each; y: their classes, NxF each.
+    """
+    table = {}
+    for m, f in enumerate((net.f1, net.f2)):
+        known = scenes[0][m], y[0], scenes[1][m], y[1]
+        found = read_factors(f, parts, *known)
+        if seed is not None:
+            found |= read_yardsticks(lambda: branch(settings["backbone"], settings["channels"][m],
+                                                    ()).E, *known, seed)
+        table |= {(m, name): accuracies for name, accuracies in found.items()}
+    return table
 
 
 # ---- figures, with Pillow: one font, one margin, colours that colour-blind readers tell apart ----
@@ -331,8 +369,11 @@ def panel(i, columns, width, height):
     return x, y, x + width, y + height
 
 
-def axes(pen, box, xs, ys, title, xlabel):
-    """Axes over xs[0]..xs[1] and ys[0]..ys[1], with ticks and words.  Returns (x, y) -> pixel."""
+def axes(pen, box, xs, ys, title, xlabel, powers=False):
+    """Axes over xs[0]..xs[1] and ys[0]..ys[1], with ticks and words.  Returns (x, y) -> pixel.
+
+    powers: y is a logarithm to the base of 10.
+    """
     left, top, right, bottom = box[0] + 32, box[1] + LINE + 8, box[2] - 8, box[3] - 2 * LINE
 
     def at(x, y):
@@ -346,7 +387,7 @@ def axes(pen, box, xs, ys, title, xlabel):
         pen.text((at(x, 0)[0], bottom + 6), f"{x:g}", INK, FONT, "ma")
     for y in ticks(*ys):
         pen.line((left - 4, at(0, y)[1], left, at(0, y)[1]), GREY)
-        pen.text((left - 6, at(0, y)[1]), f"{y:g}", INK, FONT, "rm")
+        pen.text((left - 6, at(0, y)[1]), f"{10 ** y if powers else y:.3g}", INK, FONT, "rm")
     pen.line((left, top, left, bottom, right, bottom), GREY)
     return at
 
@@ -357,6 +398,13 @@ def ticks(low, high):
     step = next(s * power for s in (0.2, 0.5, 1, 2) if (high - low) / (s * power) <= 5.01)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def curve(pen, at, xs, ys, colour):
+    points = [at(x, y) for x, y in zip(xs, ys)]
+    pen.line(points, colour, 2)
+    for x, y in points if len(points) < 20 else ():
+        pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
 
 
 def bars(pen, at, edges, heights, base, colour, outline=None):
@@ -394,6 +442,36 @@ def visible(x, modality):
 
 # ---- the pictures: what to draw, its numbers, how to read it ----
 
+def picture_curves(save, log, N, K, Kc, intra):
+    """The terms of Eq. 6 and the mean diagonals as they were logged.  log: {name: values}."""
+    terms = [name for name in ("loss", "L1", "L2", "Lc", "Lu") if name in log]
+    diagonals = [name for name in ("C1", "C2", "Cc", "Cu") if name in log]
+    sizes = [(K, False)] * 2 * intra + [(Kc, False)] * (Kc > 0) + [(K - Kc, True)] * (Kc < K)
+    chance, floor = (sum(bounds) for bounds in zip(*(
+        chance_and_floor(N, k, unique=unique) for k, unique in sizes)))
+    colours = dict(zip(("loss", "L1", "L2", "Lc", "Lu"), (INK, RED, BLUE, *COLOURS.values())))
+    image, pen = page(944, TOP + 300 + M, "Pretraining: the loss and its terms, the mean diagonals "
+                      "of their correlation matrices",
+                      [(f"{term} {'C' + term[1:] if term != 'loss' else ''}", colours[term])
+                       for term in terms])
+    steps, least = log["step"], min(min(log[name]) for name in terms)
+    low, high = (math.floor(math.log10(min(floor, least) / 1.2)),
+                 math.log10(1.2 * max(chance, max(log["loss"]))))
+    at = axes(pen, panel(0, 2, 448, 300), (0, steps[-1]), (low, high),
+              f"loss (lines: chance {chance:.1f}, floor {floor:.1f})", "step", powers=True)
+    for bound in (chance, floor):
+        pen.line((*at(0, math.log10(bound)), *at(steps[-1], math.log10(bound))), GREY)
+    for name in terms:
+        curve(pen, at, steps, np.log10(np.maximum(log[name], 10.0 ** low)), colours[name])
+    at = axes(pen, panel(1, 2, 448, 300), (0, steps[-1]), (-0.2, 1),
+              "mean of the diagonal: 1 agreement, 0 none", "step")
+    pen.line((*at(0, 0), *at(steps[-1], 0)), GREY)
+    for name in diagonals:
+        curve(pen, at, steps, log[name], colours["L" + name[1:]])
+    save("curves", image, "Both intra-modal terms and Lc should fall from chance towards the floor "
+         "and C1, C2, Cc rise towards 1, while Cu stays at 0.", **log)
+
+
 def picture_alignment(save, z, parts, others):
     """Fig. 4a, 8.  z: batches (z1, z2), NxK; others: those of --compare, or none."""
     top, width = 4, 0.05                        # a loss can be up to 4, not only Algorithm 2's 1
@@ -407,6 +485,11 @@ def picture_alignment(save, z, parts, others):
         beyond = (a > 1).sum(1).float().mean()
         print(f"{part}: mean loss {a.mean():.3f}; of {a.shape[1]} dimensions {beyond:.1f} lie "
               f"beyond 1, where Algorithm 2's range ends")
+    z1, z2 = (torch.cat(a) for a in zip(*z))                            # all that was kept
+    found_first = {part: retrieval(z1[:, columns], z2[:, columns])
+                   for part, columns in (parts | {"all": slice(None)}).items()}
+    print(f"the partner of the other modality is the nearest of {len(z1)} (chance "
+          f"{1 / len(z1):.3f}):", ", ".join(f"{part} {a:.3f}" for part, a in found_first.items()))
     drawn = max(30, int(max(a.max() for a in losses.values()) / width) + 1)  # bins
     edges = np.arange(drawn + 1) * width
     legend = [(f"{part} dimensions", COLOURS[part]) for part in parts]
@@ -430,7 +513,8 @@ def picture_alignment(save, z, parts, others):
             bars(pen, at, edges, other, np.zeros(drawn), None, INK)
         pen.line((*at(1, 0), *at(1, highest)), GREY)
     save("alignment", image, "Every dimension's loss between the modalities: common ones should "
-         "stand at 0, unique ones around 1.", **losses)
+         "stand at 0, unique ones around 1.",
+         **losses, **{f"retrieval_{part}": a for part, a in found_first.items()})
 
 
 def picture_tsne(save, z, chosen, Kc, modalities, device):
@@ -566,15 +650,10 @@ def picture_spectral(save, loader, nets, parts, steps, modalities):
          **{f"modality{m + 1}_{part}": a for m in (0, 1) for part, a in scores[m].items()})
 
 
-def picture_factors(save, net, settings, parts, scenes, y, seed):
-    """scenes: [x1, x2] of train and test scenes, NxCxSxS each; y: their classes, NxF each."""
-    names, table = settings["modalities"], {}
-    for m, f in enumerate((net.f1, net.f2)):
-        fresh = partial(branch, settings["backbone"], settings["channels"][m], ())
-        found = read_factors(f, parts, fresh, scenes[0][m], y[0], scenes[1][m], y[1], seed)
-        table |= {f"{names[m]}, {name}": accuracies for name, accuracies in found.items()}
+def picture_factors(save, table, names, chance):
+    """table: of `read_net`; names: of the modalities."""
+    table = {f"{names[m]}, {name}": accuracies for (m, name), accuracies in table.items()}
     columns = ("seen by both", f"by {names[0]} alone", f"by {names[1]} alone")
-    chance = 1 / (int(y[0].max()) + 1)
     width, height, left = 150, 32, 220
     image, pen = page(2 * M + left + 3 * width, TOP + len(table) * height + M,
                       f"Accuracy of a linear probe on unseen scenes (chance {chance:.2f})")
@@ -593,6 +672,37 @@ def picture_factors(save, net, settings, parts, scenes, y, seed):
     save("factors", image, "How well each factor of the made-up scenes can be read: common "
          "dimensions should hold what both modalities see, unique ones what one alone sees.",
          rows=list(table), accuracy=list(table.values()))
+
+
+def picture_sweep(save, found, names, axis, chance):
+    """Fig. 3a and 3b on made-up scenes.  found: of `sweep`; axis: the setting that differs."""
+    rows = {run[axis]: table for run, table in found if run}
+    xs, colours = sorted(rows), dict(COLOURS, backbone=INK)
+    image, pen = page(944, TOP + 2 * (280 + M), f"Accuracy of a linear probe by {axis}; grey: "
+                      f"random encoder, chance",
+                      list(colours.items()))
+    yardsticks = next(table for run, table in found if not run)
+    for i, (m, factor) in enumerate(((0, 0), (0, 1), (1, 0), (1, 2))):
+        what = "what both see" if factor == 0 else f"what {names[m]} alone sees"
+        at = axes(pen, panel(i, 2, 448, 280), (xs[0], xs[-1]), (0, 1), f"{names[m]}: {what}", axis)
+        for level in (chance, yardsticks[m, "random encoder"][:, factor].mean()):
+            pen.line((*at(xs[0], level), *at(xs[-1], level)), GREY)
+        for name, colour in colours.items():
+            points = [(x, rows[x][m, name][:, factor]) for x in xs if (m, name) in rows[x]]
+            for x, a in points:                 # the range of the seeds
+                pen.line((*at(x, a.min()), *at(x, a.max())), colour)
+            curve(pen, at, *zip(*((x, a.mean()) for x, a in points)), colour)
+    save("sweep", image, f"How {axis} moves what common and unique dimensions and backbones hold; "
+         f"bars span the seeds.", **{f"{x} {names[m]} {name}": a for x in xs
+                                     for (m, name), a in rows[x].items()})
+
+
+def open_out(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out} cannot be written ({error.strerror}); give another") from None
+    return partial(save_picture, out)
 
 
 def save_picture(out, name, image, sentence, **numbers):
@@ -661,14 +771,112 @@ def embed(net, loader, N, kept):
     return list(zip(*(torch.cat(a)[:kept].split(N) for a in z))), moments
 
 
+def read_scenes(settings, root, workers, device):
+    """All made-up scenes and what is in them: [x1, x2] NxCxSxS and NxF classes, for train, test.
+
+    None where the data are not made up, so that the factors are not known.
+    """
+    factors = Path(root[0]) / "factors.csv"
+    if not factors.is_file():
+        return None
+    with open(factors, newline="") as file:
+        classes = {row.pop("id"): [int(value) for value in row.values()]
+                   for row in csv.DictReader(file)}
+    scenes, y = [], []
+    for split in ("train", "test"):
+        part = open_data(settings, root, split)
+        seen = batches(part, range(len(part)), settings["size"], 256, workers, device, split)
+        scenes.append([torch.cat(x) for x in zip(*seen)])
+        y.append(torch.tensor([classes[i] for i in part.ids], device=device))
+    return scenes, y
+
+
+def sweep(runs, root, out, workers, device):
+    """Sec. 6 on made-up scenes: Table 4, Fig. 3a and the like from many runs, over their seeds.
+
+    Prints a table: for each kind of run and modality the mean accuracy, and its standard deviation
+    over the seeds, with which common / unique / backbone features tell what both modalities see and
+    what it alone sees.  Draws sweep.png if the runs differ in a single number.
+    """
+    nets = [open_net(run / "checkpoint.pt", device) for run in runs]
+    every = [settings for _, settings in nets]
+    first = every[0]
+    for settings, run in zip(every, runs):
+        for name in ("scenario", "size", "backbone"):
+            if settings[name] != first[name]:
+                raise BadInput(f"--sweep: {name} is {settings[name]} in {run}, but {first[name]} "
+                               f"in {runs[0]}; expected runs that see the same")
+    root = root or trained_on(runs[0] / "checkpoint.pt", first)
+    known = read_scenes(first, root, workers, device)
+    if not known:
+        raise BadInput(f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
+    save = open_out(out)
+    differ = [name for name in first if name not in ("seed", "K", "Kc")
+              and any(settings.get(name) != first[name] for settings in every)]
+    # {what differs: {(m, features): [accuracies of each seed]}}, under () random and supervised
+    found, seeds = {}, set()
+    for net, settings in progress(nets, "runs", unit="run"):
+        table = read_net(net, settings, parts_of(settings), *known,
+                         settings["seed"] if settings["seed"] not in seeds else None)
+        seeds.add(settings["seed"])
+        for key, accuracies in table.items():
+            run = () if "encoder" in key[1] else tuple(settings.get(name) for name in differ)
+            found.setdefault(run, {}).setdefault(key, []).append(accuracies)
+    found = [(dict(zip(differ, run)), {key: np.array(a) for key, a in table.items()})
+             for run, table in found.items()]   # seeds x factors
+    names = first["modalities"]
+
+    def cell(a):
+        return f"{a.mean():.2f}" + (f"±{a.std(ddof=1):.2f}" if len(a) > 1 else "")
+
+    print("| run (seeds) | " + " | ".join(f"{name}: {what}" for name in names
+                                          for what in ("what both see", "what it alone sees"))
+          + " |")
+    print("|---" * 5 + "|")
+    for run, table in sorted(found, key=lambda row: not row[0]):
+        lines = {"random encoder": ["random encoder"], "supervised encoder": ["supervised encoder"]}
+        if run:
+            words = [name.replace("_", "-") if value is True else f"{name} {value}"
+                     for name, value in run.items() if value is not False and value is not None]
+            lines = {" ".join(words): ["common", "unique", "backbone"]}
+        for words, wanted in lines.items():
+            n = len(next(iter(table.values())))
+            print(f"| {words} ({n}) | " + " | ".join(
+                " / ".join(cell(table[m, name][:, factor]) if (m, name) in table else "-"
+                           for name in wanted)
+                for m in (0, 1) for factor in (0, m + 1)) + " |")
+    if len(differ) == 1 and all(isinstance(run[differ[0]], float) for run, _ in found if run):
+        picture_sweep(save, found, names, differ[0],
+                      1 / (int(known[1][0].max()) + 1))
+
+
+def parts_of(settings):
+    """{"common": its columns of an embedding, "unique": ...}, those that there are."""
+    K, Kc = settings["K"], settings["Kc"]
+    return {part: columns for part, columns in (("common", slice(0, Kc)), ("unique", slice(Kc, K)))
+            if columns.start < columns.stop}
+
+
+def trained_on(path, settings):
+    """The folders where the run that wrote checkpoint `path` read its data."""
+    record = path.with_name("args.json")
+    recorded = json.loads(record.read_text()) if record.is_file() else {}
+    root = recorded.get("data", f"data/{settings['scenario']}")
+    return [root] if isinstance(root, str) else root
+
+
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Algorithm 2, the pictures of Sec. 7 and App. D.",
                                      allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="that pretrain.py wrote")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--checkpoint", type=Path, help="that pretrain.py wrote")
+    group.add_argument("--sweep", nargs="+", type=Path, metavar="RUN",
+                       help="folders of runs on made-up scenes: what their encoders know")
     parser.add_argument("--compare", type=Path, help="another one, in the alignment histograms")
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES,
                         help="pictures to make; default: all")
-    parser.add_argument("--out", type=Path, help="default: explain/ beside the checkpoint")
+    parser.add_argument("--out", type=Path,
+                        help="default: explain/ beside the checkpoint, with --sweep explain/")
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", metavar="DIR",
                        help="two for custom; default: what the checkpoint was trained on")
@@ -697,12 +905,11 @@ def get_args(argv=None):
 def main():
     args = get_args()
     device = start_processes()[2]
+    out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
+    if args.sweep:
+        return sweep(args.sweep, args.data, out, args.workers, device)
     net, settings = open_net(args.checkpoint, device)
-    record, root = args.checkpoint.with_name("args.json"), args.data
-    if not root:                                # where the run read its data
-        recorded = json.loads(record.read_text()) if record.is_file() else {}
-        root = recorded.get("data", f"data/{settings['scenario']}")
-        root = [root] if isinstance(root, str) else root
+    root = args.data or trained_on(args.checkpoint, settings)
     data = open_data(settings, root, args.split or settings["split"])
     samples = args.samples or min(512, len(data))
     if samples > len(data):
@@ -718,16 +925,10 @@ def main():
             if theirs[name] != settings[name]:
                 raise BadInput(f"--compare: {name} is {theirs[name]} in {args.compare}, but "
                                f"{settings[name]} in {args.checkpoint}; give a run of that data")
-    out = args.out or args.checkpoint.parent / "explain"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out} cannot be written ({error.strerror}); give another") from None
-    save, wanted = partial(save_picture, out), args.only
+    save, wanted = open_out(out), args.only
 
     K, Kc, names = settings["K"], settings["Kc"], settings["modalities"]
-    parts = {part: columns for part, columns in (("common", slice(0, Kc)), ("unique", slice(Kc, K)))
-             if columns.start < columns.stop}
+    parts = parts_of(settings)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     rows = rng.permutation(len(data))[:samples]
@@ -741,6 +942,13 @@ def main():
             for f, (mean, var) in zip((net.f1, net.f2), moments)]
     cams = [partial(gradcam_vis, f, named[layer], parts) for f, named in zip(nets, found)]
 
+    log = args.checkpoint.with_name("log.jsonl")
+    if "curves" in wanted and settings["method"] == "decur" and log.is_file():
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        picture_curves(save, {name: [line[name] for line in lines] for name in lines[0]},
+                       settings["batch_size"], K, Kc, not settings["no_intra"])
+    elif "curves" in wanted:
+        print(f"no {log} of DeCUR's terms, so curves.png is left out")
     if "alignment" in wanted:
         others = embed(other, load("embeddings to compare"), N, kept)[0] if args.compare else []
         picture_alignment(save, z, parts, others)
@@ -753,21 +961,13 @@ def main():
         picture_spatial(save, load("GradCAM statistics"), cams)
     if "spectral" in wanted:
         picture_spectral(save, load("integrated gradients"), nets, parts, args.steps, names)
-    factors = Path(root[0]) / "factors.csv"
-    if "factors" in wanted and factors.is_file():
-        with open(factors, newline="") as file:
-            classes = {row.pop("id"): [int(value) for value in row.values()]
-                       for row in csv.DictReader(file)}
-        scenes, y = [], []
-        for split in ("train", "test"):
-            part = open_data(settings, root, split)
-            every = range(len(part))
-            seen = batches(part, every, settings["size"], 256, args.workers, device, split)
-            scenes.append([torch.cat(x) for x in zip(*seen)])
-            y.append(torch.tensor([classes[i] for i in part.ids], device=device))
-        picture_factors(save, net, settings, parts, scenes, y, args.seed)
-    elif "factors" in wanted:
-        print(f"no {factors}: only made-up scenes have known factors, so factors.png is left out")
+    if "factors" in wanted:
+        known = read_scenes(settings, root, args.workers, device)
+        if known:
+            picture_factors(save, read_net(net, settings, parts, *known, args.seed), names,
+                            1 / (int(known[1][0].max()) + 1))
+        else:
+            print("only made-up scenes have known factors, so factors.png is left out")
 
 
 if __name__ == "__main__":
