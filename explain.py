@@ -485,11 +485,6 @@ def picture_alignment(save, z, parts, others):
         beyond = (a > 1).sum(1).float().mean()
         print(f"{part}: mean loss {a.mean():.3f}; of {a.shape[1]} dimensions {beyond:.1f} lie "
               f"beyond 1, where Algorithm 2's range ends")
-    z1, z2 = (torch.cat(a) for a in zip(*z))                            # all that was kept
-    found_first = {part: retrieval(z1[:, columns], z2[:, columns])
-                   for part, columns in (parts | {"all": slice(None)}).items()}
-    print(f"the partner of the other modality is the nearest of {len(z1)} (chance "
-          f"{1 / len(z1):.3f}):", ", ".join(f"{part} {a:.3f}" for part, a in found_first.items()))
     drawn = max(30, int(max(a.max() for a in losses.values()) / width) + 1)  # bins
     edges = np.arange(drawn + 1) * width
     legend = [(f"{part} dimensions", COLOURS[part]) for part in parts]
@@ -514,7 +509,7 @@ def picture_alignment(save, z, parts, others):
         pen.line((*at(1, 0), *at(1, highest)), GREY)
     save("alignment", image, "Every dimension's loss between the modalities: common ones should "
          "stand at 0, unique ones around 1.",
-         **losses, **{f"retrieval_{part}": a for part, a in found_first.items()})
+         **losses)
 
 
 def picture_tsne(save, z, chosen, Kc, modalities, device):
@@ -934,10 +929,12 @@ def main():
     rows = rng.permutation(len(data))[:samples]
     load = partial(batches, data, rows, settings["size"], args.batch_size, args.workers, device)
     N = min(settings["batch_size"], samples)                            # in 1 and 2, as in training
-    kept = min(4, samples // N) * N                                     # Fig. 8 and 9: 4 batches
+    kept = min(4 * N, samples)                                          # Fig. 8 and 9: 4 batches
     print(f"{samples} of {len(data)} pairs of {' and '.join(names)} from {' '.join(root)}; N {N}  "
           f"K {K}  Kc {Kc}; {device.type}")
     z, moments = embed(net, load("embeddings"), N, kept)
+    every = [torch.cat(a) for a in zip(*z)]
+    z = [pair for pair in z if len(pair[0]) == N]
     nets = [prepared(f, mean.to(device), var.to(device), parts)
             for f, (mean, var) in zip((net.f1, net.f2), moments)]
     cams = [partial(gradcam_vis, f, named[layer], parts) for f, named in zip(nets, found)]
@@ -950,7 +947,11 @@ def main():
     elif "curves" in wanted:
         print(f"no {log} of DeCUR's terms, so curves.png is left out")
     if "alignment" in wanted:
-        others = embed(other, load("embeddings to compare"), N, kept)[0] if args.compare else []
+        first = {part: retrieval(*(a[:, columns] for a in every))
+                 for part, columns in (parts | {"all": slice(None)}).items()}
+        print(f"the nearest of {kept} in the other modality is the partner (chance {1 / kept:.3f}):",
+              ", ".join(f"{part} {a:.3f}" for part, a in first.items()))
+        others = embed(other, load("embeddings to compare"), N, len(z) * N)[0] if args.compare else []
         picture_alignment(save, z, parts, others)
     if "tsne" in wanted:
         picture_tsne(save, z, np.sort(rng.permutation(K)[:args.tsne_dims]), Kc, names, device)

@@ -502,7 +502,7 @@ def main():
 
             step += 1
             bar.update()
-            if rank == 0 and (step % every == 0 or step == steps):
+            if rank == 0 and (step % every == 0 or step in (1, steps)):
                 now = time.time()
                 log = dict(epoch=epoch + 1, step=step, loss=loss.item(),
                            **{name: part.item() for name, part in parts.items()},

@@ -2289,6 +2289,16 @@ def test_gradcam_looks_after_the_last_convolution():
         assert list(found)[-1] == name and not any("downsample" in name for name in found)
 
 
+def test_retrieval_counts_partners_that_are_nearest():
+    """Both directions; the scale of a dimension does not count; unrelated ones are at chance."""
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(40, 8), torch.randn(40, 8)
+    assert explain.retrieval(z1, 3 * z1 + 1) == 1
+    assert explain.retrieval(z1, z2) < 0.2
+    swapped = z1[[1, 0, *range(2, 40)]]
+    assert explain.retrieval(z1, swapped) == pytest.approx(38 / 40)
+
+
 def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
     """Four classes along two features are read; classes drawn at random, at chance, unseen."""
     torch.manual_seed(0)
@@ -2352,6 +2362,8 @@ def test_explain_makes_every_picture_and_its_numbers(tmp_path, monkeypatch, caps
     assert numbers["spatial"]["common"].shape == (32,)
     assert numbers["spectral"]["modality1_common"].shape == (32, 3)
     assert numbers["factors"]["accuracy"].shape == (10, 3)
+    drawn = np.load(a / "explain" / "curves.npz")
+    assert drawn["step"].tolist() == list(range(1, len(drawn["Lu"]) + 1))
     few += " --only tsne alignment gradcam spatial spectral"
     again = f"--checkpoint {a}/checkpoint.pt {few} --batch-size 5 --out {tmp_path}/c"
     explain_here(again, monkeypatch)
@@ -2360,6 +2372,34 @@ def test_explain_makes_every_picture_and_its_numbers(tmp_path, monkeypatch, caps
         assert all(np.allclose(again[key], numbers[name][key], atol=1e-3) for key in again)
     explain_here(f"--checkpoint {b}/checkpoint.pt {few}", monkeypatch)
     assert list(np.load(b / "explain" / "spatial.npz")) == ["common"]
+
+
+def test_a_sweep_is_over_seeds_and_settings(tmp_path, monkeypatch, capsys):
+    """One command for runs that differ in a number; a row for each, seeds counted; the picture."""
+    root, runs = toy(tmp_path / "scenes", 32, 8), []
+    for common, seed in ((0.5, 0), (0.5, 1), (1, 0)):
+        runs.append(tmp_path / f"{common}-{seed}")
+        pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {runs[-1]} --common {common} "
+                      f"--seed {seed}", monkeypatch)
+    capsys.readouterr()
+    explain_here(f"--sweep {' '.join(map(str, runs))} --out {tmp_path}/sweep", monkeypatch)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in printed if line.startswith("| ")] == [
+        "| run (seeds)", "| common 0.5 (2)", "| common 1.0 (1)", "| random encoder (2)",
+        "| supervised encoder (2)"]
+    assert re.search(r"\| 0\.\d\d±0\.\d\d / 0\.\d\d±0\.\d\d / 0\.\d\d±0\.\d\d \|", printed[2])
+    assert re.search(r"\| 0\.\d\d / - / 0\.\d\d \|", printed[3])
+    numbers = np.load(tmp_path / "sweep" / "sweep.npz")
+    assert numbers["0.5 rgb unique"].shape == (2, 3) and "1.0 rgb unique" not in numbers
+    explain_here(f"--checkpoint {runs[0]}/checkpoint.pt --only factors", monkeypatch)
+    alone = np.load(runs[0] / "explain" / "factors.npz")
+    rows = [str(row) for row in alone["rows"]]
+    for name in ("rgb, common", "depth, backbone"):             # the same as of one run
+        assert np.allclose(alone["accuracy"][rows.index(name)],
+                           numbers[f"0.5 {name.replace(',', '')}"][0])
+    with pytest.raises(BadInput, match="no factors.csv"):
+        explain_here(f"--sweep {runs[0]} --data {write_frames(tmp_path / 'frames', 16)} --split all",
+                     monkeypatch)
 
 
 def test_explain_knows_ones_own_pairs(tmp_path, monkeypatch):
