@@ -96,14 +96,14 @@ class LARS(torch.optim.Optimizer):
                     continue
                 g = p.grad
                 if p.ndim > 1:
-                    g = g + group["weight_decay"] * p
+                    g = g.add(p, alpha=group["weight_decay"])
                     p_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * p_norm / g_norm
                     g = g * torch.where((p_norm > 0) & (g_norm > 0), trust, 1)  # norm 0 moves, too
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 m = self.state[p]["momentum"].mul_(group["momentum"]).add_(g)
-                p.sub_(group["lr"] * m)
+                p.sub_(m, alpha=group["lr"])
 
 
 def cosine(step, steps):
