@@ -4,6 +4,7 @@
     python pretrain.py --scenario rgbd                           CPU, MPS or one GPU; data/rgbd
     torchrun --nproc_per_node=4 pretrain.py --scenario rgbd      many GPUs (paper: 4 A100, 6 hours)
     python pretrain.py --scenario rgbd --method barlowtwins      what DeCUR is compared with
+    python pretrain.py --scenario rgbd --benchmark               how fast, in how much memory
 
 Writes into --out: checkpoint.pt (all that --resume needs), encoder1.pth and encoder2.pth (names of
 torchvision or SegFormer, no classifier) with a .json beside each that says what it wants to see,
@@ -11,12 +12,14 @@ log.jsonl, args.json (the settings).
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +40,8 @@ from tqdm import tqdm
 from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, augment, collate, epoch_batches,
                   make_toy, mixed, open_pairs)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, chance_and_floor, clip_loss,
-                   decur_loss_gram, load_encoder, read_weights, simclr_loss, vicreg_loss)
+                   decur_loss, decur_loss_gram, load_encoder, peak, read_weights, simclr_loss,
+                   vicreg_loss)
 
 PAPER = dict(                                   # for all scenarios:
     size=224,                                   # Sec. 4, Data augmentations
@@ -69,7 +73,7 @@ TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, b
            lr=2.0, split="train")
 REST = dict(split="all", depth_unit=1000.0)     # what the paper does not say
 # may differ at --resume:
-RUN_ONLY = ("data", "data1", "data2", "out", "resume", "save_every", "workers", "toy")
+RUN_ONLY = ("data", "data1", "data2", "out", "resume", "save_every", "workers", "toy", "benchmark")
 
 
 # ---- optimisation, App. B ----
@@ -92,14 +96,14 @@ class LARS(torch.optim.Optimizer):
                     continue
                 g = p.grad
                 if p.ndim > 1:
-                    g = g + group["weight_decay"] * p
+                    g = g.add(p, alpha=group["weight_decay"])
                     p_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * p_norm / g_norm
                     g = g * torch.where((p_norm > 0) & (g_norm > 0), trust, 1)  # norm 0 moves, too
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 m = self.state[p]["momentum"].mul_(group["momentum"]).add_(g)
-                p.sub_(group["lr"] * m)
+                p.sub_(m, alpha=group["lr"])
 
 
 def cosine(step, steps):
@@ -286,6 +290,104 @@ def signals_to_come():
     return stopped
 
 
+# ---- python pretrain.py --benchmark ----
+
+class NoFiles:
+    """In place of --data: blank pairs of the sizes and dtypes that the scenario's files have."""
+
+    def __init__(self, scenario, size):
+        self.modalities, *canvas = {"sar-optical": (("sar", "ms"), 264, 264),
+                                    "rgb-dem": (("aerial", "dem"), 250, 250),
+                                    "rgbd": (("rgb", "hha"), size * 3 // 2, size * 2)}[scenario]
+        shapes = [(len(MODALITIES[modality]["bands"]), *canvas) for modality in self.modalities]
+        dtypes = torch.uint8, torch.float32 if scenario == "rgb-dem" else torch.uint8
+        self.pair = [[torch.zeros(shape, dtype=dtype)] for shape, dtype in zip(shapes, dtypes)]
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, i):
+        return self.pair
+
+
+def benchmark(args, data, load, augment1, augment2, draws, net, optimizer, Kc, device, seconds=20):
+    """Prints what a step takes, part by part, with made-up tensors on the device and with files.
+
+    The calls are those of Algorithm 1 in `main`, and after each the device is waited for.  3 steps
+    warm up, then come some for `seconds`, at least 2.
+    """
+    N, cuda = args.batch_size, device.type == "cuda"
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
+
+    def loss_of(z, form=decur_loss_gram):
+        if args.method == "decur":
+            return form(*z, Kc, intra=not args.no_intra)[0]
+        return METHODS[args.method][0](*(z_ for z_ in z if z_ is not None))
+
+    def run(batches):                           # seconds a step by part, and the last embeddings
+        def lap(part):
+            sync()
+            laps.append((part, time.perf_counter()))
+        laps = [("", time.perf_counter())]
+        for step, (x1, x2) in enumerate(batches):
+            x1, x2 = ([x.to(device, non_blocking=True) for x in views] for views in (x1, x2))
+            lap("wait for data")
+            draws.restart(step)
+            x = augment1(x1[0]), augment1(x1[1]), augment2(x2[0]), augment2(x2[1])
+            lap("augment")
+            with autocast:
+                z = net(*x)
+            lap("forward")
+            z = [z_ if z_ is None else z_.float() for z_ in z]
+            loss = loss_of(z)
+            lap("loss")
+            optimizer.zero_grad()
+            loss.backward()
+            lap("backward")
+            optimizer.step()
+            lap("optimizer")
+            laps = laps[-1:] if step == 2 else laps
+            if step >= 4 and laps[-1][1] - laps[0][1] >= seconds:
+                parts = defaultdict(float)
+                for (_, before), (part, now) in itertools.pairwise(laps):
+                    parts[part] += (now - before) / (step - 2)
+                return parts, z
+
+    def noise(views):                           # like a file's, CxHxW -> NxCxHxW, twice
+        x = torch.randint(256, (N, *views[0].shape), dtype=torch.uint8, device=device)
+        return [x if views[0].dtype == torch.uint8 else x / 255] * 2
+
+    def alone(form):                            # seconds of the loss, forward and backward
+        leaves = [z_.detach().requires_grad_() for z_ in z]
+        sync(), (start := time.perf_counter())
+        loss_of(leaves, form).backward()
+        sync()
+        return time.perf_counter() - start
+
+    parts, z = run(itertools.repeat([noise(views) for views in data[0]]))
+    columns, memory = {"made-up tensors": parts}, peak(device.type)
+    if not isinstance(data, NoFiles):
+        epochs = (epoch_batches(len(data), N, args.seed, e).tolist() for e in itertools.count())
+        columns["files"] = run(load(batch_sampler=itertools.chain.from_iterable(epochs)))[0]
+    where = torch.cuda.get_device_name() if cuda else f"CPU threads: {torch.get_num_threads()}"
+    print(f"{args.scenario}  {args.method}  {args.backbone}  {args.projector}  {args.size} px  "
+          f"N {N}  {where}  torch {torch.__version__}")
+    print(f"{'ms a step':15s}" + "".join(f"{name:>22s}" for name in columns))
+    for part in parts:
+        cells = (f"{1e3 * c[part]:14.1f}{c[part] / sum(c.values()):8.1%}" for c in columns.values())
+        print(f"  {part:13s}" + "".join(cells))
+    print(f"{'pairs/s':15s}" + "".join(f"{N / sum(c.values()):14.1f}{'':8s}"
+                                       for c in columns.values()).rstrip())
+    if isinstance(data, NoFiles):
+        print(f"files: not measured: no files under {args.data}")
+    print(f"peak memory {memory / 2**30:.2f} GiB{'' if cuda else ' (of the process)'}")
+    if args.method == "decur" and not args.no_intra:
+        gram, KxK = (min(alone(form) for _ in range(3)) for form in (decur_loss_gram, decur_loss))
+        print(f"loss, forward and backward: {1e3 * gram:.1f} ms; as Algorithm 1 prints it "
+              f"{1e3 * KxK:.1f} ms, {KxK / (sum(parts.values()) - gram + KxK):.1%} of such a step")
+
+
 # ---- command line ----
 
 def get_args(argv=None):
@@ -336,6 +438,8 @@ def get_args(argv=None):
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=float, default=30, metavar="MINUTES",
         help="between checkpoints, besides one an epoch; default: 30")
+    add("--benchmark", action="store_true",
+        help="time steps with these settings for about a minute; writes nothing into --out")
     args = parser.parse_args(argv)
     sources = {name: "default" if value == parser.get_default(name) else "command line"
                for name, value in vars(args).items() if value is not None and value is not False}
@@ -391,6 +495,8 @@ def main():
     rank, world, device = start_processes()
     say = print if rank == 0 else lambda *_: None
     N = args.batch_size
+    if args.benchmark and world > 1:
+        raise BadInput(f"--benchmark on {world} processes; expected one: python, not torchrun")
     if N % world:
         raise BadInput(f"--batch-size {N} is not a multiple of {world} processes; "
                        f"try {max(2, N // world) * world}")
@@ -402,8 +508,11 @@ def main():
     if args.toy and rank == 0:
         make_toy(args.scenario, args.data)
     agreed(False, device)                       # the others wait until the scenes are there
-    data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
-                      augment_as=(args.augment1, args.augment2))
+    if args.benchmark and args.scenario != "custom" and not Path(args.data).is_dir():
+        data = NoFiles(args.scenario, args.size)
+    else:
+        data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit,
+                          args.seed, augment_as=(args.augment1, args.augment2))
     if N > len(data):
         raise BadInput(f"--batch-size {N} is more than the {len(data)} pairs under {args.data}; "
                        f"at most {len(data)}")
@@ -416,6 +525,8 @@ def main():
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = 0 if device.type == "cpu" else min(8, cores)
     workers = workers if args.workers is None else args.workers
+    load = partial(DataLoader, data, collate_fn=collate, num_workers=workers,
+                   worker_init_fn=leave_group, pin_memory=device.type == "cuda")
 
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
@@ -434,6 +545,8 @@ def main():
         say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each "
             f"uses its {N // world} samples in encoders and projectors (the loss is of all {N})")
     net.to(device)
+    if device.type == "cpu":                    # convolutions are faster so; elsewhere not measured
+        net.to(memory_format=torch.channels_last)
     model = DistributedDataParallel(net) if world > 1 else net
     weights = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
@@ -441,6 +554,9 @@ def main():
               dict(params=others, lr=args.lr_bias, weight_decay=0)]
     optimizer = torch.optim.AdamW(groups) if args.backbone in MITS else LARS(groups)
     base_lr = [group["lr"] for group in optimizer.param_groups]
+
+    if args.benchmark:
+        return benchmark(args, data, load, augment1, augment2, draws, net, optimizer, Kc, device)
 
     # ---- the run's folder ----
     settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
@@ -469,9 +585,7 @@ def main():
     for epoch in range(step // steps_per_epoch, args.epochs):
         data.epoch = epoch
         batches = epoch_batches(len(data), N, args.seed, epoch)[step % steps_per_epoch:, rows]
-        loader = DataLoader(data, batch_sampler=batches.tolist(), collate_fn=collate,
-                            num_workers=workers, worker_init_fn=leave_group,
-                            pin_memory=device.type == "cuda")
+        loader = load(batch_sampler=batches.tolist())
         for x1, x2 in loader:                                           # load a batch of pairs
             draws.restart(step)
             torch.manual_seed(mixed(args.seed, step, 1 + rank))         # for drop path

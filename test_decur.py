@@ -1536,6 +1536,25 @@ def test_resume_equals_no_interruption(tmp_path, monkeypatch):
     assert log_of(whole) == log_of(broken)
 
 
+def test_the_benchmark_prints_a_table_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    """With files, and where there are none; several processes are refused."""
+    monkeypatch.setattr(pretrain, "benchmark", partial(pretrain.benchmark, seconds=0))
+    flags = f"{SMALL} --benchmark --out {tmp_path}/out"
+    pretrain_here(f"{flags} --data {toy(tmp_path / 'scenes')}", monkeypatch)
+    pretrain_here(f"{flags} --data {tmp_path}/nowhere --method barlowtwins", monkeypatch)
+    files, nothing = capsys.readouterr().out.split("barlowtwins")
+    for part in ("wait for data", "augment", "forward", "loss", "backward", "optimizer"):
+        assert re.search(rf"^  {part}( +[0-9.]+ +[0-9.]+%){{2}}$", files, re.M)
+        assert re.search(rf"^  {part}( +[0-9.]+ +[0-9.]+%){{1}}$", nothing, re.M)
+    assert re.search(r"^pairs/s( +[0-9.]+){2}$", files, re.M) and "peak memory" in files
+    assert "as Algorithm 1 prints it" in files
+    assert f"not measured: no files under {tmp_path}/nowhere" in nothing
+    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
+    monkeypatch.setattr(pretrain, "start_processes", lambda: (0, 2, torch.device("cpu")))
+    with pytest.raises(BadInput, match="--benchmark on 2 processes; expected one"):
+        pretrain_here(flags, monkeypatch)
+
+
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path, monkeypatch):
     """Both would write the same files."""
     root, out = toy(tmp_path / "scenes"), tmp_path / "out"
