@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +43,9 @@ from pretrain import (agreed, go_on, leave_group, load_checkpoint, open_folder, 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
           "roads", "buildings")
+# The data set's own colormap, red green blue: the classes in their order.
+GEONRW_COLOURS = ((44, 160, 44), (31, 119, 180), (140, 86, 75), (127, 127, 127), (188, 189, 34),
+                  (255, 127, 14), (148, 103, 189), (23, 190, 207), (170, 170, 170), (214, 39, 40))
 NYU40 = ("wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds "
          "desk shelves curtain dresser pillow mirror floor_mat clothes ceiling books fridge tv "
          "paper towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub "
@@ -653,42 +656,58 @@ def evaluate(predict, batches, num_classes, rows, n, device):
 
 # ---- pictures ----
 
-def palette(n):
-    """Colours for 0 (black, unlabelled) and n classes: PASCAL VOC's, the bits of the index spread
-    over three channels.
+def palette(classes):
+    """The data set's colours for 0 (black: unlabelled) and its classes, (C+1)x3 uint8.
+
+    SUN RGB-D and NYUv2 come without colours: there as on made-up scenes it is the colormap that the
+    field draws them with, PASCAL VOC's: the bits of the index spread over three channels.
     """
-    k = np.arange(n + 1)[:, None]
+    if classes == GEONRW:
+        return np.uint8([(0, 0, 0), *GEONRW_COLOURS])
+    k = np.arange(len(classes) + 1)[:, None]
     bits = sum(((k >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3))
-    return bits.astype(np.uint8)                # (n+1)x3
+    return bits.astype(np.uint8)
+
+
+TITLES = dict(sar="SAR", ms="optical", aerial="RGB", dem="height", rgb="RGB", hha="HHA")
 
 
 def save_pictures(folder, names, target, x, modalities, s, classes):
-    """A picture a sample: the inputs, the label, the prediction, and what the colours mean."""
+    """A sheet a sample: inputs, label and prediction side by side, below them what the colours mean;
+    of a multi-label task the inputs, below them each class with its score, labelled or predicted.
+    """
     folder.mkdir(exist_ok=True)
-    views = [picture(x_.cpu(), modality) for x_, modality in zip(x, modalities)]
+    font, line, M = ImageFont.load_default(14), 20, 8               # pixels: M the margin
+    inputs = [picture(x_, modality) for x_, modality in zip(x, modalities)]
+    colours, target, s = palette(classes), target.cpu(), s.cpu()
     for k, name in enumerate(names):
-        # multi-label: names in place of colours; as many as there are labels
-        if s.ndim == 2:
-            best = s[k].cpu().topk(max(1, int(target[k].sum()))).indices.tolist()
-            panels = [v[k] for v in views]
-            listed = [("label", c) for c in target[k].nonzero()[:, 0].tolist()]
-            listed += [("prediction", c) for c in best]
-            legend = [(f"{what}: {classes[c]}", (0, 0, 0)) for what, c in listed]
+        panels = [(TITLES.get(m, m), v[k]) for m, v in zip(modalities, inputs)]
+        if target.ndim == 2:
+            columns, rows = (0, 60, 140, 230), [("score", "label", "prediction", "class")]
+            rows += [(f"{p:.2f}", "labelled" * bool(y), "predicted" * (p > 0.5), c)
+                     for p, y, c in zip(s[k].sigmoid().tolist(), target[k], classes)]
         else:
-            colours, gt = palette(len(classes)), target[k].cpu().numpy()
-            pred = s[k].argmax(0).cpu().numpy() + 1
-            panels = [v[k] for v in views] + [colours[gt], colours[pred]]
-            legend = [(classes[c - 1], tuple(colours[c])) for c in np.union1d(gt, pred) if c]
-        scale = max(1, 192 // panels[0].shape[0])
-        row = np.concatenate([p.repeat(scale, 0).repeat(scale, 1) for p in panels], 1)
-        size = max(row.shape[1], 560), row.shape[0] + 14 * len(legend) + 4
-        sheet = Image.new("RGB", size, "white")
-        sheet.paste(Image.fromarray(row))
+            gt, pred = target[k].numpy(), s[k].argmax(0).numpy() + 1
+            panels += [("label", colours[gt]), ("prediction", colours[pred])]
+            columns, rows = (0, 20), [(tuple(colours[c].tolist()), ("unlabelled", *classes)[c])
+                                      for c in np.union1d(gt, pred)]
+        scale = max(1, 256 // len(panels[0][1]))
+        H, W = (scale * n for n in panels[0][1].shape[:2])
+        needed = columns[-1] + max(font.getlength(row[-1]) for row in rows)
+        sheet = Image.new("RGB", (M + int(max(len(panels) * (W + M), needed + M)),
+                                  H + line * (len(rows) + 1) + 3 * M), "white")
         draw = ImageDraw.Draw(sheet)
-        for j, (text, colour) in enumerate(legend):
-            y = row.shape[0] + 3 + 14 * j
-            draw.rectangle((4, y, 14, y + 10), tuple(int(v) for v in colour))
-            draw.text((20, y), text, "black")
+        for j, (title, panel) in enumerate(panels):
+            draw.text((M + j * (W + M), M), title, "black", font)
+            large = Image.fromarray(panel).resize((W, H), Image.Resampling.NEAREST)
+            sheet.paste(large, (M + j * (W + M), M + line))
+        for j, row in enumerate(rows):
+            y = H + line * (j + 1) + 2 * M
+            for left, cell in zip(columns, row):
+                if isinstance(cell, str):
+                    draw.text((M + left, y), cell, "black", font)
+                else:
+                    draw.rectangle((M + left, y + 2, M + left + 13, y + 15), cell, "grey")
         sheet.save(folder / f"{name.replace('/', '_')}.png")
 
 
