@@ -63,7 +63,7 @@ FCN_RGBD = dict(
     backbone="resnet50", modality=1, batch_size=8, steps=40000, optimizer="sgd", lr=0.01,
     weight_decay=1e-5,
     momentum=0.9, schedule="poly",              # MMSegmentation's of 40k, of this rate and length
-    size=480, scale=(0.5, 1.0))                 # frames of 480x640, as in CMX; as in pretraining
+    size=480, scale=(0.5, 1.0))                 # as in CMX, 480x640; as in pretraining
 # "the same settings of CMX": its published configuration for NYUv2, 500 epochs of 100 steps.
 # scale None: CMX's own crops, see `cmx_boxes`; test_scales: each with its mirror image.
 CMX_NYU = dict(
@@ -542,15 +542,20 @@ def schedule(name, step, steps):
     return step / warm if step < warm else (1 - step / steps) ** 0.9
 
 
+def summed(t):
+    """Over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
 def loss_of(logits, target, world):
     """MultiLabelSoftMarginLoss, or CrossEntropyLoss over the labelled pixels of all processes."""
     if target.ndim == 2:
         return F.multilabel_soft_margin_loss(logits.float(), target)
-    labelled = (target > 0).sum().float()
-    if world > 1:
-        dist.all_reduce(labelled)               # DistributedDataParallel will divide by `world`
-    return F.cross_entropy(logits.float(), target - 1, ignore_index=-1,
-                           reduction="sum") * world / labelled.clamp(min=1)
+    labelled = summed((target > 0).sum().float()).clamp(min=1)
+    total = F.cross_entropy(logits.float(), target - 1, ignore_index=-1, reduction="sum")
+    return total * world / labelled             # DistributedDataParallel will divide by `world`
 
 
 def scores(net, x, scales):
@@ -578,18 +583,13 @@ def evaluate(predict, batches, num_classes, rows, n, device):
             S.append(s), Y.append(target)
         else:
             matrix += confusion(s.argmax(1), target - 1, num_classes, -1)
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    multilabel = torch.tensor(float(bool(S)), device=device)
-    if several:
-        dist.all_reduce(matrix), dist.all_reduce(multilabel)  # a process may have no sample
+    multilabel = summed(torch.tensor(float(bool(S)), device=device))  # S: empty without samples
     if not multilabel:
-        return dict(zip(("mIoU", "accuracy"), scores_of(matrix)))
-    joint = torch.zeros(2, n, num_classes, device=device)
+        return dict(zip(("mIoU", "accuracy"), scores_of(summed(matrix))))
+    joint = torch.zeros(2, n, num_classes, device=device)           # 0 in the others' rows
     if S:
         joint[:, rows] = torch.stack((torch.cat(S), torch.cat(Y)))
-    if several:
-        dist.all_reduce(joint)                  # zeros everywhere else
-    joint = joint.cpu()
+    joint = summed(joint).cpu()
     return {"mAP micro": average_precision(*joint), "mAP macro": macro_average_precision(*joint)}
 
 
@@ -768,8 +768,8 @@ def print_tables(folders):
         print(*doubts, sep="\n", end="\n" * bool(doubts))
     print("Rand. Init. is a run with --linear, Supervised one without; the paper prints one number "
           "in both columns.")
-    for k, task, model in ((k, task, model) for k, task in enumerate(("sunrgbd", "nyuv2"))
-                           for model in ("fcn", "cmx")):
+    for k, task, model in ((0, "sunrgbd", "fcn"), (0, "sunrgbd", "cmx"),
+                           (1, "nyuv2", "fcn"), (1, "nyuv2", "cmx")):
         rows = []
         for name, papers in TABLE_3.items():
             papers = papers[2 * k:2 * k + 2]
@@ -848,18 +848,14 @@ def get_args(argv=None):
     add("--workers", type=int, help="processes that read files; default: 4, on a CPU 0")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet), fcn")
-    add("--backbone", choices=[*RESNETS, *MITS],
-        help="default: resnet50; cmx: mit_b2, NYUv2 mit_b5")
+    add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
     add("--weights", nargs="+", metavar="FILE",
         help="file with both encoders, one for each, imagenet, a whole CMX, or none: random")
     add("--bgr", action="store_true", help="--weights saw BGR images: the DeCUR authors', CMX's")
-    add("--part", choices=("common", "unique", "all"),
-        help="linear classification on this part of the embedding, not on the backbone's feature")
+    add("--part", choices=("common", "unique", "all"), help="classify this part of the embedding")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--linear", action="store_true",
-        help="encoders frozen, in evaluation mode; default: fine-tuning")
-    add("--cached", action="store_true",
-        help="with --linear, compute the features once: fast, but without augmentation")
+    add("--linear", action="store_true", help="frozen encoders; default: fine-tuning")
+    add("--cached", action="store_true", help="features once: fast, but without augmentation")
     add("--epochs", type=int, help="0: evaluate alone")
     add("--batch-size", type=int, help="the global one")
     add("--lr", type=float, help="at the start")
@@ -906,14 +902,12 @@ def get_args(argv=None):
              "it with --linear, and not with CMX"),
             (not cmx or args.backbone in MITS and not args.modality, "model",
              "mit_b? and both modalities for cmx"),
-            (args.size >= 16 and not (rgbd and args.size % 3), "size",
-             "16 or more, on RGB-D a multiple of 3"),
-            (args.epochs is None or args.epochs >= 0, "epochs", "0 or more"),
+            (args.size >= (48 if args.backbone in MITS else 16) and not (rgbd and args.size % 3),
+             "size", "16 or more, with mit_b? 48, on RGB-D a multiple of 3"),
             (args.batch_size > 0, "batch_size", "1 or more"), (args.lr > 0, "lr", "more than 0"),
-            (args.weight_decay >= 0, "weight_decay", "0 or more"),
-            (args.seed >= 0, "seed", "0 or more"),
-            (args.save_images >= 0, "save_images", "0 or more"),
-            (args.save_every > 0, "save_every", "more than 0 minutes")):
+            (args.save_every > 0, "save_every", "more than 0 minutes"),
+            *((not getattr(args, name) or getattr(args, name) > 0, name, "0 or more")
+              for name in ("epochs", "weight_decay", "seed", "save_images"))):
         if not fine:
             flag = name.replace("_", "-")
             raise BadInput(f"--{flag} {getattr(args, name)}: expected {expected}")
@@ -960,9 +954,9 @@ def main():
     test_rows = slice(rank * len(test) // world, (rank + 1) * len(test) // world)
     draws = Draws(args.seed, N, rows)
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else 4
-    loading = dict(num_workers=workers, worker_init_fn=leave_group,
-                   pin_memory=device.type == "cuda")
-    modalities = [train.modalities[args.modality - 1]] if args.modality else list(train.modalities)
+    cuda = device.type == "cuda"
+    loading = dict(num_workers=workers, worker_init_fn=leave_group, pin_memory=cuda)
+    modalities = [train.modalities[args.modality - 1]] if args.modality else train.modalities
 
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
@@ -970,7 +964,7 @@ def main():
     net, encoders, lines = build(args, channels, len(classes))
     for E in encoders:
         E.requires_grad_(not args.linear)
-    if device.type == "cuda" and world > 1:
+    if cuda and world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     elif world > 1 and not (args.linear and args.model != "cmx"):
         say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each "
@@ -996,8 +990,8 @@ def main():
     step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        lock = open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data),
-                                          processes=world, device=str(device)), step)  # noqa: F841
+        about = dict(argv=sys.argv, data=str(args.data), processes=world, device=str(device))
+        lock = open_folder(args.out, settings | about, step)  # noqa: F841
         write_atomically(args.out / "ids.txt", lambda path: path.write_text(
             "".join(f"{train.data.ids[i]}\n" for i in sorted(chosen))))
         print(" ".join(sys.argv))
@@ -1013,7 +1007,7 @@ def main():
             print(f"resumed from {checkpoint_file} at step {step} of {steps}")
 
     # ---- batches: what the model sees and its target ----
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def evaluation_mode(everything=True):
         net.train(not everything)
@@ -1079,9 +1073,8 @@ def main():
             step += 1
             bar.update()
             shown = step % every == 0 or step == steps
-            if shown and world > 1:
-                dist.all_reduce(loss.detach_())
-                loss /= world
+            if shown:
+                loss = summed(loss.detach()) / world
             if rank == 0 and shown:
                 now = time.time()
                 log = dict(epoch=epoch + 1, step=step, loss=loss.item(),
