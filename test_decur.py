@@ -1999,7 +1999,7 @@ def test_transfer_defaults_are_the_papers():
         for name, value in settings.items():
             assert getattr(args, name) == value, (flags, name)
     for flags in ("--part common", "--cached", "--model cmx", "--labels 0", "--model late",
-                  "--size 15", "--size 47 --backbone mit_b0", "--seed -1", "--epochs -1"):
+                  "--size 15", "--size 31 --backbone mit_b0", "--seed -1", "--epochs -1"):
         with pytest.raises(BadInput, match="expected"):
             finetune.get_args(f"--task geonrw --weights none {flags}".split())
 
