@@ -1,5 +1,4 @@
-"""Transfer: Tables 1, 2 and 3, one command a cell, with the settings of Sec. 5 and App. B as
-defaults.
+"""Transfer: Tables 1, 2 and 3, one command a cell; defaults are the settings of Sec. 5 and App. B.
 
     python finetune.py --task sunrgbd --toy --model late --linear \\
                        --weights runs/toy-rgbd-decur/checkpoint.pt          made-up scenes
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +42,9 @@ from pretrain import (agreed, go_on, leave_group, load_checkpoint, open_folder, 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
           "roads", "buildings")
+# The data set's own colormap, red green blue: the classes in their order.
+GEONRW_COLOURS = ((44, 160, 44), (31, 119, 180), (140, 86, 75), (127, 127, 127), (188, 189, 34),
+                  (255, 127, 14), (148, 103, 189), (23, 190, 207), (170, 170, 170), (214, 39, 40))
 NYU40 = ("wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds "
          "desk shelves curtain dresser pillow mirror floor_mat clothes ceiling books fridge tv "
          "paper towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub "
@@ -55,15 +57,13 @@ TASKS = {
     "sunrgbd": dict(scenario="rgbd", data="data/rgbd", classes=tuple(NYU40[:37]), model="fcn"),
     "nyuv2": dict(scenario="rgbd", data="data/nyuv2", classes=tuple(NYU40), model="fcn"),
 }
-# App. B, Transfer learning.  size: the training crop's height; lr_linear: with --linear.  Comments:
-# where what the paper does not say comes from.
+# App. B, Transfer learning.  size: the training crop's height; lr_linear: with --linear.  A comment
+# beside a value: its source, where the paper is silent.
 FCN_RGBD = dict(
     backbone="resnet50", modality=1, batch_size=8, steps=40000, optimizer="sgd", lr=0.01,
     weight_decay=1e-5,
-    # MMSegmentation's schedule of 40k, which has this optimiser, rate and length
-    momentum=0.9, schedule="poly",
-    # all frames come to 480x640, as in CMX; scale as in pretraining
-    size=480, scale=(0.5, 1.0))
+    momentum=0.9, schedule="poly",              # MMSegmentation's of 40k, of this rate and length
+    size=480, scale=(0.5, 1.0))                 # as in CMX, 480x640; as in pretraining
 # "the same settings of CMX": its published configuration for NYUv2, 500 epochs of 100 steps.
 # scale None: CMX's own crops, see `cmx_boxes`; test_scales: each with its mirror image.
 CMX_NYU = dict(
@@ -92,8 +92,9 @@ TOYS = {
                 size=48, scale=(0.5, 1.0)),
     "cmx": dict(backbone="mit_b0", batch_size=16, epochs=4, steps=None, lr=1e-3, size=48, embed=64),
 }
-REST = dict(labels=1.0, epochs=None, steps=None, lr_linear=None, momentum=0.9, test_crop=None,
-            test_scales=(1.0,), embed=512, split="train", test_split="test", depth_unit=1000.0)
+REST = dict(seed=0, labels=1.0, epochs=None, steps=None, lr_linear=None, momentum=0.9,
+            test_crop=None, test_scales=(1.0,), embed=512, split="train", test_split="test",
+            depth_unit=1000.0, save_every=30.0, save_images=0)
 RUN_ONLY = ("data", "out", "resume", "save_every", "workers", "toy", "save_images", "table")
 
 
@@ -120,11 +121,10 @@ def average_precision(scores, labels):
 
 
 def macro_average_precision(scores, labels):
-    """The mean of each class's average precision, over the classes with a positive label; None
-    without any.
-    """
+    """The mean over the classes with a positive label; None without any."""
     each = [average_precision(s, l) for s, l in zip(scores.T, labels.T)]
-    return mean([a for a in each if a is not None])
+    defined = [a for a in each if a is not None]
+    return statistics.fmean(defined) if defined else None
 
 
 def confusion(pred, gt, num_classes, ignore):
@@ -135,8 +135,7 @@ def confusion(pred, gt, num_classes, ignore):
 
 
 def iou_and_accuracy(pred, gt, num_classes, ignore):
-    """mIoU and pixel accuracy.  pred, gt: integers of one shape, classes 0..num_classes-1, in gt
-    also `ignore`.
+    """mIoU and pixel accuracy.  pred, gt: classes 0..num_classes-1, any shape; gt also `ignore`.
 
     A class that is neither predicted nor labelled has no IoU and takes no part in the mean.
     Without a labelled pixel both are None: undefined.
@@ -145,24 +144,19 @@ def iou_and_accuracy(pred, gt, num_classes, ignore):
 
 
 def scores_of(matrix):
-    matrix = matrix.double()
-    hit, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     if not matrix.any():
         return None, None
+    matrix = matrix.double()
+    hit, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     return (hit / union)[union > 0].mean().item(), (hit.sum() / matrix.sum()).item()
-
-
-def mean(values):
-    return sum(values) / len(values) if values else None
 
 
 # ---- models: `features` of the encoders, then `head`, so that a probe can keep the features ----
 
 class LateFusion(nn.Module):
-    """App. B, SAR-optical: pooled features concatenated, one linear layer.  Call: NxCxHxW for each
-    encoder -> NxC logits.
+    """App. B, SAR-optical: pooled features concatenated, one linear layer.
 
-    encoders: modules NxCxHxW -> Nxd, d in `dims`.
+    encoders: modules NxCxHxW -> Nxd, d in `dims`.  Call: NxCxHxW for each encoder -> NxC logits.
     """
 
     def __init__(self, encoders, dims, num_classes):
@@ -182,13 +176,13 @@ class LateFusion(nn.Module):
 
 
 class FCN(nn.Module):
-    """App. B, RGB-DEM.  The last three stages of all encoders concatenated, 1x1 convolutions,
-    bilinear to input size, added.
+    """App. B, RGB-DEM: the last three stages of all encoders concatenated, 1x1 convolutions,
+    bilinear to input size, added.  Call: NxCxHxW for each encoder -> NxCxHxW logits.
 
     Paper: the maps are upsampled, then convolved; with two ResNet-50 that is 7168 channels of
-    224x224, 1.4 GB an image. Here: convolved, then upsampled.  Both are linear, one across channels
-    and one across pixels, and bilinear weights sum to 1, so that also the bias stays: it is the
-    same function.  Call: NxCxHxW for each encoder -> NxCxHxW logits.
+    224x224, 1.4 GB an image.  Here: convolved, then upsampled.  Both are linear, one across
+    channels and one across pixels, and bilinear weights sum to 1, so that also the bias stays: it
+    is the same function.
     """
 
     def __init__(self, encoders, num_classes):
@@ -209,13 +203,10 @@ class FCN(nn.Module):
         return self.head(x[0].shape[-2:], *self.features(*x))
 
 
-# CMX (Zhang et al., 2022), under the published parameter names: its checkpoints load here, and ours
-# there.
+# CMX (Zhang et al., 2022) with the published parameter names: checkpoints load here and there.
 
 class FRM(nn.Module):
-    """Feature rectification, its Eq. 1-5: each stream takes from the other what channel and spatial
-    weights let through.
-    """
+    """Feature rectification, its Eq. 1-5: a stream takes from the other what two weights let by."""
 
     def __init__(self, C):
         super().__init__()
@@ -234,9 +225,7 @@ class FRM(nn.Module):
 
 
 class FFM(nn.Module):
-    """Feature fusion, its Eq. 6-9: cross attention between the streams, then a residual mix of
-    channels.
-    """
+    """Feature fusion, its Eq. 6-9: cross attention, then a residual mix of channels."""
 
     def __init__(self, C, heads):
         super().__init__()
@@ -279,18 +268,15 @@ class FFM(nn.Module):
 
 
 class CMX(nn.Module):
-    """CMX with its MLP decoder.  Call: rgb NxCxHxW, x NxCxHxW -> Nxnum_classesxHxW logits at input
-    size.
+    """CMX with its MLP decoder.  Call: rgb NxCxHxW, x NxCxHxW -> Nxnum_classesxHxW logits.
 
     name: a key of MITS, for both streams; channels: of the two inputs; embed: width of the
-    decoder.  The decoder's batch norm has eps 1e-5 (its code: 1e-3 in training, 1e-5 in
-    evaluation).  `encoders`: both streams, as `mit` gives them.
+    decoder.  Its batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation).
     """
 
     def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
         super().__init__()
-        # a tuple: their parts are registered below
-        self.encoders = tuple(mit(name, c) for c in channels)
+        self.encoders = tuple(mit(name, c) for c in channels)      # a tuple: registered below
         dims = self.encoders[0].dims
         self.backbone = nn.Module()
         for prefix, E in zip(("", "extra_"), self.encoders):
@@ -299,13 +285,13 @@ class CMX(nn.Module):
         self.backbone.FRMs = nn.ModuleList(FRM(C) for C in dims)
         self.backbone.FFMs = nn.ModuleList(FFM(C, heads) for C, heads in zip(dims, (1, 2, 5, 8)))
         start_as_segformer(self.backbone.FRMs), start_as_segformer(self.backbone.FFMs)
-        self.decode_head = nn.ModuleDict(
+        self.decode_head = head = nn.ModuleDict(
             {f"linear_c{s}": nn.ModuleDict({"proj": nn.Linear(dims[s - 1], embed)})
              for s in (4, 3, 2, 1)})
-        self.decode_head["linear_fuse"] = nn.Sequential(
+        head["linear_fuse"] = nn.Sequential(
             nn.Conv2d(4 * embed, embed, 1), nn.BatchNorm2d(embed), nn.ReLU())
-        self.decode_head["linear_pred"] = nn.Conv2d(embed, num_classes, 1)
-        for conv in (self.decode_head["linear_fuse"][0], self.decode_head["linear_pred"]):
+        head["linear_pred"] = nn.Conv2d(embed, num_classes, 1)
+        for conv in (head["linear_fuse"][0], head["linear_pred"]):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         self.dropout = dropout
 
@@ -315,19 +301,17 @@ class CMX(nn.Module):
             # the rectified maps go on to the next stage, the fused one to the decoder
             rgb, x = self.backbone.FRMs[s](E1.stage(s + 1, rgb), E2.stage(s + 1, x))
             fused.append(self.backbone.FFMs[s](rgb, x))
-        maps = []
-        for s, f in reversed(list(enumerate(fused, 1))):            # 4, 3, 2, 1
-            m = self.decode_head[f"linear_c{s}"]["proj"](f.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        head, maps = self.decode_head, []
+        for s in (4, 3, 2, 1):
+            m = head[f"linear_c{s}"]["proj"](fused[s - 1].movedim(1, -1)).movedim(-1, 1)
             maps.append(F.interpolate(m, fused[0].shape[-2:], mode="bilinear"))
-        m = self.decode_head["linear_fuse"](torch.cat(maps, 1))
-        m = self.decode_head["linear_pred"](F.dropout2d(m, self.dropout, self.training))
+        m = head["linear_fuse"](torch.cat(maps, 1))
+        m = head["linear_pred"](F.dropout2d(m, self.dropout, self.training))
         return F.interpolate(m, size, mode="bilinear")
 
 
 class Embedding(nn.Module):
-    """An encoder with its projector, of whose K dimensions a part is given: the common, the unique
-    or all.
-    """
+    """An encoder with its projector, of whose K dimensions a part is given."""
 
     def __init__(self, f, dimensions):
         super().__init__()
@@ -340,13 +324,12 @@ class Embedding(nn.Module):
 # ---- the model of a run, and weights into it ----
 
 def build(args, channels, num_classes):
-    """The model of the settings with its encoders, and a line for each of the --weights loaded into
-    them.
-    """
+    """The model of the settings, its encoders, and a line for each of the --weights they got."""
     channels = [channels[args.modality - 1]] if args.modality else channels
+    file = args.weights[0]
     if args.part:
-        encoders, lines = embeddings(args, channels)
-        return LateFusion(encoders, [E.dim for E in encoders], num_classes), encoders, lines
+        encoders, line = embeddings(args, channels)
+        return LateFusion(encoders, [E.dim for E in encoders], num_classes), encoders, [line]
     if args.model == "cmx":
         net = CMX(args.backbone, num_classes, channels, args.embed)
         encoders = net.encoders
@@ -356,64 +339,48 @@ def build(args, channels, num_classes):
             LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
     if args.weights == ["none"]:
         return net, encoders, ["random weights"]
-    if args.model == "cmx" and (state := whole_cmx(args.weights)):
-        return net, encoders, [load_cmx(net, state, args)]
+    if args.model == "cmx" and len(args.weights) == 1 and Path(file).is_file():
+        state = read_weights(file, "")[0]
+        if any(key.startswith("backbone.") for key in state):       # a whole CMX
+            for key in state if args.bgr else ():   # the published know images as blue, green, red
+                if key.endswith("patch_embed1.proj.weight"):
+                    state[key] = state[key].flip(1)
+            load(net, state, file, f"a CMX of {args.backbone} and the task's classes")
+            return net, encoders, [f"{file}: all {len(state)} keys of CMX matched"]
     return net, encoders, list(start_from(args.weights, encoders, args))
 
 
-def whole_cmx(files):
-    """The state dict of a whole CMX, where the file is one."""
-    if len(files) == 1 and Path(files[0]).is_file():
-        state = read_weights(files[0], "")[0]
-        return state if any(key.startswith("backbone.") for key in state) else None
-
-
-def load_cmx(net, state, args):
-    # as the published ones: they know images as blue, green, red
-    if args.bgr:
-        state = state | {key: w.flip(1) for key, w in state.items()
-                         if key.endswith("patch_embed1.proj.weight")}
+def load(net, state, file, expected):
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise BadInput(f"--weights {args.weights[0]}: {' '.join(str(error).split())[:300]}; "
-                       f"expected a CMX of "
-                       f"{args.backbone} and the task's classes") from None
-    return f"{args.weights[0]}: all {len(state)} keys of CMX matched"
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"--weights {file}: {reason}; expected {expected}") from None
 
 
 def embeddings(args, channels):
-    """Encoders with their projectors from a checkpoint.pt of pretraining, cut to --part of the
-    dimensions.
-    """
-    checkpoint = load_checkpoint(Path(args.weights[0]))
+    """Encoders with projectors from a checkpoint.pt, cut to --part, and a line about them."""
+    file, which = args.weights[0], args.part
+    checkpoint = load_checkpoint(Path(file))
     s, state = checkpoint["settings"], checkpoint["model"]
     if "Kc" not in s or len(args.weights) != 1:
-        raise BadInput(f"--part {args.part}: expected --weights with one checkpoint.pt of "
-                       f"pretrain.py, which has the projector")
-    part = dict(common=range(s["Kc"]), unique=range(s["Kc"], s["K"]), all=range(s["K"]))[args.part]
-    if not part:
-        raise BadInput(f"--part {args.part}: the encoders of {args.weights[0]} have {s['Kc']} "
-                       f"common of {s['K']} dimensions")
+        raise BadInput(f"--part {which}: expected --weights with one checkpoint.pt of pretrain.py, "
+                       "which has the projector")
+    Kc, K = s["Kc"], s["K"]
+    start, stop = dict(common=(0, Kc), unique=(Kc, K), all=(0, K))[which]
+    if start == stop:
+        raise BadInput(f"--part {which}: {file} has {Kc} common of {K} dimensions")
     encoders = []
     for m, c in zip([args.modality] if args.modality else (1, 2), channels):
-        f = branch(s["backbone"], c, s["widths"])
-        try:
-            f.load_state_dict({key[3:]: value for key, value in state.items()
-                               if key.startswith(f"f{m}.")})
-        except RuntimeError as error:
-            raise BadInput(f"--weights {args.weights[0]}, modality {m}: "
-                           f"{' '.join(str(error).split())[:300]}; expected "
-                           f"{c} input channels") from None
-        encoders.append(Embedding(f, slice(part.start, part.stop)))
-    return encoders, [f"{args.weights[0]}: {len(part)} {args.part} dimensions of each modality's "
-                      f"{s['K']}"]
+        f, prefix = branch(s["backbone"], c, s["widths"]), f"f{m}."
+        load(f, {key.removeprefix(prefix): value for key, value in state.items()
+                 if key.startswith(prefix)}, file, f"{c} input channels of modality {m}")
+        encoders.append(Embedding(f, slice(start, stop)))
+    return encoders, f"{file}: {stop - start} {which} dimensions of each modality's {K}"
 
 
 def origin(files):
-    """sha256 of each file, and the settings of the pretraining that made it, where they are
-    known.
-    """
+    """sha256 of each file, and where they are known the settings of the pretraining behind it."""
     paths = [Path(file) for file in files if file not in ("none", "imagenet")]
     settings = None
     if paths and paths[0].name.endswith(".pth") and paths[0].with_suffix(".json").is_file():
@@ -427,9 +394,8 @@ def origin(files):
 def fingerprint(modules):
     """sha256 of every parameter and buffer."""
     digest = hashlib.sha256()
-    for module in modules:
-        for t in module.state_dict().values():
-            digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+    for t in (t for module in modules for t in module.state_dict().values()):
+        digest.update(t.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -439,9 +405,8 @@ class Labelled:
     """A task's data set with every target checked: (x1, x2, target), the target C zeros and ones or
     HxW, 0 unlabelled, 1..C.
 
-    factors: of the made-up scenes, if the target is to be which of the objects are there. Raises
-    BadInput that names the file where a mask has another size than its image, or a value above
-    num_classes.
+    factors: of the made-up scenes, where the target is which of the objects are there.
+    Raises BadInput that names the file of a mask of another size, or with a value beyond C.
     """
 
     def __init__(self, data, num_classes, root, factors=None):
@@ -464,63 +429,48 @@ class Labelled:
         target = target[0] if target else torch.from_numpy(read_label(file))
         if target.ndim == 1:
             return x1, x2, target
-        sizes = [tuple(x1.shape[-2:]), tuple(target.shape)]
-        # both were brought to the canvas: the files count
-        if files := getattr(self.data, "files1", None):
-            sizes = [Image.open(path).size[::-1] for path in (files[name], file)]
-        if sizes[0] != sizes[1]:
-            raise BadInput(f"{file} is a mask of {sizes[1]} pixels for an image of {sizes[0]}; "
-                           f"expected equal sizes")
-        if target.max() > self.num_classes or target.min() < 0:
-            raise BadInput(f"{file} has the label "
-                           f"{target.max() if target.min() >= 0 else target.min()}; expected 0 "
+        image, mask = x1.shape[-2:], target.shape
+        if files := getattr(self.data, "files1", None):             # on the canvas all are equal
+            image, mask = (Image.open(path).size[::-1] for path in (files[name], file))
+        if image != mask:
+            raise BadInput(f"{file} is a mask of {tuple(mask)} pixels for an image of "
+                           f"{tuple(image)}; expected equal sizes")
+        low, high = target.min(), target.max()
+        if low < 0 or high > self.num_classes:
+            raise BadInput(f"{file} has the label {low if low < 0 else high}; expected 0 "
                            f"(unlabelled) to {self.num_classes}")
         return x1, x2, target
 
     def mask_file(self, name):
-        if getattr(self.data, "labels", None) not in (None, True, False):
-            return self.data.labels[name]
+        if isinstance(labels := getattr(self.data, "labels", None), dict):
+            return labels[name]
         return self.root / "Label" / f"{name}.png" if self.modalities[0] == "sar" else f"{name}_seg"
 
 
-def open_task(args, split):
-    """The data set of a split, and of the classes their names."""
-    task = TASKS[args.task]
-    # its canvas is 3/2 as high
-    size = args.size * 2 // 3 if task["scenario"] == "rgbd" else args.size
-    if not args.toy:
-        return Labelled(open_pairs(args.task, args.data, size, split, args.depth_unit),
-                        len(task["classes"]), args.data)
-    name = args.task if args.task != "bigearthnet" else task["scenario"]
-    data, factors = open_pairs(name, args.data, size, split, args.depth_unit), None
-    if args.model == "late":                    # 0..11: which object, then its shape
-        rows = [line.split(",")
-                for line in (Path(args.data) / "factors.csv").read_text().split()[1:]]
-        factors = {name: [int(shape) + len(SHAPES) * k for k, shape in enumerate(shapes)]
-                   for name, *shapes in rows}
-    return Labelled(data, len(class_names(args)), args.data, factors)
-
-
-def class_names(args):
-    if not args.toy:
-        return TASKS[args.task]["classes"]
-    return SCENE_CLASSES[1:] if args.model == "late" else SCENE_CLASSES
+def open_task(args, split, classes):
+    """The data set of a split."""
+    scenario, name, factors = TASKS[args.task]["scenario"], args.task, None
+    if args.toy and name == "bigearthnet":
+        name = scenario                         # its scenes lie as those of pretraining
+    if args.toy and args.model == "late":       # 0..11: which object, then its shape
+        rows = (Path(args.data) / "factors.csv").read_text().split()[1:]
+        factors = {scene: [int(shape) + len(SHAPES) * k for k, shape in enumerate(shapes)]
+                   for scene, *shapes in (row.split(",") for row in rows)}
+    size = args.size * 2 // 3 if scenario == "rgbd" else args.size  # its canvas is 3/2 as high
+    data = open_pairs(name, args.data, size, split, args.depth_unit)
+    return Labelled(data, len(classes), args.data, factors)
 
 
 def subset(n, fraction, seed):
-    """--labels: the first part of a seeded permutation of 0..n-1, so that smaller subsets lie in
-    larger ones.
-    """
+    """--labels: a prefix of a seeded permutation of 0..n-1: smaller subsets lie in larger ones."""
     return np.random.default_rng(seed).permutation(n)[:max(1, round(fraction * n))]
 
 
 # ---- augmentation: one box for both modalities and the mask ----
 
 def cmx_boxes(B, H, W, draws):
-    """CMX's: scaled by one of six factors, then a crop of the frame's own size, or the frame in the
-    middle of it.
-
-    As boxes of the frame, which stick out where the scaled frame is the smaller one: the padding.
+    """CMX's: scaled by one of six factors, then cropped to the frame's size, or padded to it: a box
+    that sticks out of the frame on all sides.
     """
     u = draws(4).double()
     s = torch.tensor([0.5, 0.75, 1, 1.25, 1.5, 1.75], dtype=u.dtype)[(6 * u[:, :1]).long()]  # Bx1
@@ -540,8 +490,7 @@ def middle_boxes(B, H, W, fraction):
 def resample(x, boxes, size):
     """Each box resized to `size`, mirrored where it says so; outside the frame is 0.
 
-    x: BxCxHxW float, with a triangle filter, as in pretraining; or BxHxW integers, the nearest
-    pixel.
+    x: BxCxHxW float, by a triangle filter, as in pretraining; or BxHxW integers, the nearest pixel.
     """
     top, left, h, w, mirrored = (v.float().to(x.device) for v in boxes)  # Bx1 each
     if not x.is_floating_point():
@@ -554,8 +503,7 @@ def resample(x, boxes, size):
         found = x[torch.arange(len(x), device=x.device)[:, None, None], y.clamp(0, H - 1),
                   x_.clamp(0, W - 1)]
         return torch.where(inside, found, 0)
-    # a row outside has no weight at all
-    Wy = triangle_filter(top, h, x.shape[2], size[0]).nan_to_num(0)
+    Wy = triangle_filter(top, h, x.shape[2], size[0]).nan_to_num(0)  # nan: a row outside
     Wx = triangle_filter(left, w, x.shape[3], size[1]).nan_to_num(0)
     return separable(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
 
@@ -563,8 +511,7 @@ def resample(x, boxes, size):
 def prepared(batch, args, modalities, device, draws=None):
     """A batch of files -> what the model sees ([NxCxHxW] of the modalities in use) and the target.
 
-    With draws it is augmented as the task asks; without, never: the frame, or where App. B's task
-    crops, its middle.
+    With draws it is augmented; without, it is the frame, or its middle where the task crops.
     """
     *x, target = (t.to(device, non_blocking=True) for t in batch)
     x = [normalise(unit(x_), modality) for x_, modality in zip(x, modalities)]
@@ -595,23 +542,24 @@ def schedule(name, step, steps):
     return step / warm if step < warm else (1 - step / steps) ** 0.9
 
 
+def summed(t):
+    """Over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
 def loss_of(logits, target, world):
-    """MultiLabelSoftMarginLoss, or CrossEntropyLoss without label 0, its mean over the labelled
-    pixels of all processes.
-    """
+    """MultiLabelSoftMarginLoss, or CrossEntropyLoss over the labelled pixels of all processes."""
     if target.ndim == 2:
         return F.multilabel_soft_margin_loss(logits.float(), target)
-    labelled = (target > 0).sum().float()
-    if world > 1:
-        dist.all_reduce(labelled)               # DistributedDataParallel will divide by `world`
-    return F.cross_entropy(logits.float(), target - 1, ignore_index=-1,
-                           reduction="sum") * world / labelled.clamp(min=1)
+    labelled = summed((target > 0).sum().float()).clamp(min=1)
+    total = F.cross_entropy(logits.float(), target - 1, ignore_index=-1, reduction="sum")
+    return total * world / labelled             # DistributedDataParallel will divide by `world`
 
 
 def scores(net, x, scales):
-    """Logits; with several scales, CMX's evaluation: exp(logits + those of the mirror image) of
-    each, resized, added.
-    """
+    """Logits; or CMX's evaluation: exp(logits + the mirror image's) of each scale, added."""
     if tuple(scales) == (1.0,):
         return net(*x).float()
     size, total = x[0].shape[-2:], 0
@@ -624,10 +572,9 @@ def scores(net, x, scales):
 
 @torch.no_grad()
 def evaluate(predict, batches, num_classes, rows, n, device):
-    """Metrics of n samples, of which this process has `rows`: each counts once, whatever the number
-    of processes.
+    """Metrics of n samples, each counted once; this process has the `rows` of them.
 
-    predict: batch -> scores, target.  Returns {name: value or None where it is undefined}.
+    predict: batch -> scores, target.  Returns {name: value, None where it is undefined}.
     """
     S, Y, matrix = [], [], torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for batch in batches:
@@ -636,110 +583,127 @@ def evaluate(predict, batches, num_classes, rows, n, device):
             S.append(s), Y.append(target)
         else:
             matrix += confusion(s.argmax(1), target - 1, num_classes, -1)
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    multilabel = torch.tensor(float(bool(S)), device=device)
-    if several:
-        dist.all_reduce(matrix), dist.all_reduce(multilabel)  # a process may have no sample
+    multilabel = summed(torch.tensor(float(bool(S)), device=device))  # S: empty without samples
     if not multilabel:
-        return dict(zip(("mIoU", "accuracy"), scores_of(matrix)))
-    joint = torch.zeros(2, n, num_classes, device=device)
+        return dict(zip(("mIoU", "accuracy"), scores_of(summed(matrix))))
+    joint = torch.zeros(2, n, num_classes, device=device)           # 0 in the others' rows
     if S:
         joint[:, rows] = torch.stack((torch.cat(S), torch.cat(Y)))
-    if several:
-        dist.all_reduce(joint)                  # zeros everywhere else
-    joint = joint.cpu()
+    joint = summed(joint).cpu()
     return {"mAP micro": average_precision(*joint), "mAP macro": macro_average_precision(*joint)}
 
 
 # ---- pictures ----
 
-def palette(n):
-    """Colours for 0 (black, unlabelled) and n classes: PASCAL VOC's, the bits of the index spread
-    over three channels.
+def palette(classes):
+    """The data set's colours for 0 (black: unlabelled) and its classes, (C+1)x3 uint8.
+
+    SUN RGB-D and NYUv2 come without colours: there as on made-up scenes it is the colormap that the
+    field draws them with, PASCAL VOC's: the bits of the index spread over three channels.
     """
-    k = np.arange(n + 1)[:, None]
+    if classes == GEONRW:
+        return np.uint8([(0, 0, 0), *GEONRW_COLOURS])
+    k = np.arange(len(classes) + 1)[:, None]
     bits = sum(((k >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3))
-    return bits.astype(np.uint8)                # (n+1)x3
+    return bits.astype(np.uint8)
+
+
+TITLES = dict(sar="SAR", ms="optical", aerial="RGB", dem="height", rgb="RGB", hha="HHA")
 
 
 def save_pictures(folder, names, target, x, modalities, s, classes):
-    """A picture a sample: the inputs, the label, the prediction, and what the colours mean."""
+    """A sheet a sample: inputs, label and prediction side by side, below them the colours' classes;
+    of a multi-label task the inputs, below them each class with its score, labelled or predicted.
+    """
     folder.mkdir(exist_ok=True)
-    views = [picture(x_.cpu(), modality) for x_, modality in zip(x, modalities)]
+    font, line, M = ImageFont.load_default(14), 20, 8               # pixels: M the margin
+    inputs = [picture(x_, modality) for x_, modality in zip(x, modalities)]
+    colours, target, s = palette(classes), target.cpu(), s.cpu()
     for k, name in enumerate(names):
-        # multi-label: names in place of colours; as many as there are labels
-        if s.ndim == 2:
-            best = s[k].cpu().topk(max(1, int(target[k].sum()))).indices.tolist()
-            panels = [v[k] for v in views]
-            listed = [("label", c) for c in target[k].nonzero()[:, 0].tolist()]
-            listed += [("prediction", c) for c in best]
-            legend = [(f"{what}: {classes[c]}", (0, 0, 0)) for what, c in listed]
+        panels = [(TITLES.get(m, m), v[k]) for m, v in zip(modalities, inputs)]
+        if target.ndim == 2:
+            columns, rows = (0, 60, 140, 230), [("score", "label", "prediction", "class")]
+            rows += [(f"{p:.2f}", "labelled" * bool(y), "predicted" * (p > 0.5), c)
+                     for p, y, c in zip(s[k].sigmoid().tolist(), target[k], classes)]
         else:
-            colours, gt = palette(len(classes)), target[k].cpu().numpy()
-            pred = s[k].argmax(0).cpu().numpy() + 1
-            panels = [v[k] for v in views] + [colours[gt], colours[pred]]
-            legend = [(classes[c - 1], tuple(colours[c])) for c in np.union1d(gt, pred) if c]
-        scale = max(1, 192 // panels[0].shape[0])
-        row = np.concatenate([p.repeat(scale, 0).repeat(scale, 1) for p in panels], 1)
-        size = max(row.shape[1], 560), row.shape[0] + 14 * len(legend) + 4
-        sheet = Image.new("RGB", size, "white")
-        sheet.paste(Image.fromarray(row))
+            gt, pred = target[k].numpy(), s[k].argmax(0).numpy() + 1
+            panels += [("label", colours[gt]), ("prediction", colours[pred])]
+            columns, rows = (0, 20), [(tuple(colours[c].tolist()), ("unlabelled", *classes)[c])
+                                      for c in np.union1d(gt, pred)]
+        scale = max(1, 256 // len(panels[0][1]))
+        H, W = (scale * n for n in panels[0][1].shape[:2])
+        needed = columns[-1] + max(font.getlength(row[-1]) for row in rows)
+        sheet = Image.new("RGB", (M + int(max(len(panels) * (W + M), needed + M)),
+                                  H + line * (len(rows) + 1) + 3 * M), "white")
         draw = ImageDraw.Draw(sheet)
-        for j, (text, colour) in enumerate(legend):
-            y = row.shape[0] + 3 + 14 * j
-            draw.rectangle((4, y, 14, y + 10), tuple(int(v) for v in colour))
-            draw.text((20, y), text, "black")
+        for j, (title, panel) in enumerate(panels):
+            draw.text((M + j * (W + M), M), title, "black", font)
+            large = Image.fromarray(panel).resize((W, H), Image.Resampling.NEAREST)
+            sheet.paste(large, (M + j * (W + M), M + line))
+        for j, row in enumerate(rows):
+            y = H + line * (j + 1) + 2 * M
+            for left, cell in zip(columns, row):
+                if isinstance(cell, str):
+                    draw.text((M + left, y), cell, "black", font)
+                else:
+                    draw.rectangle((M + left, y + 2, M + left + 13, y + 15), cell, "grey")
         sheet.save(folder / f"{name.replace('/', '_')}.png")
 
 
 # ---- the paper's tables, and what was run ----
 
-COLUMNS = ("1% linear", "1% fine-tune", "100% linear", "100% fine-tune")
-TABLES_1_2 = {                                  # (task, modality): title, {row: the four columns}
-    ("bigearthnet", 0): ("Table 1, left: BigEarthNet-MM, both modalities, mAP micro", {
-        "Rand. Init.": (58.7, 58.7, 70.1, 70.1), "Supervised": (77.0, 77.0, 88.9, 88.9),
-        "SimCLR-cross": (77.4, 78.7, 82.8, 89.6), "CLIP": (77.4, 78.7, 82.8, 89.6),
-        "Barlow Twins": (78.7, 80.3, 83.2, 89.5), "VICReg": (74.5, 79.0, 81.9, 89.5),
-        "DeCUR": (79.4, 81.7, 85.4, 89.7)}),
-    ("bigearthnet", 1): ("Table 1, right: BigEarthNet-MM, SAR alone, mAP micro", {
-        "Rand. Init.": (50.0, 50.0, 54.2, 54.2), "Supervised": (67.5, 67.5, 81.9, 81.9),
-        "SimCLR-cross": (68.1, 70.4, 71.7, 83.7), "CLIP": (68.0, 70.2, 71.7, 83.4),
-        "Barlow Twins": (72.3, 73.7, 77.8, 83.6), "VICReg": (69.3, 71.9, 74.1, 83.6),
-        "Barlow Twins, one modality": (71.2, 73.3, 77.5, 81.6), "DeCUR": (73.7, 75.4, 78.3, 83.7)}),
-    ("geonrw", 0): ("Table 2, left: GeoNRW, both modalities, mIoU", {
-        "Rand. Init.": (14.1, 14.1, 23.0, 23.0), "Supervised": (22.1, 22.1, 44.0, 44.0),
-        "SimCLR-cross": (23.0, 30.2, 35.2, 47.3), "CLIP": (22.8, 28.8, 35.0, 46.7),
-        "Barlow Twins": (31.2, 33.6, 43.0, 48.4), "VICReg": (27.4, 32.8, 38.0, 45.1),
-        "DeCUR": (34.9, 36.9, 43.9, 48.7)}),
-    ("geonrw", 1): ("Table 2, right: GeoNRW, RGB alone, mIoU", {
-        "Rand. Init.": (14.2, 14.2, 18.5, 18.5), "Supervised": (17.5, 17.5, 38.8, 38.8),
-        "SimCLR-cross": (20.1, 25.9, 29.6, 42.5), "CLIP": (20.0, 25.7, 29.4, 42.3),
-        "Barlow Twins": (29.4, 33.4, 38.0, 45.9), "VICReg": (23.7, 28.7, 32.4, 41.6),
-        "Barlow Twins, one modality": (28.6, 32.6, 36.2, 45.7), "DeCUR": (31.4, 34.5, 43.9, 46.5)}),
-}
+def numbers(table):
+    """Lines of a name and, from column 28 on, numbers ("-": none) -> {name: [number or None]}."""
+    rows = [(line[:28].strip(), line[28:].split()) for line in table.splitlines()]
+    return {name: [None if n == "-" else float(n) for n in row] for name, row in rows}
+
+
+# Of both modalities, then of one (SAR, RGB): 1 % linear, 1 % fine-tuned, 100 % linear, fine-tuned.
+TABLE_1 = numbers("""\
+Rand. Init.                 58.7 58.7 70.1 70.1    50.0 50.0 54.2 54.2
+Supervised                  77.0 77.0 88.9 88.9    67.5 67.5 81.9 81.9
+SimCLR-cross                77.4 78.7 82.8 89.6    68.1 70.4 71.7 83.7
+CLIP                        77.4 78.7 82.8 89.6    68.0 70.2 71.7 83.4
+Barlow Twins                78.7 80.3 83.2 89.5    72.3 73.7 77.8 83.6
+VICReg                      74.5 79.0 81.9 89.5    69.3 71.9 74.1 83.6
+Barlow Twins, one modality     -    -    -    -    71.2 73.3 77.5 81.6
+DeCUR                       79.4 81.7 85.4 89.7    73.7 75.4 78.3 83.7""")
+TABLE_2 = numbers("""\
+Rand. Init.                 14.1 14.1 23.0 23.0    14.2 14.2 18.5 18.5
+Supervised                  22.1 22.1 44.0 44.0    17.5 17.5 38.8 38.8
+SimCLR-cross                23.0 30.2 35.2 47.3    20.1 25.9 29.6 42.5
+CLIP                        22.8 28.8 35.0 46.7    20.0 25.7 29.4 42.3
+Barlow Twins                31.2 33.6 43.0 48.4    29.4 33.4 38.0 45.9
+VICReg                      27.4 32.8 38.0 45.1    23.7 28.7 32.4 41.6
+Barlow Twins, one modality     -    -    -    -    28.6 32.6 36.2 45.7
+DeCUR                       34.9 36.9 43.9 48.7    31.4 34.5 43.9 46.5""")
 DOUBTS = {                                      # where the paper contradicts itself
     ("bigearthnet", 0, "SimCLR-cross"): "repeats CLIP's row; the text's gain of 2%-4.8% over "
                                         "SimCLR cannot come from it",
     ("geonrw", 1, "DeCUR"): "43.9 is also the cell of Table 2, left; it gives 14.5 over CLIP where "
-                            "the text says up to 11.4",
-}
-# (task, model): {row: mIoU, accuracy}; the rows in QUOTED the paper did not run either.
-TABLE_3 = {
-    ("sunrgbd", "fcn"): {
-        "FCN": (27.4, 68.2), "FCN (CLIP)": (30.5, 74.2), "FCN (DeCUR)": (34.5, 75.5)},
-    ("sunrgbd", "cmx"): {
-        "SA-Gate": (49.4, 82.5), "SGNet": (48.6, 82.0), "ShapeConv": (48.6, 82.2),
-        "CMX-B2": (49.7, 82.8), "CMX-B2 (DeCUR)": (50.6, 83.2)},
-    ("nyuv2", "fcn"): {
-        "FCN": (29.2, 60.0), "FCN (CLIP)": (30.4, 63.3), "FCN (DeCUR)": (31.2, 63.9)},
-    ("nyuv2", "cmx"): {
-        "SA-Gate": (52.4, 77.9), "SGNet": (51.1, 76.8), "ShapeConv": (51.3, 76.4),
-        "OMNIVORE": (54.0, None), "CMX-B5": (56.9, 80.1), "CMX-B5 (DeCUR)": (57.3, 80.3)},
-}
+                            "the text says up to 11.4"}
+# mIoU, accuracy of SUN RGB-D, then NYUv2; the rows in QUOTED the paper did not run either.
+TABLE_3 = numbers("""\
+FCN                         27.4 68.2    29.2 60.0
+FCN (CLIP)                  30.5 74.2    30.4 63.3
+FCN (DeCUR)                 34.5 75.5    31.2 63.9
+SA-Gate                     49.4 82.5    52.4 77.9
+SGNet                       48.6 82.0    51.1 76.8
+ShapeConv                   48.6 82.2    51.3 76.4
+OMNIVORE                       -    -    54.0    -
+CMX-B2                      49.7 82.8       -    -
+CMX-B2 (DeCUR)              50.6 83.2       -    -
+CMX-B5                         -    -    56.9 80.1
+CMX-B5 (DeCUR)                 -    -    57.3 80.3""")
 QUOTED = ("SA-Gate", "SGNet", "ShapeConv", "OMNIVORE", "CMX-B2", "CMX-B5")
-TABLE_4 = {"DeCUR": (81.7, 36.9), "Barlow Twins": (80.3, 33.6), "w/o intra": (80.1, 34.3),
-           "w/o decoup.": (81.1, 35.2)}
+# SAR-optical mAP micro, RGB-DEM mIoU; "Barlow Twins" is there "w/o intra&decoup.".
+TABLE_4 = numbers("""\
+DeCUR                       81.7 36.9
+Barlow Twins                80.3 33.6
+w/o intra                   80.1 34.3
+w/o decoup.                 81.1 35.2""")
 PAPERS_COMMON = dict(bigearthnet=0.875, geonrw=0.75, sunrgbd=0.75, nyuv2=0.75)
+METHODS = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg", barlowtwins="Barlow Twins")
 
 
 def row_of(result):
@@ -750,15 +714,12 @@ def row_of(result):
     if not p or "method" not in p:
         return None
     if p["method"] != "decur":
-        names = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg",
-                     barlowtwins="Barlow Twins")
-        return names[p["method"]] + (", one modality" if p.get("modality") else "")
-    usual = p["projector"] == "8192-8192-8192"
-    if p["no_intra"]:
-        return "w/o intra" if usual and p["common"] == PAPERS_COMMON[result["task"]] else None
-    if usual and p["common"] == PAPERS_COMMON[result["task"]]:
-        return "DeCUR"
-    return "w/o decoup." if usual and p["common"] == 1 else None
+        return METHODS[p["method"]] + ", one modality" * bool(p.get("modality"))
+    if p["projector"] != "8192-8192-8192":
+        return None
+    if p["common"] == PAPERS_COMMON[result["task"]]:
+        return "w/o intra" if p["no_intra"] else "DeCUR"
+    return "w/o decoup." if p["common"] == 1 and not p["no_intra"] else None
 
 
 def cell(results, metric, paper):
@@ -770,80 +731,85 @@ def cell(results, metric, paper):
 
 
 def print_tables(folders):
-    """Tables 1-4 and Figures 3a, 3b, 6, 7 from the results.json of the runs; cells: ours | the
-    paper's.
-    """
-    files = [file for file in (Path(folder) / "results.json" for folder in folders)
-             if file.is_file()]
+    """Tables 1-4, Figures 3a, 3b, 6, 7 from the runs' results.json; cells: ours | the paper's."""
+    files = [file for folder in folders if (file := Path(folder) / "results.json").is_file()]
     results = [json.loads(file.read_text()) for file in files]
     real = [r for r in results if not r["toy"] and not r["part"]]
 
-    def find(**wanted):
-        return [r for r in real if all((row_of(r) if key == "row" else r[key]) == value
+    def find(runs=real, **wanted):
+        return [r for r in runs if all((row_of(r) if key == "row" else r[key]) == value
                                        for key, value in wanted.items())]
 
     def show(title, columns, rows):
-        print(f"\n{title}\n{'':30s}" + "".join(f"{column:26s}" for column in columns))
-        for name, cells in rows:
+        print(f"\n{title}")
+        for name, cells in (("", columns), *rows):
             print(f"{name:30s}" + "".join(f"{text:26s}" for text in cells))
 
-    setups = [(labels, linear) for labels in (0.01, 1.0) for linear in (True, False)]
-    for (task, modality), (title, rows) in TABLES_1_2.items():
-        metric = "mAP micro" if task == "bigearthnet" else "mIoU"
-        show(title, COLUMNS, [(row + " *" * ((task, modality, row) in DOUBTS), [
-            cell(find(task=task, modality=modality, labels=labels, linear=linear, row=row),
-                 metric, paper)
-            for (labels, linear), paper in zip(setups, papers)]) for row, papers in rows.items()])
-        for (t, m, row), doubt in DOUBTS.items():
-            if (t, m) == (task, modality):
-                print(f"* {row}: {doubt}")
+    setups = [dict(labels=labels, linear=linear) for labels in (0.01, 1.0)
+              for linear in (True, False)]
+    metrics = (("bigearthnet", "mAP micro"), ("geonrw", "mIoU"))
+    columns = ("1% linear", "1% fine-tune", "100% linear", "100% fine-tune")
+    for table, task, metric, modality, title in (
+            (TABLE_1, *metrics[0], 0, "Table 1, left: BigEarthNet-MM, both modalities"),
+            (TABLE_1, *metrics[0], 1, "Table 1, right: BigEarthNet-MM, SAR alone"),
+            (TABLE_2, *metrics[1], 0, "Table 2, left: GeoNRW, both modalities"),
+            (TABLE_2, *metrics[1], 1, "Table 2, right: GeoNRW, RGB alone")):
+        rows, doubts = [], []
+        for row, papers in table.items():
+            if papers[4 * modality] is None:
+                continue
+            doubt = DOUBTS.get((task, modality, row))
+            doubts += [f"* {row}: {doubt}"] if doubt else []
+            runs = find(task=task, modality=modality, row=row)
+            rows.append((row + " *" * bool(doubt), [
+                cell(find(runs, **setup), metric, paper)
+                for setup, paper in zip(setups, papers[4 * modality:])]))
+        show(f"{title}, {metric}", columns, rows)
+        print(*doubts, sep="\n", end="\n" * bool(doubts))
     print("Rand. Init. is a run with --linear, Supervised one without; the paper prints one number "
           "in both columns.")
-    for (task, model), rows in TABLE_3.items():
-        lines = []
-        for name, papers in rows.items():
-            if name in QUOTED:
-                lines.append((name, [f"quoted | {'-' if p is None else p}" for p in papers]))
+    for k, task, model in ((0, "sunrgbd", "fcn"), (0, "sunrgbd", "cmx"),
+                           (1, "nyuv2", "fcn"), (1, "nyuv2", "cmx")):
+        rows = []
+        for name, papers in TABLE_3.items():
+            papers = papers[2 * k:2 * k + 2]
+            if name.startswith("FCN") != (model == "fcn") or papers[0] is None:
                 continue
             row = name.partition("(")[2].rstrip(")") or "Supervised"
             runs = find(task=task, model=model, linear=False, row=row, labels=1.0)
-            lines.append((name, [cell(runs, metric, p)
-                                 for metric, p in zip(("mIoU", "accuracy"), papers)]))
-        show(f"Table 3: {task}, {model}", ("mIoU", "accuracy"), lines)
-    metrics = (("bigearthnet", "mAP micro"), ("geonrw", "mIoU"))
-    # Sec. 6: fine-tuning with 1 % of the labels
-    ablation = dict(modality=0, labels=0.01, linear=False)
+            rows.append((name, [
+                f"quoted | {paper or '-'}" if name in QUOTED else cell(runs, metric, paper)
+                for metric, paper in zip(("mIoU", "accuracy"), papers)]))
+        show(f"Table 3: {task}, {model}", ("mIoU", "accuracy"), rows)
+    few = find(modality=0, labels=0.01)         # Sec. 6: 1 % of the labels, both modalities
     show("Table 4", ("SAR-optical, mAP micro", "RGB-DEM, mIoU"), [
         (row if row != "Barlow Twins" else "w/o intra&decoup.", [
-            cell(find(task=task, row=row, **ablation), metric, p)
-            for (task, metric), p in zip(metrics, papers)])
+            cell(find(few, task=task, row=row, linear=False), metric, paper)
+            for (task, metric), paper in zip(metrics, papers)])
         for row, papers in TABLE_4.items()])
-    swept = [r for r in real if (r["pretraining"] or {}).get("method") == "decur"
-             and not r["pretraining"]["no_intra"]]
-    for title, tasks, axis, keep in (
+    swept = [r for r in real if (p := r["pretraining"] or {}).get("method") == "decur"
+             and not p["no_intra"]]
+    for title, tasks, axis, projector in (
             ("Figure 3a: percentage of common dimensions", metrics, "common", "8192-8192-8192"),
             ("Figure 6: the same with 512 dimensions", metrics, "common", "512-512-512"),
             ("Figure 3b: projector, GeoNRW", metrics[1:], "projector", None),
             ("Figure 7: projector, BigEarthNet-MM", metrics[:1], "projector", None)):
-        lines = []
+        rows = []
         for task, metric in tasks:
-            of_task = [r for r in swept
-                       if (r["task"], r["modality"], r["labels"]) == (task, 0, 0.01) and (
-                           r["pretraining"]["projector"] == keep if keep else
-                           r["pretraining"]["common"] == PAPERS_COMMON[task])]
-            for value in sorted({r["pretraining"][axis] for r in of_task}, key=str):
-                runs = [r for r in of_task if r["pretraining"][axis] == value]
-                lines.append((f"{task} {axis} {value}", [
-                    cell([r for r in runs if r["linear"] == linear], metric, None)
-                    for linear in (True, False)]))
+            cells = {}                          # a point of the axis: its runs
+            for r in find(swept, task=task, modality=0, labels=0.01):
+                p = r["pretraining"]
+                if projector == p["projector"] if projector else p["common"] == PAPERS_COMMON[task]:
+                    cells.setdefault(str(p[axis]), []).append(r)
+            rows += [(f"{task} {axis} {value}", [
+                cell(find(runs, linear=linear), metric, None) for linear in (True, False)])
+                for value, runs in sorted(cells.items())]
         show(f"{title} (1% labels; the paper has a curve, no numbers)",
-             ("linear", "fine-tune"), lines or [("not run", [])])
+             ("linear", "fine-tune"), rows or [("not run", [])])
     rest = [r for r in results if r not in real or not (row_of(r) or r in swept)]
     if rest:
-        print("\nOther runs: made-up scenes, parts of the embedding, weights that the paper has "
-              "not")
-        for line in sorted(map(line_of, rest)):
-            print(line)
+        print("\nOther runs: made-up scenes, parts of the embedding, weights not in the paper")
+        print(*sorted(map(line_of, rest)), sep="\n")
 
 
 def line_of(result):
@@ -863,63 +829,43 @@ def line_of(result):
 # ---- command line ----
 
 def get_args(argv=None):
-    """The settings, each resolved to a value and the source of it.  Returns (args, {name:
-    source}).
-    """
-    parser = argparse.ArgumentParser(description="Transfer of pretrained encoders (Tables 1-3). A "
-                                                 "setting that is not given "
-                                     "is the paper's for the task.", allow_abbrev=False)
-    parser.add_argument("--task", choices=TASKS, help="data set and head, with their settings")
-    parser.add_argument("--table", nargs="+", metavar="DIR",
-                        help="print the results of these runs as the paper's tables")
-    parser.add_argument("--toy", action="store_true",
-                        help="the made-up scenes of the task's scenario, and small settings")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR",
-                       help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
-    group.add_argument("--split", help="samples to train on; default: train")
-    group.add_argument("--test-split", help="samples of the metrics; default: test")
-    group.add_argument("--labels", type=float, help="fraction of the training samples; default: 1")
-    group.add_argument("--modality", choices=("both", "1", "2"),
-                       help="in training and test; default: both, FCN on RGB-D 1")
-    group.add_argument("--depth-unit", type=float,
-                       help="steps of a depth file a metre; default: 1000, millimetres")
-    group.add_argument("--size", type=int, help="height of the training crop in pixels")
-    group.add_argument("--workers", type=int,
-                       help="processes that read files; default: up to 8, on a CPU 0")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=("late", "fcn", "cmx"),
-                       help="default: late (BigEarthNet), fcn")
-    group.add_argument("--backbone", choices=[*RESNETS, *MITS],
-                       help="default: resnet50; cmx: mit_b2, NYUv2 mit_b5")
-    group.add_argument("--weights", nargs="+", metavar="FILE",
-                       help="file with both encoders, one for each, imagenet, a whole CMX, or "
-                            "none: random")
-    group.add_argument("--bgr", action="store_true",
-                       help="--weights saw BGR images, as the DeCUR authors' and CMX's did")
-    group.add_argument("--part", choices=("common", "unique", "all"),
-                       help="linear classification on this part of the embedding, not on the "
-                            "backbone's feature")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--linear", action="store_true",
-                       help="encoders frozen, in evaluation mode; default: fine-tuning")
-    group.add_argument("--cached", action="store_true",
-                       help="with --linear, compute the features once: fast, but without "
-                            "augmentation")
-    group.add_argument("--epochs", type=int, help="0: evaluate alone")
-    group.add_argument("--batch-size", type=int, help="the global one")
-    group.add_argument("--lr", type=float, help="at the start")
-    group.add_argument("--weight-decay", type=float)
-    group.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path,
-                       help="default: runs/TASK-MODEL-..., a name for each setting")
-    group.add_argument("--resume", action="store_true",
-                       help="go on from the checkpoint in --out, if there is one")
-    group.add_argument("--save-every", type=float, default=30, metavar="MINUTES",
-                       help="between checkpoints; default: 30")
-    group.add_argument("--save-images", type=int, default=0, metavar="N",
-                       help="pictures of the first N test samples")
+    """The settings, each resolved to a value and its source.  Returns (args, {name: source})."""
+    parser = argparse.ArgumentParser(
+        description="Transfer of pretrained encoders (Tables 1-3). A setting that is not given is "
+                    "the paper's for the task.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--task", choices=TASKS, help="data set and head, with their settings")
+    add("--table", nargs="+", metavar="DIR", help="print these runs as the paper's tables")
+    add("--toy", action="store_true", help="the made-up scenes of the task, and small settings")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
+    add("--split", help="samples to train on; default: train")
+    add("--test-split", help="samples of the metrics; default: test")
+    add("--labels", type=float, help="fraction of the training samples; default: 1")
+    add("--modality", choices=("both", "1", "2"), help="default: both, FCN on RGB-D 1")
+    add("--depth-unit", type=float, help="steps of a depth file a metre; default: 1000, mm")
+    add("--size", type=int, help="height of the training crop in pixels")
+    add("--workers", type=int, help="processes that read files; default: 4, on a CPU 0")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet), fcn")
+    add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
+    add("--weights", nargs="+", metavar="FILE",
+        help="file with both encoders, one for each, imagenet, a whole CMX, or none: random")
+    add("--bgr", action="store_true", help="--weights saw BGR images: the DeCUR authors', CMX's")
+    add("--part", choices=("common", "unique", "all"), help="classify this part of the embedding")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--linear", action="store_true", help="frozen encoders; default: fine-tuning")
+    add("--cached", action="store_true", help="features once: fast, but without augmentation")
+    add("--epochs", type=int, help="0: evaluate alone")
+    add("--batch-size", type=int, help="the global one")
+    add("--lr", type=float, help="at the start")
+    add("--weight-decay", type=float)
+    add("--seed", type=int, help="of everything random; default: 0")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, help="default: runs/TASK-MODEL-..., a name for each setting")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--save-every", type=float, metavar="MINUTES", help="between checkpoints; default: 30")
+    add("--save-images", type=int, metavar="N", help="pictures of the first N test samples")
     args = parser.parse_args(argv)
     if args.table:
         return args, {}
@@ -927,57 +873,53 @@ def get_args(argv=None):
         raise BadInput("expected --task and --weights (a file, or none for random weights), or "
                        "--table")
     sources = {name: "command line" for name, value in vars(args).items()
-               if value not in (None, False)}
+               if value is not None and value is not False}
     args.modality = {None: None, "both": 0, "1": 1, "2": 2}[args.modality]
-    args.model = args.model or TASKS[args.task]["model"]
-    recipe = RECIPES.get((args.task, args.model), CMX_NYU if args.model == "cmx" else {})
+    task = TASKS[args.task]
+    args.model = args.model or task["model"]
     if (args.task, args.model) not in RECIPES and not args.toy:
-        raise BadInput(f"--model {args.model}: expected "
-                       f"{' or '.join(m for t, m in RECIPES if t == args.task)} for --task "
-                       f"{args.task}")
-    tables = [(dict(steps=None), "--epochs")] if args.epochs is not None else []
-    tables += [(TOYS[args.model], "--toy")] if args.toy else []
-    tables += [(recipe, "paper, App. B; see RECIPES"), (REST, "default")]
-    settled = set()
-    for table, source in tables:
-        for name, value in table.items():
-            if getattr(args, name, None) is None and name not in settled:
-                setattr(args, name, value)
-                settled.add(name)
-                sources[name] = source
+        models = " or ".join(model for task, model in RECIPES if task == args.task)
+        raise BadInput(f"--model {args.model}: expected {models} for --task {args.task}")
+    recipe = RECIPES.get((args.task, args.model), CMX_NYU if args.model == "cmx" else {})
+    settings = {}                               # each overrides those before it
+    for table, source in ((REST, "default"), (recipe, "paper, App. B; see RECIPES"),
+                          (TOYS[args.model] if args.toy else {}, "--toy"),
+                          ({} if args.epochs is None else dict(steps=None), "--epochs")):
+        settings |= {name: (value, source) for name, value in table.items()}
+    for name, (value, source) in settings.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+            sources[name] = source
     if args.linear and args.lr_linear and sources["lr"] != "command line":
         args.lr, sources["lr"] = args.lr_linear, sources["lr_linear"]
-    sources = {name: source for name, source in sources.items() if name != "lr_linear"}
-    checks = (
-        (0 < args.labels <= 1, "--labels", "a fraction above 0, up to 1"),
-        (not args.part or args.linear and args.model == "late", "--part", "it with --linear and "
-                                                                          "late fusion alone"),
-        (not args.cached or args.linear and args.model != "cmx", "--cached", "it with --linear, "
-                                                                             "and not with CMX"),
-        (args.model != "cmx" or args.backbone in MITS and not args.modality, "--model",
-         "mit_b? and both modalities for cmx"),
-        (args.size >= 16 and (TASKS[args.task]["scenario"] != "rgbd" or args.size % 3 == 0),
-         "--size", "16 or more, on RGB-D a multiple of 3"),
-        (args.epochs is None or args.epochs >= 0, "--epochs", "0 or more"),
-        (args.batch_size > 0, "--batch-size", "1 or more"), (args.lr > 0, "--lr", "more than 0"),
-        (args.weight_decay >= 0, "--weight-decay", "0 or more"),
-        (args.seed >= 0, "--seed", "0 or more"),
-        (args.save_images >= 0, "--save-images", "0 or more"),
-        (args.save_every > 0, "--save-every", "more than 0 minutes"))
-    for fine, flag, expected in checks:
+    sources.pop("lr_linear")
+    cmx, rgbd = args.model == "cmx", task["scenario"] == "rgbd"
+    least = 48 if cmx else 32 if args.backbone in MITS else 16      # CMX is evaluated at 3/4, too
+    for fine, name, expected in (
+            (0 < args.labels <= 1, "labels", "a fraction above 0, up to 1"),
+            (not args.part or args.linear and args.model == "late", "part",
+             "it with --linear and late fusion alone"),
+            (not args.cached or args.linear and not cmx, "cached",
+             "it with --linear, and not with CMX"),
+            (not cmx or args.backbone in MITS and not args.modality, "model",
+             "mit_b? and both modalities for cmx"),
+            (args.size >= least and not (rgbd and args.size % 3), "size",
+             f"{least} or more, on RGB-D a multiple of 3"),
+            (args.batch_size > 0, "batch_size", "1 or more"), (args.lr > 0, "lr", "more than 0"),
+            (args.save_every > 0, "save_every", "more than 0 minutes"),
+            *((not getattr(args, name) or getattr(args, name) > 0, name, "0 or more")
+              for name in ("epochs", "weight_decay", "seed", "save_images"))):
         if not fine:
-            raise BadInput(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}: expected "
-                           f"{expected}")
-    toy = "toy-" if args.toy else ""
-    args.data = args.data or (f"data/toy-{TASKS[args.task]['scenario']}" if args.toy
-                              else TASKS[args.task]["data"])
+            flag = name.replace("_", "-")
+            raise BadInput(f"--{flag} {getattr(args, name)}: expected {expected}")
+    args.data = args.data or (f"data/toy-{task['scenario']}" if args.toy else task["data"])
     if not args.out:
         file = Path(args.weights[0])
         name = file.resolve().parent.name if file.is_file() else file.name  # imagenet, none
         parts = [args.task, args.model, "linear" if args.linear else "finetune", args.part,
                  f"{100 * args.labels:g}", args.modality and f"modality{args.modality}", name,
                  "cached" * args.cached, f"seed{args.seed}"]
-        args.out = Path("runs") / (toy + "-".join(str(part) for part in parts if part))
+        args.out = Path("runs") / ("toy-" * args.toy + "-".join(str(p) for p in parts if p))
     return args, sources
 
 
@@ -989,32 +931,33 @@ def main():
     rank, world, device = start_processes()
     say = print if rank == 0 else lambda *_: None
     N = args.batch_size
-    if N % world or args.cached and world > 1:
+    if N % world:
         raise BadInput(f"--batch-size {N} is not a multiple of {world} processes; try "
-                       f"{max(1, N // world) * world}"
-                       if N % world else f"--cached on {world} processes: expected one, it is fast "
-                                         f"enough")
+                       f"{max(1, N // world) * world}")
+    if args.cached and world > 1:
+        raise BadInput(f"--cached on {world} processes: expected one, it is fast enough")
 
     # ---- data ----
     if args.toy and rank == 0:
         make_toy(TASKS[args.task]["scenario"], args.data)
     agreed(False, device)                       # the others wait until the scenes are there
-    train, test = open_task(args, args.split), open_task(args, args.test_split)
+    classes = TASKS[args.task]["classes"]
+    if args.toy:
+        classes = SCENE_CLASSES[1:] if args.model == "late" else SCENE_CLASSES
+    train, test = (open_task(args, split, classes) for split in (args.split, args.test_split))
     chosen = subset(len(train), args.labels, args.seed)
     if args.epochs != 0 and N > len(chosen):
         raise BadInput(f"--batch-size {N} is more than the {len(chosen)} training samples under "
-                       f"{args.data}; at most "
-                       f"{len(chosen)}")
+                       f"{args.data}; at most {len(chosen)}")
     steps_per_epoch = max(1, len(chosen) // N)
     steps = args.steps if args.steps is not None else args.epochs * steps_per_epoch
     rows = slice(rank * N // world, (rank + 1) * N // world)  # of the global batch, this process's
     test_rows = slice(rank * len(test) // world, (rank + 1) * len(test) // world)
     draws = Draws(args.seed, N, rows)
-    classes = class_names(args)
     workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else 4
-    loading = dict(num_workers=workers, worker_init_fn=leave_group,
-                   pin_memory=device.type == "cuda")
-    modalities = [train.modalities[args.modality - 1]] if args.modality else list(train.modalities)
+    cuda = device.type == "cuda"
+    loading = dict(num_workers=workers, worker_init_fn=leave_group, pin_memory=cuda)
+    modalities = [train.modalities[args.modality - 1]] if args.modality else train.modalities
 
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
@@ -1022,24 +965,21 @@ def main():
     net, encoders, lines = build(args, channels, len(classes))
     for E in encoders:
         E.requires_grad_(not args.linear)
-    if device.type == "cuda" and world > 1:
+    if cuda and world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     elif world > 1 and not (args.linear and args.model != "cmx"):
         say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each "
-            f"uses its {N // world} "
-            f"samples")
+            f"uses its {N // world} samples")
     net.to(device)
     model = DistributedDataParallel(net) if world > 1 else net
     trained = [p for p in net.parameters() if p.requires_grad]
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(trained, args.lr, momentum=args.momentum,
-                                    weight_decay=args.weight_decay)
-    else:                                       # CMX: no weight decay on biases and norms
-        spared = [p for p in trained if p.ndim < 2 and args.model == "cmx"]
-        others = [p for p in trained if p.ndim >= 2 or args.model != "cmx"]
-        groups = [dict(params=others), dict(params=spared, weight_decay=0.0)]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], args.lr,
-                                      weight_decay=args.weight_decay)
+    # CMX: no weight decay on biases and norms
+    spared = [p for p in trained if p.ndim < 2 and args.model == "cmx"]
+    groups = [dict(params=[p for p in trained if p.ndim >= 2 or args.model != "cmx"]),
+              dict(params=spared, weight_decay=0.0)][:2 if spared else 1]
+    optimizer = dict(sgd=partial(torch.optim.SGD, momentum=args.momentum),
+                     adamw=torch.optim.AdamW)[args.optimizer](groups, args.lr,
+                                                              weight_decay=args.weight_decay)
 
     # ---- the run's folder ----
     settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
@@ -1051,15 +991,14 @@ def main():
     step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
-        lock = open_folder(args.out, dict(settings, argv=sys.argv, data=str(args.data),
-                                          processes=world, device=str(device)), step)  # noqa: F841
+        about = dict(argv=sys.argv, data=str(args.data), processes=world, device=str(device))
+        lock = open_folder(args.out, settings | about, step)  # noqa: F841
         write_atomically(args.out / "ids.txt", lambda path: path.write_text(
             "".join(f"{train.data.ids[i]}\n" for i in sorted(chosen))))
         print(" ".join(sys.argv))
         print(f"{len(chosen)} of {len(train)} samples of {args.split} under {args.data}, "
-              f"{len(test)} of {args.test_split}; "
-              f"{steps} steps on {world} process{'es' if world > 1 else ''}, {device.type}; torch "
-              f"{torch.__version__}")
+              f"{len(test)} of {args.test_split}; {steps} steps on {world} "
+              f"process{'es' * (world > 1)}, {device.type}; torch {torch.__version__}")
         for name, source in sources.items():
             print(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
         print(*lines, sep="\n")
@@ -1069,41 +1008,42 @@ def main():
             print(f"resumed from {checkpoint_file} at step {step} of {steps}")
 
     # ---- batches: what the model sees and its target ----
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def evaluation_mode(everything=True):
         net.train(not everything)
         for E in encoders if args.linear else ():
-            # frozen is frozen: the statistics of its batch norms, too
-            E.eval()
+            E.eval()                            # frozen: the statistics of its batch norms, too
 
     def test_batches(data, index):
         pieces = np.array_split(index, -(-len(index) // max(1, N // world))) if len(index) else []
         yield from DataLoader(data, batch_sampler=[piece.tolist() for piece in pieces], **loading)
 
-    def features(data, index):
-        """Of the samples, once: a list of tensors, and the targets."""
+    def features():
+        """Of the training samples, once: the image size, a list of tensors, and the targets."""
         evaluation_mode()
         found = []
-        with torch.no_grad(), autocast:
-            for batch in tqdm(test_batches(data, index), "features", disable=rank > 0 or None,
-                              leave=False):
-                x, target = prepared(batch, args, data.modalities, device)
-                found.append((x[0].shape[-2:], [f.float() for f in net.features(*x)], target))
-        sizes, F_, targets = zip(*found)
-        return sizes[0], [torch.cat(f) for f in zip(*F_)], torch.cat(targets)
+        for batch in tqdm(test_batches(train, chosen), "features", disable=None, leave=False):
+            x, target = prepared(batch, args, train.modalities, device)
+            with torch.no_grad(), autocast:
+                found.append(([f.float() for f in net.features(*x)], target))
+        maps, targets = zip(*found)
+        return x[0].shape[-2:], [torch.cat(f) for f in zip(*maps)], torch.cat(targets)
 
     def batches(epoch, skip):
         order = epoch_batches(len(chosen), N, args.seed, epoch)[skip:, rows]
         if args.cached:
-            yield from (([f[index] for f in kept[1]], kept[2][index]) for index in order)
+            yield from ((lambda: ([f[index] for f in kept], targets[index])) for index in order)
             return
         train.data.epoch = epoch                # seasons of made-up satellite scenes
-        yield from (lambda: prepared(batch, args, train.modalities, device, draws)
+        # prepared once the step's draws are set
+        yield from ((lambda: prepared(batch, args, train.modalities, device, draws))
                     for batch in DataLoader(train, batch_sampler=chosen[order].tolist(), **loading))
 
-    kept = features(train, chosen) if args.cached and steps else None
-    forward = (lambda *f: net.head(kept[0], *f)) if args.cached else model
+    forward = model
+    if args.cached and steps:
+        size, kept, targets = features()
+        forward = partial(net.head, size)
 
     # ---- training ----
     stopped = signals_to_come()
@@ -1118,14 +1058,13 @@ def main():
             evaluation_mode(False)
             draws.restart(step)
             torch.manual_seed(mixed(args.seed, step, 1 + rank))     # for drop path and dropout
-            x, target = batch() if callable(batch) else batch
+            x, target = batch()
             with autocast:
                 logits = forward(*x)                                # NxC, or NxCxHxW
             loss = loss_of(logits, target, world)
             if agreed(not loss.isfinite(), device):
                 sys.exit(f"the loss is {loss.item()} at step {step}; {checkpoint_file} stays as it "
-                         f"was; look at the data, or "
-                         f"take a smaller --lr")
+                         "was; look at the data, or take a smaller --lr")
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(args.schedule, step, steps)
             optimizer.zero_grad()
@@ -1135,17 +1074,15 @@ def main():
             step += 1
             bar.update()
             shown = step % every == 0 or step == steps
-            if shown and world > 1:
-                dist.all_reduce(loss.detach_())
-                loss /= world
+            if shown:
+                loss = summed(loss.detach()) / world
             if rank == 0 and shown:
                 now = time.time()
                 log = dict(epoch=epoch + 1, step=step, loss=loss.item(),
                            lr=optimizer.param_groups[0]["lr"],
                            pairs_per_s=N * (step - logged_step) / (now - logged))
                 logged, logged_step = now, step
-                tqdm.write(f"epoch {log['epoch']:03d} step {step:06d}/{steps:06d}  loss "
-                           f"{log['loss']:.4f}  "
+                tqdm.write(f"epoch {epoch + 1:03d} step {step:06d}/{steps:06d}  loss {loss:.4f}  "
                            f"lr {log['lr']:.4g}  {log['pairs_per_s']:.0f} pairs/s")
                 with open(log_file, "a") as file:
                     file.write(json.dumps(log) + "\n")
@@ -1155,31 +1092,25 @@ def main():
                 saved = time.time()
             if stop:
                 bar.close()
-                say(f"stopped after step {step} of {steps} and saved {checkpoint_file}; to go on, "
-                    f"give the same command "
-                    f"with --resume")
-                return
+                return say(f"stopped after step {step} of {steps} and saved {checkpoint_file}; to "
+                           "go on, give the same command with --resume")
     bar.close()
 
     # ---- evaluation ----
-    if world > 1:
-        # on CPUs each process has batch statistics of its own
-        for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
+    for buffer in net.buffers() if world > 1 else ():
+        dist.broadcast(buffer, 0)               # on CPUs each process has its own statistics
     evaluation_mode()
-    pictures = args.save_images if rank == 0 else 0
+    drawn = 0 if rank == 0 else args.save_images
 
     def predict(batch):
-        nonlocal pictures
+        nonlocal drawn
         x, target = prepared(batch, args, test.modalities, device)
         with autocast:
             s = scores(net, x, args.test_scales)
-        if pictures:
-            n = min(pictures, len(target))
-            start = test_rows.start + args.save_images - pictures
-            save_pictures(args.out / "images", test.data.ids[start:start + n], target[:n],
+        if n := min(args.save_images - drawn, len(target)):
+            save_pictures(args.out / "images", test.data.ids[drawn:drawn + n], target[:n],
                           [x_[:n] for x_ in x], modalities, s[:n], classes)
-            pictures -= n
+            drawn += n
         return s, target
 
     test_index = np.arange(len(test))[test_rows]
@@ -1198,8 +1129,7 @@ def main():
         if args.linear:
             print("the frozen encoders have not changed by one bit")
         print(line_of(result))
-        print(f"wrote results.json, ids.txt, checkpoint.pt, log.jsonl and args.json into "
-              f"{args.out}")
+        print(f"wrote results.json, ids.txt, checkpoint.pt, log.jsonl, args.json into {args.out}")
 
 
 if __name__ == "__main__":

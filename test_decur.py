@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -581,9 +582,15 @@ def process(rank, world, folder, function, *args):
 
 
 def in_processes(world, folder, function, *args):
-    """function(rank, world, *args) of each of `world` gloo processes, as a list."""
+    """function(rank, world, *args) of each of `world` gloo processes, as a list.
+
+    All come from one server that has imported what they need, where there are such servers.
+    """
     folder.mkdir()
-    torch.multiprocessing.spawn(process, (world, folder, function, *args), nprocs=world)
+    multiprocessing.set_forkserver_preload(["test_decur"])
+    servers = "forkserver" in multiprocessing.get_all_start_methods()
+    torch.multiprocessing.start_processes(process, (world, folder, function, *args), nprocs=world,
+                                          start_method="forkserver" if servers else "spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -1797,8 +1804,8 @@ def test_iou_and_accuracy_are_counts_of_pixels(seed):
     mean.
     """
     g = torch.Generator().manual_seed(seed)
-    pred, gt = torch.randint(4, (2, 9, 9), generator=g), torch.randint(-1, 4, (2, 9, 9),
-                                                                       generator=g)
+    pred = torch.randint(4, (2, 9, 9), generator=g)
+    gt = torch.randint(-1, 4, (2, 9, 9), generator=g)
     ious, right, valid = [], 0, 0
     for c in range(6):                          # classes 4 and 5 do not occur
         pairs = [(p == c, t == c) for p, t in zip(pred.flatten().tolist(), gt.flatten().tolist())
@@ -1807,8 +1814,8 @@ def test_iou_and_accuracy_are_counts_of_pixels(seed):
             ious.append(sum(p and t for p, t in pairs) / union)
         right, valid = right + sum(p and t for p, t in pairs), len(pairs)
     expected = sum(ious) / len(ious), right / valid
-    assert len(ious) == 4 and finetune.iou_and_accuracy(pred, gt, 6,
-                                                        -1) == pytest.approx(expected, rel=1e-12)
+    assert len(ious) == 4
+    assert finetune.iou_and_accuracy(pred, gt, 6, -1) == pytest.approx(expected, rel=1e-12)
     assert finetune.iou_and_accuracy(pred, torch.full_like(gt, -1), 6, -1) == (None, None)
 
 
@@ -1818,7 +1825,8 @@ def metrics_of(rank, world):
     rows = slice(rank * 5 // world, (rank + 1) * 5 // world)
     s, y = torch.randn(5, 3, generator=g), torch.randint(2, (5, 3), generator=g).float()
     maps, gt = torch.randn(5, 3, 4, 4, generator=g), torch.randint(4, (5, 4, 4), generator=g)
-    return [finetune.evaluate(lambda i: (a[i:i + 1], b[i:i + 1]), range(rows.start, rows.stop), 3, rows, 5, "cpu")
+    samples = range(rows.start, rows.stop)
+    return [finetune.evaluate(lambda i: (a[i:i + 1], b[i:i + 1]), samples, 3, rows, 5, "cpu")
             for a, b in ((s, y), (maps, gt))]
 
 
@@ -1843,8 +1851,8 @@ def test_the_fcn_is_the_papers_convolution_after_upsampling():
     net = finetune.FCN([decur.resnet("resnet-toy", c) for c in (3, 1)], 5).double().eval()
     x = [torch.randn(2, c, 40, 56, dtype=torch.float64) for c in (3, 1)]
     maps = zip(*(E.stages(x_)[1:] for E, x_ in zip(net.encoders, x)))
-    literal = sum(score(F.interpolate(torch.cat(m, 1), (40, 56), mode="bilinear")) for score,
-                  m in zip(net.score, maps))
+    literal = sum(score(F.interpolate(torch.cat(m, 1), (40, 56), mode="bilinear"))
+                  for score, m in zip(net.score, maps))
     assert torch.allclose(net(*x), literal, rtol=0, atol=1e-12)
 
 
@@ -1861,8 +1869,8 @@ def test_cmx_has_the_published_size_and_names(name, count):
     net = finetune.CMX(name, 40)
     state = net.state_dict()
     assert sum(p.numel() for p in net.parameters()) == count
-    streams = {key for key in state if re.match(r"backbone\.(extra_)?(patch_embed|block|norm)",
-                                                key)}
+    stream = re.compile(r"backbone\.(extra_)?(patch_embed|block|norm)")
+    streams = {key for key in state if stream.match(key)}
     mit_keys = decur.mit(name, 3).state_dict().keys()
     assert streams == {f"backbone.{extra}{key}" for extra in ("", "extra_") for key in mit_keys}
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -1870,18 +1878,18 @@ def test_cmx_has_the_published_size_and_names(name, count):
     for s in range(4):
         names |= {f"FRMs.{s}.{kind}_weights.mlp.{i}.{p}" for kind in ("channel", "spatial")
                   for i in (0, 2) for p in wb}
-        names |= {f"FFMs.{s}.cross.{part}{i}.{p}" for part in ("channel_proj", "end_proj",
-                                                               "norm") for i in (1, 2) for p in wb}
-        names |= {f"FFMs.{s}.cross.cross_attn.kv{i}.weight"
-                  for i in (1, 2)} | {f"FFMs.{s}.channel_emb.residual.weight"}
+        names |= {f"FFMs.{s}.cross.{part}{i}.{p}" for part in ("channel_proj", "end_proj", "norm")
+                  for i in (1, 2) for p in wb}
+        names |= {f"FFMs.{s}.cross.cross_attn.kv{i}.weight" for i in (1, 2)}
+        names |= {f"FFMs.{s}.channel_emb.residual.weight"}
         names |= {f"FFMs.{s}.channel_emb.channel_embed.{i}.{p}" for i in (0, 1, 3) for p in wb}
         names |= {f"FFMs.{s}.channel_emb.{bn}.{p}" for bn in ("channel_embed.4", "norm")
                   for p in norm}
-    head = {f"linear_c{s}.proj.{p}" for s in (1, 2, 3, 4) for p in wb} | {f"linear_fuse.1.{p}"
-                                                                          for p in norm}
+    head = {f"linear_c{s}.proj.{p}" for s in (1, 2, 3, 4) for p in wb}
+    head |= {f"linear_fuse.1.{p}" for p in norm}
     head |= {f"{part}.{p}" for part in ("linear_fuse.0", "linear_pred") for p in wb}
-    assert state.keys() - streams == {f"backbone.{name}"
-                                      for name in names} | {f"decode_head.{name}" for name in head}
+    expected = {f"backbone.{name}" for name in names} | {f"decode_head.{name}" for name in head}
+    assert state.keys() - streams == expected
 
 
 def test_rectification_and_fusion_of_cmx_by_hand():
@@ -1891,8 +1899,8 @@ def test_rectification_and_fusion_of_cmx_by_hand():
     a, b = torch.randn(2, 1, C, 3, 5, dtype=torch.float64)
     frm = finetune.FRM(C).double()
     ab = torch.cat((a, b), 1)[0]                                    # 2Cx3x5
-    w = torch.sigmoid(frm.channel_weights["mlp"](torch.cat((ab.flatten(1).mean(1),
-                                                            ab.flatten(1).max(1)[0]))))
+    pooled = torch.cat((ab.flatten(1).mean(1), ab.flatten(1).max(1)[0]))
+    w = torch.sigmoid(frm.channel_weights["mlp"](pooled))
     m = torch.sigmoid(frm.spatial_weights["mlp"](ab[None]))[0]
     assert torch.allclose(frm(a, b)[0], a + 0.5 * w[C:, None, None] * b + 0.5 * m[1] * b)
     assert torch.allclose(frm(a, b)[1], b + 0.5 * w[:C, None, None] * a + 0.5 * m[0] * a)
@@ -1904,8 +1912,8 @@ def test_rectification_and_fusion_of_cmx_by_hand():
         p = torch.relu(ffm.cross[f"channel_proj{i}"](t))
         y.append(p[:, :C]), u.append(p[:, C:])
         kv = ffm.cross["cross_attn"][f"kv{i}"](u[-1])
-        G.append([torch.softmax(kv[:, h * 4:h * 4 + 4].T @ kv[:, C + h * 4:C + h * 4 + 4] / 2,
-                                0) for h in range(heads)])
+        parts = [(kv[:, c:c + 4], kv[:, C + c:C + c + 4]) for c in range(0, C, C // heads)]
+        G.append([torch.softmax(k.T @ v / 2, 0) for k, v in parts])
     out = []
     for i in (0, 1):
         t = torch.cat([u[i][:, h * 4:h * 4 + 4] @ G[1 - i][h] for h in range(heads)], 1)
@@ -1925,8 +1933,7 @@ def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
     for k, e in enumerate(E, 1):
         torch.save(e.state_dict(), tmp_path / f"encoder{k}.pth")
     args = finetune.get_args(f"--task nyuv2 --model cmx --backbone mit_b0 --weights "
-                             f"{tmp_path}/encoder1.pth "
-                             f"{tmp_path}/encoder2.pth".split())[0]
+                             f"{tmp_path}/encoder1.pth {tmp_path}/encoder2.pth".split())[0]
     net = finetune.build(args, [3, 3], 40)[0]
     for key, value in E[1].state_dict().items():
         assert torch.equal(net.state_dict()[f"backbone.extra_{key}"], value)
@@ -1957,9 +1964,8 @@ def test_a_box_takes_image_and_mask_along():
     # CMX's scale 0.5: the frame in the middle
     outside = [torch.full((1, 1), float(v)) for v in (-3, -4, 12, 16, 0)]
     small = finetune.resample(mask, outside, (6, 8))
-    assert small[0, 1:4, 2:6].all() and small[0, [0, -1]].sum() == 0 and small[0, :,
-                                                                               [0, 1,
-                                                                                -1]].sum() == 0
+    assert small[0, 1:4, 2:6].all() and small[0, [0, -1]].sum() == 0
+    assert small[0, :, [0, 1, -1]].sum() == 0
     assert finetune.resample(image, outside, (6, 8))[0, 0, 0].sum() == 0
 
 
@@ -1969,43 +1975,50 @@ def test_the_boxes_of_cmx_are_its_six_scales():
     top, left, h, w, mirrored = finetune.cmx_boxes(400, 48, 64, draws)
     assert {round(48 / v, 4) for v in h[:, 0].tolist()} == {0.5, 0.75, 1, 1.25, 1.5, 1.75}
     inside = h <= 48
-    assert (top[inside] >= 0).all() and ((top + h)[inside] <= 48 + 1e-9).all() and (left[w <= 64] >= 0).all()
-    assert torch.allclose(top[h == 96], torch.tensor(-24.0).double()) and 150 < mirrored.sum() < 250
+    assert (top[inside] >= 0).all() and ((top + h)[inside] <= 48 + 1e-9).all()
+    assert (left[w <= 64] >= 0).all() and 150 < mirrored.sum() < 250
+    assert torch.allclose(top[h == 96], torch.tensor(-24.0).double())
 
 
 def test_subsets_are_without_replacement_and_lie_in_one_another():
     small, large = finetune.subset(1000, 0.01, 3), finetune.subset(1000, 0.5, 3)
     assert len(set(small)) == 10 and set(small) < set(large) and len(set(large)) == 500
-    assert set(finetune.subset(1000, 0.01, 4)) != set(small) and len(finetune.subset(10, 0.01,
-                                                                                     0)) == 1
+    assert set(finetune.subset(1000, 0.01, 4)) != set(small)
+    assert len(finetune.subset(10, 0.01, 0)) == 1
 
 
 def test_schedules_are_those_of_app_B_and_of_cmx():
-    assert [finetune.schedule("steps", e, 100) for e in (0, 59, 60, 79, 80, 99)] == pytest.approx(
+    def rates(name, at, steps):
+        return [finetune.schedule(name, step, steps) for step in at]
+
+    assert rates("steps", (0, 59, 60, 79, 80, 99), 100) == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01])
-    assert [finetune.schedule("warm poly", i, 50000) for i in (0, 500, 1000, 25000)] == pytest.approx(
+    assert rates("warm poly", (0, 500, 1000, 25000), 50000) == pytest.approx(
         [0, 0.5, 0.98 ** 0.9, 0.5 ** 0.9])
-    assert finetune.schedule("poly", 20000,
-                             40000) == pytest.approx(0.5 ** 0.9) and finetune.schedule("constant",
-                                                                                       9, 9) == 1
+    assert rates("poly", [20000], 40000) == pytest.approx([0.5 ** 0.9])
+    assert rates("constant", [9], 9) == [1]
 
 
 def test_transfer_defaults_are_the_papers():
     """App. B, Transfer learning."""
     wanted = {
-        "bigearthnet": dict(model="late", batch_size=256, epochs=100, lr=0.05, weight_decay=0, optimizer="sgd", scale=(0.8, 1)),
+        "bigearthnet": dict(model="late", batch_size=256, epochs=100, lr=0.05, weight_decay=0,
+                            optimizer="sgd", scale=(0.8, 1)),
         "bigearthnet --linear": dict(lr=0.5, backbone="resnet50", modality=0, size=224),
-        "geonrw --linear": dict(model="fcn", batch_size=256, epochs=30, lr=1e-4, weight_decay=0.01, optimizer="adamw",
-                                scale=(0.2, 1)),
-        "sunrgbd": dict(model="fcn", batch_size=8, steps=40000, epochs=None, lr=0.01, weight_decay=1e-5, optimizer="sgd",
-                        modality=1),
-        "sunrgbd --model cmx": dict(backbone="mit_b2", batch_size=8, epochs=500, steps=None, lr=6e-5, modality=0),
-        "nyuv2 --model cmx": dict(backbone="mit_b5", steps=50000, weight_decay=0.01, test_scales=(0.75, 1, 1.25))}
+        "geonrw --linear": dict(model="fcn", batch_size=256, epochs=30, lr=1e-4, weight_decay=0.01,
+                                optimizer="adamw", scale=(0.2, 1)),
+        "sunrgbd": dict(model="fcn", batch_size=8, steps=40000, epochs=None, lr=0.01,
+                        weight_decay=1e-5, optimizer="sgd", modality=1),
+        "sunrgbd --model cmx": dict(backbone="mit_b2", batch_size=8, epochs=500, steps=None,
+                                    lr=6e-5, modality=0),
+        "nyuv2 --model cmx": dict(backbone="mit_b5", steps=50000, weight_decay=0.01,
+                                  test_scales=(0.75, 1, 1.25))}
     for flags, settings in wanted.items():
         args = finetune.get_args(["--task", *flags.split(), "--weights", "none"])[0]
         for name, value in settings.items():
             assert getattr(args, name) == value, (flags, name)
-    for flags in ("--part common", "--cached", "--model cmx", "--labels 0", "--model late"):
+    for flags in ("--part common", "--cached", "--model cmx", "--labels 0", "--model late",
+                  "--size 15", "--size 31 --backbone mit_b0", "--seed -1", "--epochs -1"):
         with pytest.raises(BadInput, match="expected"):
             finetune.get_args(f"--task geonrw --weights none {flags}".split())
 
@@ -2034,12 +2047,12 @@ def test_every_head_trains_frozen_and_fine_tuned(tmp_path, monkeypatch, capsys):
     are there.
     """
     root = toy(tmp_path / "scenes")
-    for model, more in (("late", "--linear"), ("late", "--linear --cached"), ("fcn", "--linear --modality 1"), ("fcn", ""),
-                        ("cmx", "--linear --backbone mit_b0")):
+    for model, more in (("late", "--linear"), ("late", "--linear --cached"), ("fcn", ""),
+                        ("fcn", "--linear --modality 1"),
+                        ("cmx", "--linear --batch-size 8 --epochs 1")):
         out = tmp_path / f"{model}{len(more)}"
         result = finetune_here(f"{FINE} --data {root} --model {model} {more} --weights none "
-                               f"--labels 0.7 --save-images 2 "
-                               f"--out {out}", monkeypatch)
+                               f"--labels 0.7 --save-images 2 --out {out}", monkeypatch)
         assert result["samples"] == 34 and result["test_samples"] == 16
         assert list(result["metrics"]) == (["mAP micro", "mAP macro"] if model == "late"
                                            else ["mIoU", "accuracy"])
@@ -2048,6 +2061,31 @@ def test_every_head_trains_frozen_and_fine_tuned(tmp_path, monkeypatch, capsys):
         assert len(set(ids)) == 34 and set(ids) < set((root / "train.txt").read_text().split())
         assert len(list((out / "images").glob("*.png"))) == 2 and len(log_of(out)) == 4
         assert ("not changed by one bit" in capsys.readouterr().out) == ("--linear" in more)
+
+
+def test_pictures_have_the_data_sets_colours_and_a_class_a_line(tmp_path):
+    """GeoNRW: its own colormap in label, prediction and legend.  BigEarthNet: no colours, names."""
+    target = torch.tensor([0, 1, 3, 10]).repeat(1, 4, 1)            # unlabelled, forest, ...
+    s = torch.zeros(1, 10, 4, 4)
+    s[:, 1] = 1                                                     # water everywhere
+    x = [torch.rand(1, 3, 4, 4)]
+    finetune.save_pictures(tmp_path, ["map"], target, x, ["aerial"], s, finetune.GEONRW)
+    seen = np.array(Image.open(tmp_path / "map.png"))
+    side, M, line = 256, 8, 20                                      # a panel's, in pixels
+    middle = range(32, side, 64)
+    label, pred = (seen[M + line + 128, [k * (side + M) + M + m for m in middle]].tolist()
+                   for k in (1, 2))
+    colours = [[0, 0, 0], [44, 160, 44], [140, 86, 75], [214, 39, 40]]
+    water = [31, 119, 180]
+    assert label == colours and pred == 4 * [water]
+    legend = [seen[side + line * (j + 1) + 2 * M + 8, M + 6].tolist() for j in range(5)]
+    assert legend == [colours[0], colours[1], water, *colours[2:]]
+
+    classes, y = tuple(data.CLASSES19), torch.eye(19)[:1]
+    finetune.save_pictures(tmp_path, ["classes"], y, x, ["aerial"], 9 * y - 4, classes)
+    sheet = np.array(Image.open(tmp_path / "classes.png"))
+    assert len(sheet) == side + 21 * line + 3 * M                   # title, head, 19 classes
+    assert (sheet[side + line + M:, -M:] == 255).all()              # no name is cut off
 
 
 def test_a_frozen_encoder_that_moves_voids_the_run(tmp_path, monkeypatch):
@@ -2060,8 +2098,7 @@ def test_a_frozen_encoder_that_moves_voids_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(decur.ResNet, "forward", moves)
     with pytest.raises(SystemExit, match="frozen encoder has changed"):
         finetune_here(f"{FINE} --data {toy(tmp_path / 'd')} --model late --linear --weights none "
-                      f"--out {tmp_path / 'o'}",
-                      monkeypatch)
+                      f"--out {tmp_path / 'o'}", monkeypatch)
     assert not (tmp_path / "o" / "results.json").exists()
 
 
@@ -2069,11 +2106,12 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
     """Weights of pretraining, the parts of the embedding, refused ones; and the table marks what
     was not run.
     """
-    root, pre = toy(tmp_path / "scenes"), tmp_path / "pre"
+    root, pre = toy(tmp_path / "scenes", 16, 4), tmp_path / "pre"
     pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {pre}", monkeypatch)
     flags = f"{FINE} --data {root} --model late --linear --cached --weights {pre / 'checkpoint.pt'}"
     whole = finetune_here(f"{flags} --out {tmp_path / 'a'}", monkeypatch)
-    assert whole["weights_sha256"] == [hashlib.sha256((pre / "checkpoint.pt").read_bytes()).hexdigest()]
+    sha256 = hashlib.sha256((pre / "checkpoint.pt").read_bytes()).hexdigest()
+    assert whole["weights_sha256"] == [sha256]
     assert whole["pretraining"]["method"] == "decur" and whole["settings"]["seed"] == 0
     for part, dims in (("common", 24), ("unique", 8), ("all", 32)):
         finetune_here(f"{flags} --part {part} --out {tmp_path / part}", monkeypatch)
@@ -2091,13 +2129,13 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
     assert re.search(r"^DeCUR +80\.0 \+- 1\.4 \(n 2\) \| 79\.4 +not run \| 81\.7", out, re.M)
     assert "SimCLR-cross *" in out and "quoted | 49.4" in out and "common dimensions" in out
     for weights, reason in ((f"{pre}/encoder1.pth", "1 encoder, expected 2"),
-                            (f"{pre}/encoder2.pth {pre}/encoder1.pth", "conv1.weight takes 1 input "
-                                                                       "channels"),
-                            (f"{pre}/checkpoint.pt --backbone resnet18", "another shape|unexpected")):
+                            (f"{pre}/encoder2.pth {pre}/encoder1.pth",
+                             "conv1.weight takes 1 input channels"),
+                            (f"{pre}/checkpoint.pt --backbone resnet18",
+                             "another shape|unexpected")):
         with pytest.raises(BadInput, match=reason):
-            finetune_here(f"{FINE} --data {root} --model late --weights {weights} --out "
-                          f"{tmp_path / 'x'}",
-                          monkeypatch)
+            finetune_here(f"{FINE} --data {root} --model late --weights {weights} "
+                          f"--out {tmp_path / 'x'}", monkeypatch)
 
 
 def test_a_stopped_transfer_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
@@ -2121,15 +2159,13 @@ def test_bad_labels_and_splits_are_named(tmp_path, monkeypatch):
 
     def refused(flags, reason):
         with pytest.raises(BadInput, match=reason):
-            finetune_here(f"{FINE} --data {root} --model fcn --weights none --out {tmp_path / 'o'} "
-                          f"{flags}",
-                          monkeypatch)
+            finetune_here(f"{FINE} --data {root} --model fcn --weights none "
+                          f"--out {tmp_path / 'o'} {flags}", monkeypatch)
 
     (root / "none.txt").write_text("")
     refused("--split none", "none.txt is empty")
     refused("--test-split val", "no .*val.txt")
     first = root / "Label" / f"{(root / 'test.txt').read_text().split()[0]}.png"
-    good = first.read_bytes()
     Image.fromarray(np.full((48, 64), 77, np.uint8)).save(first)
     refused("--epochs 0", rf"{first.name} has the label 77; expected 0 \(unlabelled\) to 13")
     Image.fromarray(np.ones((24, 64), np.uint8)).save(first)
@@ -2137,28 +2173,33 @@ def test_bad_labels_and_splits_are_named(tmp_path, monkeypatch):
             rf"{first.name} is a mask of \(24, 64\) pixels for an image of \(48, 64\)")
     for path in (root / "Label").glob("*.png"):
         Image.fromarray(np.zeros((48, 64), np.uint8)).save(path)
-    result = finetune_here(f"{FINE} --data {root} --model fcn --weights none --out "
-                           f"{tmp_path / 'u'} --epochs 0",
-                           monkeypatch)
-    assert good and result["metrics"] == {"mIoU": None,
-                                          "accuracy": None} and "mIoU undefined" in finetune.line_of(result)
+    result = finetune_here(f"{FINE} --data {root} --model fcn --weights none "
+                           f"--out {tmp_path / 'u'} --epochs 0", monkeypatch)
+    assert result["metrics"] == {"mIoU": None, "accuracy": None}
+    assert "mIoU undefined" in finetune.line_of(result)
 
 
-def test_torchrun_transfers_on_two_cpu_processes(tmp_path, monkeypatch):
+def transfer(rank, world, flags):
+    """finetune.main() in the environment that torchrun gives a process."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    sys.argv = ["finetune.py", *shlex.split(flags)]
+    finetune.main()
+
+
+def test_two_processes_transfer_as_one(tmp_path, monkeypatch):
     """A frozen probe gives the one-process metric though 2 processes do not divide the 15 test
     samples.
     """
     root = toy(tmp_path / "scenes", held_out=15)
     flags = f"{FINE} --data {root} --model fcn --linear --weights none"
     one = finetune_here(f"{flags} --out {tmp_path / 'one'}", monkeypatch)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "finetune.py",
-               *shlex.split(flags), "--out", tmp_path / "two"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    in_processes(2, tmp_path / "results", transfer, f"{flags} --out {tmp_path / 'two'}")
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["metrics"] == pytest.approx(one["metrics"], abs=2e-3)
     assert [row["loss"] for row in log_of(tmp_path / "two")] == pytest.approx(
         [row["loss"] for row in log_of(tmp_path / "one")], rel=1e-4)
+
+
 # ---- explain.py: Algorithm 2 ----
 
 def tiny_branch(seed=0, channels=2, K=6):
