@@ -715,7 +715,7 @@ def row_of(result):
         return None
     if p["method"] != "decur":
         return METHODS[p["method"]] + ", one modality" * bool(p.get("modality"))
-    if p["projector"] != "8192-8192-8192":
+    if p["projector"] != "8192-8192-8192" and not result["toy"]:
         return None
     if p["common"] == PAPERS_COMMON[result["task"]]:
         return "w/o intra" if p["no_intra"] else "DeCUR"
@@ -809,19 +809,28 @@ def print_tables(folders):
     rest = [r for r in results if r not in real or not (row_of(r) or r in swept)]
     if rest:
         print("\nOther runs: made-up scenes, parts of the embedding, weights not in the paper")
-        print(*sorted(map(line_of, rest)), sep="\n")
+    groups = {}                                 # the same but for the seed
+    for r in rest:
+        groups.setdefault(f"{kind_of(r)}, {row_of(r) or ' '.join(r['weights'])}", []).append(r)
+    for words, runs in sorted(groups.items()):
+        print(f"{words}:", "  ".join(f"{metric} {cell(runs, metric, None).removesuffix(' | -')}"
+                                     for metric in runs[0]["metrics"]))
+
+
+def kind_of(result):
+    """What was run, but for its weights and seed."""
+    names = (result["task"], result["model"], "linear" if result["linear"] else "fine-tune",
+             result["part"] and f"{result['part']} dimensions", "made-up scenes" * result["toy"],
+             "cached" * result["settings"]["cached"])
+    return (f"{' '.join(name for name in names if name)}, {100 * result['labels']:g}% labels, "
+            f"modality {result['modality'] or 'both'}")
 
 
 def line_of(result):
     """A run as one line."""
-    names = ("linear" if result["linear"] else "fine-tune",
-             result["part"] and f"{result['part']} dimensions", "made-up scenes" * result["toy"],
-             "cached" * result["settings"]["cached"])
-    names = " ".join(name for name in names if name)
     metrics = "  ".join(f"{name} {'undefined' if value is None else f'{100 * value:.1f}'}"
                         for name, value in result["metrics"].items())
-    return (f"{result['task']} {result['model']} {names}, {100 * result['labels']:g}% labels, "
-            f"modality {result['modality'] or 'both'}, seed {result['seed']}, weights "
+    return (f"{kind_of(result)}, seed {result['seed']}, weights "
             f"{' '.join(result['weights'])}: {metrics}  ({result['samples']} training, "
             f"{result['test_samples']} {result['test_split']} samples, {result['seconds']:.0f} s)")
 
