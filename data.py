@@ -3,16 +3,13 @@
 SAR-optical, SSL4EO-S12 v1.0 (not v1.1, which is zarr and has other values); one GeoTIFF a band:
 
     data/sar-optical/s1/<id>/<season>/VV.tif VH.tif             float32 dB, S x S pixels, S = 264
-    data/sar-optical/s2c/<id>/<season>/B1.tif ... B12.tif       uint16, reflectance x 10000; S x S,
-                                                                S/2 x S/2 or S/6 x S/6 pixels
-    data/sar-optical/packed/ids.txt season?.npy                 what `data.py pack` makes of them:
-                                                                read instead where it is there
+    data/sar-optical/s2c/<id>/<season>/B1.tif ... B12.tif       uint16, x 10000; S, S/2 or S/6 wide
+    data/sar-optical/packed/ids.txt season?.npy                 made by `data.py pack`: read instead
 
 RGB-DEM, GeoNRW, and with the masks its transfer task:
 
     data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32 m; 0 none, 1..10
-    data/rgb-dem/cropped/<city>/<x>_<y>_<k>_rgb.png ...         what `data.py crop` makes of them:
-                                                                read instead where it is there
+    data/rgb-dem/cropped/<city>/<x>_<y>_<k>_rgb.png ...         made by `data.py crop`: read instead
 
 RGB-depth, the raw SUN RGB-D tree (any depth of folders above a frame) with hha/ from `data.py hha`:
 
@@ -23,8 +20,7 @@ RGB-depth, the raw SUN RGB-D tree (any depth of folders above a frame) with hha/
 or the folder form of CMX and its relatives:
 
     data/rgbd/RGB/<stem>.jpg        colour, jpg or png
-    data/rgbd/Depth/<stem>.png      16 bit, --depth-unit steps a metre (1000: millimetres); 0 and
-                                    65535 are no reading
+    data/rgbd/Depth/<stem>.png      16 bit, --depth-unit steps a metre; 0 and 65535 are no reading
     data/rgbd/HHA/<stem>.png        or, in its place, HHA (Gupta et al., 2014), jpg or png
     data/rgbd/Label/<stem>.png      optional: classes for finetune.py, 0 is unlabelled
     data/rgbd/train.txt test.txt    optional: a stem a line (path and suffix are taken off)
@@ -120,14 +116,24 @@ def normalise(x, modality):
 
 # ---- readers ----
 
-def opened(path):
-    """A Pillow image with its pixels read, or BadInput that names the file."""
+@contextlib.contextmanager
+def reading(path, kind):
+    """What fails inside becomes a BadInput that names the file."""
     try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:                  # a damaged file raises nearly anything
+        raise BadInput(f"{path} cannot be read as {kind} ({error}); "
+                       "copy or download it again") from None
+
+
+def opened(path):
+    """A Pillow image with its pixels read."""
+    with reading(path, "an image"):
         image = Image.open(path)
         image.load()
         return image
-    except (OSError, SyntaxError, ValueError) as error:  # truncated, foreign
-        raise BadInput(f"{path} cannot be read ({error}); copy or download it again") from None
 
 
 def read_rgb(path, canvas):
@@ -140,7 +146,7 @@ def read_depth(path, canvas, depth_unit):
     """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; holes have the mean."""
     raw = np.array(opened(path))
     if raw.ndim != 2 or raw.dtype == np.uint8:
-        raise BadInput(f"{path} is {raw.dtype} {raw.shape}; expected one 16-bit channel of depth")
+        raise BadInput(f"{path} is {raw.dtype} {raw.shape}; expected depth as one 16-bit channel")
     valid = (raw > 0) & (raw < 65535)
     if not valid.any():
         raise BadInput(f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
@@ -159,10 +165,8 @@ def read_image(path):
     if path.suffix.lower() in (".tif", ".tiff"):
         return read_tiff(path)
     if path.suffix.lower() == ".npy":
-        try:
+        with reading(path, "a numpy array"):
             a = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path} is no numpy array ({error}); use numpy.save") from None
     else:
         image = opened(path)
         # Pillow takes GeoNRW's fourth band, near infrared, for alpha: dropped, never blended in
@@ -182,20 +186,15 @@ def read_tiff(path):
     there is one band or an RGB triple.  Never otherwise: of several bands in separate planes Pillow
     returns the first and says nothing.
     """
-    try:
-        with tifffile.TiffFile(path) as tif:
-            series = tif.series[0]
-            page, axes = series.keyframe, series.axes
-            try:
-                a = series.asarray()
-            except ValueError as error:
-                if "imagecodecs" not in str(error):
-                    raise
-                a = read_with_pillow(path, page, axes)
-    except BadInput:
-        raise
-    except Exception as error:                  # for a damaged TIFF, nearly anything
-        raise BadInput(f"{path} cannot be read as a TIFF ({error}); copy it again") from None
+    with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
+        series = tif.series[0]
+        page, axes = series.keyframe, series.axes
+        try:
+            a = series.asarray()
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            a = read_with_pillow(path, page, axes)
     a = np.moveaxis(a, (axes.index("Y"), axes.index("X")), (-2, -1))
     return a.reshape(-1, *a.shape[-2:]).astype(a.dtype.newbyteorder("="), copy=False)
 
@@ -238,10 +237,8 @@ def refuse(strict, lonely, root, where):
 
 
 def read_json(path):
-    try:
+    with reading(path, "json"):
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is no json ({error}); unpack the archive again") from None
 
 
 def listed(folder):
@@ -727,10 +724,8 @@ def sunrgbd_depth(raw):
 
 def read_intrinsics(path):
     """3x3 camera matrix from nine numbers, on three lines or on one."""
-    try:
+    with reading(path, "the nine numbers of a 3x3 matrix"):
         return np.array(path.read_text().split(), float).reshape(3, 3)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read as a 3x3 matrix, nine numbers ({error})") from None
 
 
 def label_files(root, frames):
@@ -1061,13 +1056,12 @@ def random_solarize(x, solarize_p, draws):
 
 # ---- made-up scenes: known factors, one in both modalities and one in each alone ----
 
-# Each scene holds three objects: one that both sensors see, one that only sensor 1 sees, one that
-# only sensor 2 sees. A factor is the shape of one of them.  All shapes have the same area, and
-# position, size and rotation are drawn at random over clutter and noise, lest a random encoder
-# read them.  Linear probes on held-out indoor scenes, chance 0.25, common and unique factor: random
-# encoders RGB 0.49-0.53 and 0.45-0.49, depth 0.40-0.60 and 0.52-0.64; supervised ones 0.99 or more.
-# More clutter lowers the random ones, but is a fingerprint of the scene on which its views can
-# agree instead of on the shapes: with a relief of 0.1 m depth's own object was not learned.
+# Each scene holds three objects, for both sensors, sensor 1 and sensor 2.  A factor is the shape of
+# one of them.  All have the same area; position, size and rotation are random over clutter and
+# noise, lest a random encoder read them.  Linear probes on held-out indoor scenes, chance 0.25,
+# common and unique: random encoders RGB 0.49-0.53 and 0.45-0.49, depth 0.40-0.60 and 0.52-0.64;
+# supervised ones 0.99 or more.  More clutter lowers the random ones, but is a fingerprint on which
+# views can agree instead of on shapes: with 0.1 m of relief depth's own object was not learned.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
@@ -1094,11 +1088,18 @@ def place(rng, H, W, rows, columns):
 
 
 def place_three(rng, H, W):
-    """The objects of a scene, (class, mask HxW) each: common, in front, unique1 and unique2."""
+    """The objects of a scene: common, in front, unique1 and unique2.  Returns their masks HxW, the
+    label HxW uint8 (0 none, then SCENE_CLASSES + 1) and their classes.
+    """
     sides = rng.permutation([(0.2, 0.35), (0.65, 0.8)])
     common = place(rng, H, W, (0.6, 0.76), (0.25, 0.75))
     unique = [place(rng, H, W, (0.24, 0.4), side) for side in sides]
-    return [common, *((shape, mask * (1 - common[1])) for shape, mask in unique)]
+    classes, (front, *behind) = zip(common, *unique)
+    masks = [front, *(mask * (1 - front) for mask in behind)]
+    label = np.ones((H, W), np.uint8)
+    for which in (2, 1, 0):
+        label[masks[which] > 0.5] = 2 + which * len(SHAPES) + classes[which]
+    return masks, label, classes
 
 
 def smooth_noise(rng, H, W, cells):
@@ -1112,13 +1113,12 @@ def indoor_scene(rng, H=48, W=64):
 
     Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 and the three classes.
     """
-    objects = place_three(rng, H, W)
-    (common, m_common), (unique1, m_paint), (unique2, m_pane) = objects
+    (m_common, m_paint, m_pane), label, classes = place_three(rng, H, W)
     rgb = coloured(rng, m_common, m_paint)
     z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
-    return rgb, (z * 1000).astype(np.uint16), scene_label(*objects), (common, unique1, unique2)
+    return rgb, (z * 1000).astype(np.uint16), label, classes
 
 
 def coloured(rng, m_common, m_paint):
@@ -1129,30 +1129,20 @@ def coloured(rng, m_common, m_paint):
     return ((rgb + rng.normal(0, 0.04, rgb.shape)).clip(0, 1) * 255).astype(np.uint8)
 
 
-def scene_label(*objects):
-    """The three objects -> HxW uint8: 0 none, then SCENE_CLASSES + 1; common in front."""
-    label = np.ones(objects[0][1].shape, np.uint8)
-    for which, (shape, mask) in reversed(list(enumerate(objects))):
-        label[mask > 0.5] = 2 + which * len(SHAPES) + shape
-    return label
-
-
 def satellite_scene(rng, S=48):
     """From orbit: a village (bright in both), an oil slick (dark in SAR), algae (dark in optical).
 
     Returns four seasons of {band: array} as in the files, label SxS uint8 and the three classes.
     """
-    objects = place_three(rng, S, S)
-    (common, m_common), (unique1, m_slick), (unique2, m_bloom) = objects
+    (m_common, m_slick, m_bloom), label, classes = place_three(rng, S, S)
     clutter1, visible, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
     levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)  # as real
     seasons = []
     for _ in range(4):
         light, bands = rng.normal(1, 0.05), {}
         for band, level in zip(S1, (-14, -21)):
-            speckle = 10 * np.log10(rng.gamma(8, 1 / 8, (S, S)))        # eight looks
-            x = level + clutter1 + 6 * (m_common - m_slick) + speckle
-            bands[band] = x.astype(np.float32)
+            speckle = 10 * np.log10(rng.gamma(8, 1 / 8, (S, S)))  # eight looks
+            bands[band] = (level + clutter1 + 6 * (m_common - m_slick) + speckle).astype(np.float32)
         for band, level in zip(S2, levels):
             r = next(r for r, names in BLOCKS.items() if band in names)
             clutter2 = visible if band in ("B1", "B2", "B3", "B4") else infrared
@@ -1160,7 +1150,7 @@ def satellite_scene(rng, S=48):
             x = x.reshape(S // r, r, S // r, r).mean((1, 3))
             bands[band] = (x * rng.normal(1, 0.03, x.shape)).clip(0).astype(np.uint16)
         seasons.append(bands)
-    return seasons, scene_label(*objects), (common, unique1, unique2)
+    return seasons, label, classes
 
 
 def aerial_scene(rng, S=48):
@@ -1168,12 +1158,11 @@ def aerial_scene(rng, S=48):
 
     Returns rgb SxSx3 uint8, heights SxS float32 m, label SxS uint8 and the three classes.
     """
-    objects = place_three(rng, S, S)
-    (common, m_common), (unique1, m_paint), (unique2, m_pit) = objects
+    (m_common, m_paint, m_pit), label, classes = place_three(rng, S, S)
     rgb = coloured(rng, m_common, m_paint)
     dem = rng.uniform(50, 300) + 0.8 * smooth_noise(rng, S, S, 6) + rng.normal(0, 0.3, (S, S))
     dem = dem + 7 * (m_common - m_pit)
-    return rgb, dem.astype(np.float32), scene_label(*objects), (common, unique1, unique2)
+    return rgb, dem.astype(np.float32), label, classes
 
 
 def write_indoor(root, rngs, scenes):
@@ -1194,10 +1183,9 @@ def write_satellite(root, rngs, scenes, S=48):
         seasons, label, classes = satellite_scene(rng, S)
         for day, bands in zip(("0320T101", "0621T102", "0922T103", "1221T104"), seasons):
             date = f"2020{day}{i % 1000:03d}"
-            places = {"s1": f"S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD",
-                      "s2c": f"{date}_{date}_T32ULC"}
-            for folder, names in (("s1", S1), ("s2c", S2)):
-                place = root / folder / f"{i:07d}" / places[folder]
+            s1 = f"s1/{i:07d}/S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD"
+            for place, names in ((s1, S1), (f"s2c/{i:07d}/{date}_{date}_T32ULC", S2)):
+                place = root / place
                 place.mkdir(parents=True)
                 for band in names:
                     Image.fromarray(bands[band]).save(place / f"{band}.tif")
@@ -1242,8 +1230,8 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
     for split, ids in (("train", rows[:scenes]), ("test", rows[scenes:])):
         (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in ids))
     with open(part / "factors.csv", "w", newline="") as file:
-        csv.writer(file).writerow(("id", "common", "unique1", "unique2"))
-        csv.writer(file).writerows((name, *classes) for name, classes in rows)
+        csv.writer(file).writerows([("id", "common", "unique1", "unique2"),
+                                    *((name, *classes) for name, classes in rows)])
     if scenario == "sar-optical":
         pack(part, part / "packed", 1)
     if scenario == "rgb-dem":
@@ -1380,8 +1368,6 @@ def crop(root, out, workers):
     tiles = [tile for tile in tiles if (Path(root) / f"{tile}_rgb.jp2").is_file()]
     if not tiles:
         raise BadInput(f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
-    for city in {tile.split("/")[0] for tile in tiles}:
-        (part / city).mkdir(parents=True, exist_ok=True)
     jobs = [tile for tile in tiles if not (part / f"{tile}_16_rgb.png").is_file()]
     list(in_processes(functools.partial(crop_tile, Path(root), part), jobs, workers, "crop"))
     os.replace(part, out)
@@ -1391,6 +1377,7 @@ def crop_tile(root, out, tile):
     rgb = read_image(root / f"{tile}_rgb.jp2")
     rest = {name: read_image(root / f"{tile}_{name}.tif") for name in ("dem", "seg")
             if (root / f"{tile}_{name}.tif").is_file()}
+    (out / tile).parent.mkdir(parents=True, exist_ok=True)
     for k in range(1, 17):
         for name, a in rest.items():
             tifffile.imwrite(out / f"{tile}_{k}_{name}.tif", patch(a, k)[0])
