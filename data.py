@@ -3,16 +3,13 @@
 SAR-optical, SSL4EO-S12 v1.0 (not v1.1, which is zarr and has other values); one GeoTIFF a band:
 
     data/sar-optical/s1/<id>/<season>/VV.tif VH.tif             float32 dB, S x S pixels, S = 264
-    data/sar-optical/s2c/<id>/<season>/B1.tif ... B12.tif       uint16, reflectance x 10000; S x S,
-                                                                S/2 x S/2 or S/6 x S/6 pixels
-    data/sar-optical/packed/ids.txt season?.npy                 what `data.py pack` makes of them:
-                                                                read instead where it is there
+    data/sar-optical/s2c/<id>/<season>/B1.tif ... B12.tif       uint16, x 10000; S, S/2 or S/6 wide
+    data/sar-optical/packed/ids.txt season?.npy                 made by `data.py pack`: read instead
 
 RGB-DEM, GeoNRW, and with the masks its transfer task:
 
     data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32 m; 0 none, 1..10
-    data/rgb-dem/cropped/<city>/<x>_<y>_<k>_rgb.png ...         what `data.py crop` makes of them:
-                                                                read instead where it is there
+    data/rgb-dem/cropped/<city>/<x>_<y>_<k>_rgb.png ...         made by `data.py crop`: read instead
 
 RGB-depth, the raw SUN RGB-D tree (any depth of folders above a frame) with hha/ from `data.py hha`:
 
@@ -23,20 +20,15 @@ RGB-depth, the raw SUN RGB-D tree (any depth of folders above a frame) with hha/
 or the folder form of CMX and its relatives:
 
     data/rgbd/RGB/<stem>.jpg        colour, jpg or png
-    data/rgbd/Depth/<stem>.png      16 bit, --depth-unit steps a metre (1000: millimetres); 0 and
-                                    65535 are no reading
-    data/rgbd/HHA/<stem>.png        or, in its place, depth encoded as HHA (Gupta et al., 2014), jpg
-                                    or png: the paper's
+    data/rgbd/Depth/<stem>.png      16 bit, --depth-unit steps a metre; 0 and 65535 are no reading
+    data/rgbd/HHA/<stem>.png        or, in its place, HHA (Gupta et al., 2014), jpg or png
     data/rgbd/Label/<stem>.png      optional: classes for finetune.py, 0 is unlabelled
     data/rgbd/train.txt test.txt    optional: a stem a line (path and suffix are taken off)
     data/rgbd/intrinsics.txt        for `data.py hha`: the nine numbers of a 3x3 camera matrix
-    data/rgbd/RawDepth/<stem>.png   for `data.py hha`, optional: depth with its holes, where Depth/
-                                    has been filled
+    data/rgbd/RawDepth/<stem>.png   for `data.py hha`, optional: Depth/ with the holes it had
 
-Frames may differ in size: the loader brings all of them to one canvas of 3/2 S x 2 S pixels for
-crops of S (336 x 448 for 224), antialiased.  The aspect ratios of the sensors lie within 4 % of
-that 4:3, and the smallest crop that Sec. 4's augmentation draws, half the area, still covers S x S
-pixels of it.
+Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
+224): all sensors lie within 4 % of that 4:3, and the smallest crop, half the area, still has S x S.
 
 Transfer, BigEarthNet-MM v1.0:
 
@@ -44,20 +36,20 @@ Transfer, BigEarthNet-MM v1.0:
     data/bigearthnet/BigEarthNet-v1.0/<S2 name>/<S2 name>_B01.tif ... _B12.tif _labels_metadata.json
     data/bigearthnet/train.csv val.csv test.csv     S2 name,S1 name a line, or S2 names alone
 
-One's own pairs (`--scenario custom --data1 DIR --data2 DIR`): png, jpg, tif or npy with equal
-stems, any channels.
+One's own pairs (--scenario custom --data1 DIR --data2 DIR): png, jpg, tif or npy, equal stems.
 
 A data set gives (views1, views2) for an index: lists of one CxHxW tensor, of which both augmented
 views are made, or of two, one for each view.  uint8, or float32 in [0, 1].  A transfer task gives
 (x1, x2, target).  `python data.py` alone lists the commands: check, pack, crop, hha, toy, bench.
 """
 import argparse
+import collections
+import contextlib
 import csv
 import functools
 import json
 import logging
 import multiprocessing
-import operator
 import os
 import re
 import shutil
@@ -76,14 +68,11 @@ from tqdm import tqdm
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
 
-
 TREE = "the first lines of data.py show the tree"
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used: one line that says what was got, what was expected, and
-    what to do.
-    """
+    """The input cannot be used: one line with what was got, what was expected, and the remedy."""
 
 
 # ---- one normaliser per modality: what an encoder sees, in whatever it is used for ----
@@ -122,49 +111,51 @@ def normalise(x, modality):
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
     if not mean.any() and (std == 1).all():
         return x
-    # (x - mean) / std in one pass
-    return torch.addcmul((-mean / std).to(x), x, (1 / std).to(x))
+    return torch.addcmul((-mean / std).to(x), x, (1 / std).to(x))  # (x - mean) / std in one pass
 
 
 # ---- readers ----
 
-def opened(path):
-    """A Pillow image with its pixels read, or BadInput that names the file."""
+@contextlib.contextmanager
+def reading(path, kind):
+    """What fails inside becomes a BadInput that names the file."""
     try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:                  # a damaged file raises nearly anything
+        raise BadInput(f"{path} cannot be read as {kind} ({error}); "
+                       "copy or download it again") from None
+
+
+def opened(path):
+    """A Pillow image with its pixels read."""
+    with reading(path, "an image"):
         image = Image.open(path)
         image.load()
         return image
-    except (OSError, SyntaxError, ValueError) as error:  # truncated, foreign
-        raise BadInput(f"{path} cannot be read ({error}); copy or download it again") from None
 
 
 def read_rgb(path, canvas):
     """An image file -> 3xHxW uint8 on the canvas (H, W)."""
-    # antialiased where it shrinks
-    image = opened(path).convert("RGB").resize(canvas[::-1], Image.Resampling.BILINEAR)
+    image = opened(path).convert("RGB").resize(canvas[::-1], Image.Resampling.BILINEAR)  # antialias
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_depth(path, canvas, depth_unit):
-    """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; pixels without a reading
-    have the mean.
-    """
+    """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; holes have the mean."""
     raw = np.array(opened(path))
     if raw.ndim != 2 or raw.dtype == np.uint8:
-        raise BadInput(f"{path} is {raw.dtype} {raw.shape}; expected depth as one 16-bit channel, "
-                       "not a picture of it")
+        raise BadInput(f"{path} is {raw.dtype} {raw.shape}; expected depth as one 16-bit channel")
     valid = (raw > 0) & (raw < 65535)
     if not valid.any():
         raise BadInput(f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
-    z, seen = resized(np.where(valid, raw / depth_unit, 0), canvas), resized(valid, canvas)
-    # mean of valid pixels
-    z = np.where(seen > 0, z / np.maximum(seen, 1e-6) / MAX_DEPTH, MODALITIES["depth"]["mean"])
+    z, seen = (np.array(Image.fromarray(a.astype(np.float32))
+                        .resize(canvas[::-1], Image.Resampling.BILINEAR))
+               for a in (np.where(valid, raw / depth_unit, 0), valid))
+    z = z / np.maximum(seen, 1e-6) / MAX_DEPTH  # the mean of the valid pixels
+    z = np.where(seen > 0, z, MODALITIES["depth"]["mean"])
     return torch.from_numpy(z.clip(0, 1).astype(np.float32))[None]
-
-
-def resized(a, canvas):
-    image = Image.fromarray(a.astype(np.float32))
-    return np.array(image.resize(canvas[::-1], Image.Resampling.BILINEAR))
 
 
 def read_image(path):
@@ -174,15 +165,11 @@ def read_image(path):
     if path.suffix.lower() in (".tif", ".tiff"):
         return read_tiff(path)
     if path.suffix.lower() == ".npy":
-        try:
+        with reading(path, "a numpy array"):
             a = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path} cannot be read as a numpy array ({error}); write it "
-                           "with numpy.save") from None
     else:
         image = opened(path)
-        # GeoNRW's fourth band is near infrared, which Pillow takes for alpha: dropped, never
-        # blended in
+        # Pillow takes GeoNRW's fourth band, near infrared, for alpha: dropped, never blended in
         colour = {"RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "1": "L"}
         a = np.array(image.convert(colour.get(image.mode, image.mode)))
     if a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
@@ -193,53 +180,38 @@ def read_image(path):
 
 
 def read_tiff(path):
-    """A TIFF of any number of bands -> CxHxW array in its own dtype, native byte order; overviews
-    are left out.
+    """A TIFF of any number of bands, without overviews -> CxHxW in its own dtype, native order.
 
     tifffile reads it; where tifffile lacks the codec (LZW, zstd, JPEG, predictor 3), Pillow does if
     there is one band or an RGB triple.  Never otherwise: of several bands in separate planes Pillow
     returns the first and says nothing.
     """
-    try:
-        with tifffile.TiffFile(path) as tif:
-            series = tif.series[0]
-            page, axes = series.keyframe, series.axes
-            try:
-                a = series.asarray()
-            except ValueError as error:
-                if "imagecodecs" not in str(error):
-                    raise
-                a = read_with_pillow(path, page, axes)
-    except BadInput:
-        raise
-    except Exception as error:                  # for a damaged TIFF, nearly anything
-        raise BadInput(f"{path} cannot be read as a TIFF ({error}); copy or download it "
-                       "again") from None
+    with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
+        series = tif.series[0]
+        page, axes = series.keyframe, series.axes
+        try:
+            a = series.asarray()
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            a = read_with_pillow(path, page, axes)
     a = np.moveaxis(a, (axes.index("Y"), axes.index("X")), (-2, -1))
     return a.reshape(-1, *a.shape[-2:]).astype(a.dtype.newbyteorder("="), copy=False)
 
 
 def read_with_pillow(path, page, axes):
     rgb = axes == "YXS" and page.samplesperpixel == 3 and page.dtype == np.uint8
-    try:
-        if axes != "YX" and not rgb:
-            raise OSError
-        with Image.open(path) as image:
-            a = np.array(image)
-        if a.shape != page.shape:
-            raise OSError
-        return a.astype(page.dtype)             # Pillow widens int16 to int32
-    except OSError:
-        raise BadInput(f"{path} is compressed with {page.compression.name} (predictor "
-                       f"{page.predictor}, {page.dtype}, {page.samplesperpixel} bands), "
-                       "which tifffile cannot decode by itself; pip install imagecodecs") from None
+    with contextlib.suppress(OSError):
+        if (axes == "YX" or rgb) and (a := np.array(Image.open(path))).shape == page.shape:
+            return a.astype(page.dtype)         # Pillow widens int16 to int32
+    raise BadInput(f"{path} is compressed with {page.compression.name} (predictor "
+                   f"{page.predictor}, {page.dtype}, {page.samplesperpixel} bands), "
+                   "which tifffile cannot decode by itself; pip install imagecodecs") from None
 
 
 def read_list(path, files):
-    """train.txt or test.txt -> its ids, in its order.
-
-    Lines like `RGB/7.jpg<TAB>Label/7.png` are understood, and SUN RGB-D's
-    `SUNRGBD/kv1/b3dodata/img_0063//image/x.jpg`.
+    """train.txt or test.txt -> its ids, in its order.  Lines like `RGB/7.jpg<TAB>Label/7.png` are
+    understood, and SUN RGB-D's `SUNRGBD/kv1/b3dodata/img_0063//image/x.jpg`.
     """
     if not path.is_file():
         raise BadInput(f"no {path}; expected a list with a stem a line, or use --split all")
@@ -249,8 +221,7 @@ def read_list(path, files):
     frames = [re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", line)) for line in lines]
     ids = [frame if frame in files else Path(line).stem for frame, line in zip(frames, lines)]
     if unknown := [i for i in ids if i not in files]:
-        raise BadInput(f"{path} names {unknown[0]}, which has no image (and {len(unknown) - 1} "
-                       "more); mend the list")
+        raise BadInput(f"{path} names {len(unknown)} that have no image (the first: {unknown[0]})")
     return ids
 
 
@@ -262,16 +233,12 @@ def first_folder(root, *patterns):
 def refuse(strict, lonely, root, where):
     if strict and lonely:
         raise BadInput(f"{len(lonely)} samples under {root} stand in {where} (the first: "
-                       f"{lonely[0]}); `python data.py check` lists them; take them out or add "
-                       "their partners")
+                       f"{lonely[0]}); `python data.py check` lists them; complete or remove them")
 
 
 def read_json(path):
-    try:
+    with reading(path, "json"):
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read as json ({error}); unpack the archive "
-                       "again") from None
 
 
 def listed(folder):
@@ -279,8 +246,7 @@ def listed(folder):
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError:
-        raise BadInput(f"no folder {folder}, which the layout has ({TREE}); or try the "
-                       "made-up scenes: --toy") from None
+        raise BadInput(f"no folder {folder}; {TREE}; or try the made-up scenes: --toy") from None
 
 
 def atomically(path, write):
@@ -313,8 +279,8 @@ def hha(depth_m, raw_m, K):
     K = np.asarray(K, float)
     fx, fy, cx, cy = K if K.size == 4 else (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
     H, W = z.shape
-    # X/Z, Y/Z; 1-based pixels
-    u, v = ((np.arange(1, W + 1) - cx) / fx)[None], ((np.arange(1, H + 1) - cy) / fy)[:, None]
+    u = (np.arange(1, W + 1)[None] - cx) / fx                          # 1xW, X/Z; 1-based pixels
+    v = (np.arange(1, H + 1)[:, None] - cy) / fy                       # Hx1, Y/Z
     m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)
     if not m.any():
         raise ValueError("no pixel has both depth_m and raw_m above 0; expected some valid depth")
@@ -326,10 +292,9 @@ def hha(depth_m, raw_m, K):
         a[:11] = a[:, :11] = 0
     N = normals(sums, u, v, z, 10).reshape(3, -1)                          # smooth ones for gravity
     g = gravity(N[:, ~np.isnan(N[0])])
-    # within 0.1 degrees of the camera's y axis it counts as that axis
+    # Within 0.1 degrees of the camera's y axis gravity counts as that axis.
     up = -z * (g[0] * u + g[1] * v + g[2] if np.degrees(np.arccos(min(g[1], 1))) > 0.1 else v)
-    # a lowest point near the camera: it is 130 cm high
-    height = up - (up.min() if up.min() <= -90 else -130)
+    height = up - (up.min() if up.min() <= -90 else -130)  # no floor in sight: camera 130 cm high
     cosine = np.einsum("c,chw->hw", g, normals(sums, u, v, z, 3)).clip(-1, 1)
     angle = np.where(np.isnan(cosine), 180, np.degrees(np.arccos(cosine)))
     out = np.stack([31000 / np.maximum(z, 100), height, angle + 128 - 90], -1)  # HxWx3
@@ -345,34 +310,26 @@ def window_sums(integral, radius):
 
 
 def normals(sums, u, v, z, radius):
-    """Unit normals of the planes a u + b v + c = 1/z fitted to square windows.  3xHxW, NaN where no
-    pixel is valid.
-    """
+    """Unit normals 3xHxW of planes a u + b v + c = 1/z fitted to windows; NaN without any pixel."""
     uu, uv, u1, vv, v1, n, uq, vq, q1 = (window_sums(a, radius) for a in sums)
-    # least squares by the adjugate of the 3x3 normal matrix: its determinant would only scale (a,
-    # b, c)
+    # Least squares by the adjugate of the normal matrix: its determinant would only scale a, b, c.
     A, B, C = vv * n - v1 * v1, u1 * v1 - uv * n, uv * v1 - u1 * vv
     D, E, G = uu * n - u1 * u1, uv * u1 - uu * v1, uu * vv - uv * uv
-    # 3xHxW
     N = np.stack([A * uq + B * vq + C * q1, B * uq + D * vq + E * q1, C * uq + E * vq + G * q1])
-    length = np.sqrt(N[0] * N[0] + N[1] * N[1] + N[2] * N[2])
+    length = np.sqrt((N * N).sum(0))                                   # HxW
     length[(n < 0.5) | (length == 0)] = np.nan
-    # towards its own point's side; without a point, N_z >= 0
-    side = (N[0] * u + N[1] * v + N[2]) * z
+    side = (N[0] * u + N[1] * v + N[2]) * z     # its own point's; without a point, N_z >= 0
     length[np.where(side == 0, N[2], side) < 0] *= -1
     return N / length
 
 
 def gravity(N):
-    """Direction of gravity: floors face it, walls stand along it; found in ten steps from straight
-    down.  N: 3xP.
-    """
+    """Gravity's direction: floors face it, walls stand along it; ten steps from down.  N: 3xP."""
     g = np.array([0.0, 1.0, 0.0])
     for limit in np.radians([45] * 5 + [15] * 5):
         s = np.abs(g @ N)
         weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # +1 wall, -1 floor
-        # least along the walls, most along the floors
-        axis = np.linalg.eigh((N * weight) @ N.T)[1][:, 0]
+        axis = np.linalg.eigh((N * weight) @ N.T)[1][:, 0]  # least along walls, most along floors
         g = axis if g @ axis >= 0 else -axis
     return g
 
@@ -386,10 +343,8 @@ BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
 
 
 def to_8bit(band, x, s1):
-    """Raw pixels of one band -> uint8, clipped, never wrapped.  S1: dB; S2: reflectance x 10000.
-
-    S1: 2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data
-    set to 0..255.
+    """Raw pixels of one band -> uint8, clipped, never wrapped.  S2: reflectance x 10000.  S1: dB,
+    2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
     """
     if band not in s1:
         return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
@@ -400,32 +355,23 @@ def to_8bit(band, x, s1):
 
 
 def upsample(x, r):
-    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded: exact in 16-bit integers up
-    to r = 8.
-    """
-    C, H, W = x.shape
+    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded: exact in 16 bits to r = 8."""
     x = np.pad(x, ((0, 0), (1, 1), (1, 1)), "edge").astype(np.uint16)
-    wide, out = np.empty((C, H + 2, r * W), np.uint16), np.empty((C, r * H, r * W), np.uint8)
-    # the k-th of r new pixels lies d / 2r of an old one off its centre
-    for k in range(r):
-        d = 2 * k + 1 - r
-        near = (2 * r - abs(d)) * x[:, :, 1:-1]
-        near += abs(d) * (x[:, :, 2:] if d > 0 else x[:, :, :-2])
-        wide[:, :, k::r] = near
-    # comes out as half of the divisor below: rounds half up
-    wide += r
-    for k in range(r):
-        d = 2 * k + 1 - r
-        near = (2 * r - abs(d)) * wide[:, 1:-1]
-        near += abs(d) * (wide[:, 2:] if d > 0 else wide[:, :-2])
-        np.floor_divide(near, 4 * r * r, out=out[:, k::r], casting="unsafe")
-    return out
+    C, H, W = x.shape
+    for axis, shape in ((2, (C, H, r * (W - 2))), (1, (C, r * (H - 2), r * (W - 2)))):
+        old, x = np.moveaxis(x, axis, 0), np.empty(shape, np.uint16)
+        new = np.moveaxis(x, axis, 0)
+        for k in range(r):                      # the k-th of r new pixels in an old one
+            d = 2 * k + 1 - r                   # lies d / 2r off its centre
+            near = (2 * r - abs(d)) * old[1:-1]
+            near += abs(d) * (old[2:] if d > 0 else old[:-2])
+            new[k::r] = near
+    x += 2 * r * r                              # half of the divisor: rounds half up
+    return (x // (4 * r * r)).astype(np.uint8)
 
 
 def stack_bands(blocks):
-    """Blocks of 8-bit bands at 10, 20 and 60 m -> S1 2xSxS and S2 13xSxS in band order, all at 10
-    m.
-    """
+    """8-bit bands at 10, 20 and 60 m -> S1 2xSxS and S2 13xSxS in band order, all at 10 m."""
     ms = np.empty((13, *blocks[0].shape[1:]), np.uint8)
     ms[[1, 2, 3, 7]] = blocks[0][2:]
     ms[[4, 5, 6, 8, 11, 12]] = upsample(blocks[1], 2)
@@ -435,25 +381,20 @@ def stack_bands(blocks):
 
 class SSL4EO:
     """SSL4EO-S12 v1.0, raw or packed.  Gives two views of each modality, of a random season each:
-    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.
-
-    split: "all", or the name of a list of ids.
-    Raises BadInput for a tree of another kind, a location that one modality lacks, a missing or
-    unreadable band.
+    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.  split: "all", or the name of a list of ids.
     """
     modalities = ("sar", "ms")
 
     def __init__(self, root, split="all", seed=0, strict=True):
         root = Path(root)
         self.root, self.seed, self.epoch, self.lonely = root, seed, 0, []
-        folders = [folder for folder in (root, root / "packed") if (folder / "ids.txt").is_file()]
-        self.packed = folders[0] if folders else None
+        places = (folder for folder in (root, root / "packed") if (folder / "ids.txt").is_file())
+        self.packed = next(places, None)
         if self.packed:
             self.ids = (self.packed / "ids.txt").read_text().split()
         elif not (root / "s1").is_dir() and any(root.glob("**/*.zarr.zip")):
-            raise BadInput(f"{root} holds .zarr.zip files, which is SSL4EO-S12 v1.1; expected "
-                           "v1.0, s1/ and s2c/ with a GeoTIFF a band: v1.1 is not read, and its "
-                           "values differ")
+            raise BadInput(f"{root} holds .zarr.zip files: SSL4EO-S12 v1.1, which is not read, for "
+                           f"its values differ; expected v1.0; {TREE}")
         else:                                   # 97 ids have no folder; some copies' are shorter
             s1, s2 = ({name for name in listed(root / folder) if re.fullmatch(r"\d{6,7}", name)}
                       for folder in ("s1", "s2c"))
@@ -467,9 +408,7 @@ class SSL4EO:
         return len(self.ids)
 
     def raw(self, i, seasons=range(4)):
-        """The bands of the seasons as they lie on disk: (name, 1xHxW) one by one; packed, the 8-bit
-        ones.
-        """
+        """(name, 1xHxW) of every band of the seasons as it lies on disk; packed, in 8 bits."""
         for season in seasons:
             if self.packed:
                 for names, block in zip(BLOCKS.values(), self.blocks(i, season)):
@@ -480,15 +419,12 @@ class SSL4EO:
                 # in the order of their dates: by name, S1's would be sorted by satellite first
                 names = sorted(listed(place), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
                 if len(names) != 4:
-                    raise BadInput(f"{place} holds {len(names)} seasons, expected 4; download the "
-                                   "location again")
+                    raise BadInput(f"{place} holds {len(names)} seasons, expected 4; download them")
                 for band in bands:
                     yield band, read_tiff(place / names[season] / f"{band}.tif")
 
     def blocks(self, i, season):
-        """The bands of a season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6
-        (60 m).
-        """
+        """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
         if self.packed:
             return unpacked(open_map(self.packed / f"season{season}.npy")[self.row[self.ids[i]]])
         bands = {band: to_8bit(band, x[0], SSL4EO_S1) for band, x in self.raw(i, [season])}
@@ -504,75 +440,62 @@ class SSL4EO:
 
 
 def in_blocks(bands, name):
-    """Bands by name -> the three blocks; every band has to have the size that its resolution asks
-    for.
-    """
+    """Bands by name -> the three blocks; the size of each has to be that of its resolution."""
     S = len(bands["VV"])
     for r, names in BLOCKS.items():
         for band in names:
-            if bands[band].shape != (S // r, S // r):
-                raise BadInput(f"{name}: {band} has {bands[band].shape} pixels where VV has "
-                               f"{bands['VV'].shape}; expected {(S // r, S // r)}; download it "
-                               "again")
+            if (shape := bands[band].shape) != (S // r, S // r):
+                raise BadInput(f"{name}: {band} has {shape} pixels where VV has "
+                               f"{bands['VV'].shape}; expected {(S // r, S // r)}; download again")
     return [np.stack([bands[band] for band in names]) for names in BLOCKS.values()]
 
 
 def unpacked(record):
-    """A row of a packed season -> the three blocks, as views.  The row has S^2 (6 + 6/4 + 3/36)
-    bytes.
-    """
+    """A row of a packed season, S^2 (6 + 6/4 + 3/36) bytes -> the three blocks, as views."""
     S = round((len(record) * 12 / 91) ** 0.5)
-    n1, n2 = 6 * S ** 2, 6 * (S // 2) ** 2
-    return (record[:n1].reshape(6, S, S), record[n1:n1 + n2].reshape(6, S // 2, S // 2),
-            record[n1 + n2:].reshape(3, S // 6, S // 6))
+    parts = np.split(record, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
+    return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
 
 
-@functools.lru_cache
+@functools.lru_cache                            # once a process: pickling it would copy the file
 def open_map(path):
-    # once for each process: pickling it would copy the whole file
     return np.load(path, mmap_mode="r")
 
 
-# the official 19 classes, and which of the 43 of the json they unite
+# the official 19 classes, and which of the 43 of the json they unite (none: that of the same name)
 CLASSES19 = {
     "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
-    "Industrial or commercial units": ("Industrial or commercial units",),
+    "Industrial or commercial units": (),
     "Arable land": ("Non-irrigated arable land", "Permanently irrigated land", "Rice fields"),
     "Permanent crops": ("Vineyards", "Fruit trees and berry plantations", "Olive groves",
                         "Annual crops associated with permanent crops"),
-    "Pastures": ("Pastures",),
-    "Complex cultivation patterns": ("Complex cultivation patterns",),
-    "Land principally occupied by agriculture, with significant areas of natural vegetation": (
-        "Land principally occupied by agriculture, with significant areas of natural vegetation",),
-    "Agro-forestry areas": ("Agro-forestry areas",),
-    "Broad-leaved forest": ("Broad-leaved forest",),
-    "Coniferous forest": ("Coniferous forest",),
-    "Mixed forest": ("Mixed forest",),
+    "Pastures": (), "Complex cultivation patterns": (),
+    "Land principally occupied by agriculture, with significant areas of natural vegetation": (),
+    "Agro-forestry areas": (), "Broad-leaved forest": (), "Coniferous forest": (),
+    "Mixed forest": (),
     "Natural grassland and sparsely vegetated areas": (
         "Natural grassland", "Sparsely vegetated areas"),
     "Moors, heathland and sclerophyllous vegetation": (
         "Moors and heathland", "Sclerophyllous vegetation"),
-    "Transitional woodland, shrub": ("Transitional woodland/shrub",),
-    "Beaches, dunes, sands": ("Beaches, dunes, sands",),
+    "Transitional woodland, shrub": ("Transitional woodland/shrub",), "Beaches, dunes, sands": (),
     "Inland wetlands": ("Inland marshes", "Peatbogs"),
     "Coastal wetlands": ("Salt marshes", "Salines"),
     "Inland waters": ("Water courses", "Water bodies"),
     "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
 }
-CLASSES43 = {name: k for k, names in enumerate(CLASSES19.values()) for name in names}
+CLASSES43 = {name: k for k, (same, names) in enumerate(CLASSES19.items())
+             for name in names or (same,)}
 DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airports",
              "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
              "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats")
 
 
 class BigEarthNet:
-    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 zeros and
-    ones).
+    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1).
 
     split: "train", "val" or "test" by the list <split>.csv, bigearthnet-<split>.csv or .txt: an S2
     name a line, then its S1 name; lists without S1 names are completed from the json of every S1
-    patch.  "all": every S1 patch.  Patches in patches_with_seasonal_snow.csv and
-    patches_with_cloud_and_shadow.csv are left out where these lists are present.
+    patch.  "all": every S1 patch.  The patches of two lists, snow and cloud, are left out.
     """
     modalities = ("sar", "ms")
 
@@ -588,8 +511,7 @@ class BigEarthNet:
             names = (f"{split}.csv", f"bigearthnet-{split}.csv", f"bigearthnet-{split}.txt")
             lists = [root / name for name in names if (root / name).is_file()]
             if not lists:
-                raise BadInput(f"no list for the split {split} under {root}; expected one of "
-                               f"{', '.join(names)}")
+                raise BadInput(f"none of {', '.join(names)} under {root}; {TREE}")
             pairs = [line.split(",") for line in lists[0].read_text().split()]
             if pairs and len(pairs[0]) == 1:
                 link = dict(self.linked(present[0]))
@@ -604,9 +526,7 @@ class BigEarthNet:
         refuse(strict, self.lonely, root, f"the list of {split} without both of their folders")
 
     def linked(self, s1_names):
-        """(S2 name, S1 name) of every S1 patch, from its json, for only there is the link; kept in
-        pairs.csv.
-        """
+        """(S2 name, S1 name) of every S1 patch: its json alone has the link; kept in pairs.csv."""
         kept = self.root / "pairs.csv"
         if not kept.is_file():
             lines = []
@@ -637,15 +557,11 @@ class BigEarthNet:
             if name in CLASSES43:
                 target[CLASSES43[name]] = 1
             elif name not in DROPPED43:
-                raise BadInput(f"{path} has the label {name!r}, expected one of BigEarthNet's 43 "
-                               "classes")
+                raise BadInput(f"{path} has the label {name!r}, which is none of the 43 classes")
         return *stack_bands(blocks), target
 
 
 # ---- GeoNRW ----
-
-PATCHES = tuple(f"_{k}" for k in range(1, 17))
-
 
 class GeoNRW:
     """GeoNRW, whole tiles (each gives 16 patches) or what `data.py crop` has cut.
@@ -659,8 +575,7 @@ class GeoNRW:
     def __init__(self, root, split="train", labels=False, strict=True):
         root = Path(root)
         self.root, self.labels = root / "cropped" if (root / "cropped").is_dir() else root, labels
-        self.ids, self.lonely = [], []
-        parts = {"rgb", "dem", "seg"} if labels else {"rgb", "dem"}
+        self.ids, self.lonely, parts = [], [], {"rgb", "dem", "seg"} if labels else {"rgb", "dem"}
         for city in listed(self.root):
             if split != "all" and (city in self.test_cities) != (split == "test"):
                 continue
@@ -670,8 +585,8 @@ class GeoNRW:
                 tiles.setdefault(tile, set()).add(part)
             for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
                 if tiles[tile] >= parts:
-                    whole = tile.count("_") == 1
-                    self.ids += [f"{city}/{tile}{k}" for k in (PATCHES if whole else ("",))]
+                    patches = [f"_{k}" for k in range(1, 17)] if tile.count("_") == 1 else [""]
+                    self.ids += [f"{city}/{tile}{k}" for k in patches]
                 elif tiles[tile] & {"rgb", "dem"}:
                     self.lonely.append(f"{city}/{tile}")
         refuse(strict, self.lonely, root, f"less than all of {', '.join(sorted(parts))}")
@@ -691,9 +606,8 @@ class GeoNRW:
     def __getitem__(self, i):
         rgb, dem, *seg = (a for _, a in self.raw(i))
         if len(rgb) != 3 or len({a.shape[1:] for a in (rgb, dem, *seg)}) > 1:
-            raise BadInput(f"{self.ids[i]} has rgb {rgb.shape}, dem "
-                           f"{dem.shape}{f', seg {seg[0].shape}' if seg else ''}; expected 3 "
-                           "bands and equal sizes; unpack the archive again")
+            raise BadInput(f"{self.ids[i]}: rgb, dem and seg have the shapes "
+                           f"{[a.shape for a in (rgb, dem, *seg)]}; expected 3 bands, equal sizes")
         rgb = torch.from_numpy(rgb.copy())
         dem = torch.from_numpy(stretch(dem, self.ids[i])).expand(3, -1, -1)
         return (rgb, dem, torch.from_numpy(seg[0][0].astype(np.int64))) if seg else ([rgb], [dem])
@@ -707,11 +621,9 @@ def patch(a, k):
 
 
 def stretch(dem, name):
-    """Heights 1xHxW, metres -> [0, 1] float32 between the 1st and 99th percentile of this patch; a
-    flat patch is 0.
-
-    Holes (NaN, and sentinels: nothing on Earth is below -500 m or above 9000 m) take no part, and
-    become the mean.
+    """Heights 1xHxW, metres -> float32, [0, 1] from the 1st to the 99th percentile of this patch; a
+    flat patch is 0.  Holes (NaN, and sentinels: nothing on Earth is below -500 m or above 9000 m)
+    take no part, and become the mean.
     """
     valid = np.isfinite(dem) & (dem > -500) & (dem < 9000)
     if not valid.any():
@@ -727,9 +639,8 @@ class RGBD:
     """RGB-depth frames in folder form, or the raw SUN RGB-D tree once `data.py hha` has been there.
 
     Gives ([3xHxW uint8], [1xHxW float32 depth or 3xHxW uint8 HHA]), HxW the canvas; with labels
-    (x1, x2, HxW int64: 0 is unlabelled, then the classes). split: "all" (the paper pretrains on all
-    10,335 frames of SUN RGB-D), or the name of a list: "train", "test". Raises BadInput for a
-    folder that is not the layout, an image without its partner, an unknown name in a list.
+    (x1, x2, HxW int64: 0 is unlabelled, then the classes).  split: "all" (the paper pretrains on
+    all 10,335 frames of SUN RGB-D), or the name of a list: "train", "test".
     """
 
     def __init__(self, root, size, split="all", depth_unit=1000.0, labels=False, strict=True):
@@ -754,8 +665,7 @@ class RGBD:
         self.labels = label_files(root, frames) if labels else None
         if labels and (missing := [i for i in self.ids if i not in self.labels]):
             raise BadInput(f"{len(missing)} frames under {root} have no label (the first: "
-                           f"{missing[0]}); expected Label/ or labels/; the first lines of "
-                           "data.py show the tree")
+                           f"{missing[0]}); {TREE}")
 
     def __len__(self):
         return len(self.ids)
@@ -768,32 +678,26 @@ class RGBD:
 
     def __getitem__(self, i):
         name = self.ids[i]
-        x1 = read_rgb(self.files1[name], self.canvas)
-        hha = self.modalities[1] == "hha"
-        x2 = read_rgb(self.files2[name], self.canvas) if hha else \
-            read_depth(self.files2[name], self.canvas, self.depth_unit)
+        x1, path2 = read_rgb(self.files1[name], self.canvas), self.files2[name]
+        x2 = (read_rgb(path2, self.canvas) if self.modalities[1] == "hha" else
+              read_depth(path2, self.canvas, self.depth_unit))
         if not self.labels:
             return [x1], [x2]
         return x1, x2, torch.from_numpy(read_label(self.labels[name], self.canvas))
 
 
-def stems(folder):
+def stems(folder, suffixes=(".jpg", ".jpeg", ".png")):
     """The image files of a folder as {stem: path}; BadInput where there is none."""
-    files = {path.stem: path for path in folder.glob("*")
-             if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
+    files = {path.stem: path for path in folder.glob("*") if path.suffix.lower() in suffixes}
     if not files:
-        raise BadInput(f"no jpg or png under {folder}; expected RGB/, and Depth/ or HHA/, with "
-                       "equal stems there: the first lines of data.py show the tree; or try the "
-                       "made-up scenes: --toy")
+        raise BadInput(f"no image under {folder}; expected {', '.join(suffixes)}, with the stems "
+                       f"of the other modality; {TREE}; or try the made-up scenes: --toy")
     return files
 
 
 def sunrgbd_frames(root):
-    """The raw SUN RGB-D tree of all four sensors -> {frame: (image, hole-filled depth, raw depth,
-    camera)}, files.
-
-    A frame is a folder with image/ and intrinsics.txt at any depth; the stems in image/ and depth/
-    may differ.
+    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
+    frame is a folder with image/ and intrinsics.txt, at any depth; the stems in it may differ.
     """
     tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
     for folder, subfolders, files in os.walk(tree):
@@ -814,19 +718,14 @@ def only_file(folder):
 
 
 def sunrgbd_depth(raw):
-    """SUN RGB-D's 16 bits -> metres: millimetres, rotated left by three bits, cut at 8 m as the
-    toolbox does.
-    """
+    """SUN RGB-D's 16 bits, mm rotated left by three bits -> metres, cut at 8 as in the toolbox."""
     return np.minimum((raw >> 3 | raw << 13) / 1000, 8.0)
 
 
 def read_intrinsics(path):
     """3x3 camera matrix from nine numbers, on three lines or on one."""
-    try:
+    with reading(path, "the nine numbers of a 3x3 matrix"):
         return np.array(path.read_text().split(), float).reshape(3, 3)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read as a camera ({error}); expected the nine "
-                       "numbers of a 3x3 matrix") from None
 
 
 def label_files(root, frames):
@@ -841,13 +740,10 @@ def label_files(root, frames):
 
 
 def read_label(path, canvas=None):
-    """A label image, grey or with a palette -> HxW int64 of class indices, on the canvas by nearest
-    neighbour.
-    """
+    """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
     image = opened(path)
     if len(image.getbands()) > 1:
-        raise BadInput(f"{path} is a {image.mode} image; expected class indices in one channel, "
-                       "not their colours")
+        raise BadInput(f"{path} is a {image.mode} image; expected class indices, not colours")
     if canvas:
         image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
     return np.array(image).astype(np.int64)
@@ -856,23 +752,21 @@ def read_label(path, canvas=None):
 # ---- one's own pairs ----
 
 class Pairs:
-    """Two folders of images with equal stems.  Gives ([C1xHxW], [C2xHxW]): uint8, and any other
-    dtype as float32, mapped from mean +- 3 standard deviations to 0..1.  Images of another size are
-    brought to that of their folder's first.
+    """Two folders of images with equal stems.  Gives ([C1xHxW], [C2xHxW]) of the size of their
+    folder's first: uint8, or float32, mapped from mean +- 3 standard deviations to 0..1.
 
     rows: what `measured` gave for the two folders, kept in the checkpoint; measured at first use.
-    augment_as: the modality that each is augmented as; by the number of channels: 1 dem, 2 sar, 3
-    aerial, more ms.
+    augment_as: the modality that each is augmented as; by default it goes by the channels.
     """
     modalities = ("custom1", "custom2")
+    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
     def __init__(self, root1, root2, augment_as=(None, None), rows=None, strict=True):
-        self.files = [image_files(Path(root)) for root in (root1, root2)]
+        self.files = [stems(Path(root), self.suffixes) for root in (root1, root2)]
         self.ids = sorted(self.files[0].keys() & self.files[1].keys())
         self.lonely = sorted(self.files[0].keys() ^ self.files[1].keys())
         if not self.ids:
-            raise BadInput(f"no stem is both in {root1} and in {root2}; expected pairs of images "
-                           "with equal stems")
+            raise BadInput(f"no stem is both in {root1} and in {root2}; expected equal stems")
         refuse(strict, self.lonely, f"{root1} and {root2}", "only one of the two folders")
         self.rows = rows or [measured([files[i] for i in self.ids], strict) for files in self.files]
         for name, row, kind in zip(self.modalities, self.rows, augment_as):
@@ -901,8 +795,7 @@ def prepared(path, row):
     x = torch.from_numpy(np.ascontiguousarray(a))
     if list(x.shape[1:]) == row["size"]:
         return x
-    y = F.interpolate(x[None].float(), row["size"], mode="bilinear", antialias=True)[0]
-    return y.to(x.dtype)
+    return resize(x[None].float(), row["size"])[0].to(x.dtype)
 
 
 def read_like(path, row):
@@ -910,26 +803,13 @@ def read_like(path, row):
     a = read_image(path)
     if (len(a), str(a.dtype)) != (len(row["bands"]), row["dtype"]):
         raise BadInput(f"{path} has {len(a)} channels of {a.dtype}; expected {len(row['bands'])} "
-                       f"of {row['dtype']}, like the first of its folder; convert it or take it "
-                       "out")
+                       f"of {row['dtype']}, as in the first of its folder; convert or remove it")
     return a
 
 
-def image_files(folder):
-    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
-    files = {path.stem: path for path in folder.glob("*") if path.suffix.lower() in suffixes}
-    if not files:
-        raise BadInput(f"no image under {folder}; expected {', '.join(suffixes)}, with the stems "
-                       "of the other modality")
-    return files
-
-
 def measured(paths, strict=True, most=1000):
-    """The row of MODALITIES for one's own images: statistics of every channel over at most 1000 of
-    them, evenly chosen.
-
-    raw_mean and raw_std are in the units of the files, None for 8 bits; mean and std are those of x
-    in [0, 1].
+    """The row of MODALITIES for one's own images, from at most 1000 of them, evenly chosen: mean
+    and std of x in [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits.
     """
     first = read_image(paths[0])
     row = dict(bands=[f"channel {c + 1}" for c in range(len(first))], size=list(first.shape[1:]),
@@ -963,19 +843,15 @@ TASKS = ("bigearthnet", "geonrw", "sunrgbd", "nyuv2")
 
 
 def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, **custom):
-    """The data set of a scenario, or of a transfer task: those give (x1, x2, target) and need a
-    named split.
-
-    For "custom" root is two folders.  strict=False, for `check`, puts samples without a partner
-    into .lonely. Raises BadInput with the path, the layout and the remedy where there is none.
+    """The data set of a scenario, or of a transfer task, which gives (x1, x2, target).  For custom,
+    root is two folders.  strict=False, for `check`: samples without a partner go into .lonely.
     """
     if name == "custom":
         if split != "all":
             raise BadInput(f"--split {split}: one's own pairs have no lists; expected all")
         return Pairs(*root, strict=strict, **custom)
     if not Path(root).is_dir():
-        raise BadInput(f"no folder {root}; {TREE}; give --data DIR, or try the made-up scenes: "
-                       "--toy")
+        raise BadInput(f"no folder {root}; {TREE}; give --data, or try the made-up scenes: --toy")
     if name == "sar-optical":
         data = SSL4EO(root, split, seed, strict)
     elif name == "bigearthnet":
@@ -990,19 +866,14 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
 
 
 def collate(samples):
-    """Samples -> (x1, x2), each a pair of BxCxHxW batches: of two views, or twice the same where
-    there is but one.
-    """
+    """Samples -> (x1, x2), each two BxCxHxW batches, of two views; a single view stands twice."""
     batches = [[torch.stack(view) for view in zip(*modality)] for modality in zip(*samples)]
     return tuple((views[0], views[-1]) for views in batches)
 
 
 def epoch_batches(n, batch_size, seed, epoch):
-    """The data order: a permutation of 0..n-1, a function of (seed, epoch) alone, cut into global
-    batches.
-
-    Returns n // batch_size x batch_size indices; the last incomplete batch is dropped.  A rank
-    takes its columns.
+    """The data order, n // batch_size x batch_size indices: a permutation of 0..n-1, a function of
+    (seed, epoch) alone, without its last incomplete batch.  A rank takes its columns.
     """
     order = np.random.default_rng((seed, epoch)).permutation(n)
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
@@ -1015,13 +886,11 @@ def epoch_batches(n, batch_size, seed, epoch):
 # two, blur the authors' 0.5.  Their crops are kept too, (0.5, 1) of the area indoors where BYOL has
 # (0.08, 1): two modalities are cropped independently, and small crops would show different things.
 BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
-# Seen from above no side is up: flips both ways for all four modalities (the paper names both for
-# SAR and DEM).
+# Seen from above no side is up: all four flip both ways (the paper names both for SAR and DEM).
 ABOVE = dict(scale=(0.2, 1.0), vflip=True)
 AUGMENTATIONS = {
     "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
-    # no saturation and hue of 13 bands
-    "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),
+    "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),  # 13 bands have no hue
     "aerial": dict(**ABOVE, **BYOL),
     "dem": ABOVE,                               # Sec. 4: crop and flips
     "rgb": dict(scale=(0.5, 1.0), **BYOL),
@@ -1031,12 +900,10 @@ AUGMENTATIONS = {
 
 
 class Draws:
-    """Uniform random numbers for the images of the global batch, of which this process takes its
-    rows.
+    """Uniform random numbers for the images of the global batch, of which a process takes its rows.
 
     One CPU generator, seeded anew at each step: what a sample looks like depends on (seed, step)
-    and on its place in the global batch, never on the number of processes or workers, the device,
-    or a restart.
+    and on its place in the global batch, never on processes, workers, device or restarts.
     """
 
     def __init__(self, seed, batch_size, rows):
@@ -1055,9 +922,7 @@ def mixed(*numbers):
 
 
 def augment(x, modality, size, draws):
-    """augment1 or augment2 of Algorithm 1.  x: BxCxHxW, uint8 or float in [0, 1].  Returns BxCxSxS,
-    normalised.
-    """
+    """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
     has = AUGMENTATIONS[modality]
     x = random_resized_crop(x, size, has["scale"], draws, vflip=has.get("vflip"))
     if "gray_p" in has:
@@ -1072,16 +937,14 @@ def augment(x, modality, size, draws):
 
 def plain(x, modality, size):
     """What an encoder sees without augmentation: all of BxCxHxW -> BxCxSxS, normalised."""
-    x = F.interpolate(unit(x), (size, size), mode="bilinear", antialias=True)
-    return normalise(x, modality)
+    return normalise(resize(unit(x), (size, size)), modality)
 
 
 def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
-    """Boxes of `scale` of the area and of an aspect ratio drawn log-uniformly, mirrored with
-    probability 1/2.
+    """Boxes of `scale` of the area and a log-uniform aspect ratio, half of them mirrored: ten tries
+    for one that fits, as torchvision; then the largest centred one.
 
-    Ten tries for a box that fits, as torchvision; then the largest centred one.  Returns top, left,
-    height, width and mirrored: Bx1 each.
+    Returns top, left, height, width and mirrored: Bx1 each.
     """
     u = draws(23).double()                                              # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
@@ -1099,22 +962,18 @@ def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
 
 
 def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
-    """The box of `random_boxes` of each image, resized and mirrored; with vflip also turned upside
-    down with probability 1/2.
+    """The box of `random_boxes` of each image, resized; with vflip half of them upside down.
 
-    Resizing with a triangle filter is two matrix products, with rows of weights for each image; it
-    equals F.interpolate(antialias=True) of the crop.
+    Resizing with a triangle filter is two matrix products, with weights for each image: `resize`.
     """
     B, C, H, W = x.shape
     top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws, ratio)  # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
-    # few weights of a row are not 0: torch's sparse filter is faster here
-    if x.device.type == "cpu":
-        parameters = torch.cat([top, left, h, w, upside_down, mirrored], 1).long().tolist()
-        return torch.cat([resized_box(image[None], size, *numbers)
-                          for image, numbers in zip(x, parameters)])
-    top, left, h, w, upside_down, mirrored = (
-        v.float().to(x.device) for v in (top, left, h, w, upside_down, mirrored))
+    parameters = top, left, h, w, upside_down, mirrored
+    if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
+        numbers = torch.cat(parameters, 1).long().tolist()
+        return torch.cat([resized_box(image[None], size, *n) for image, n in zip(x, numbers)])
+    top, left, h, w, upside_down, mirrored = (v.float().to(x.device) for v in parameters)
     Wx, Wy = triangle_filter(left, w, W, size), triangle_filter(top, h, H, size)  # BxSxW, BxSxH
     Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
     Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
@@ -1122,15 +981,16 @@ def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False
 
 
 def resized_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = unit(image[:, :, top:top + h, left:left + w])
-    box = F.interpolate(box, (size, size), mode="bilinear", antialias=True)
+    box = resize(unit(image[:, :, top:top + h, left:left + w]), (size, size))
     return box.flip([2] * upside_down + [3] * mirrored)
 
 
+def resize(x, size):
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
 def triangle_filter(start, length, n_in, n_out):
-    """Rows of weights that resize n_in pixels, of which [start, start + length) are used, to n_out.
-    -> Bxn_outxn_in.
-    """
+    """Weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out."""
     pixel, step = torch.arange(n_in, device=start.device), length / n_out  # n_in, Bx1
     centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
     distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
@@ -1145,24 +1005,21 @@ def separable(x, Wy, Wx):
 
 
 def random_colour(x, jitter, jitter_p, gray_p, draws):
-    """Brightness, contrast, saturation and hue jitter, then grayscale, for any number of channels:
-    one affine map each.
+    """Brightness, contrast, saturation and hue jitter, then grayscale, for any number of channels.
 
-    Brightness b and contrast c are x -> c b x + (1 - c) b m with m the image's mean luma;
-    saturation s blends with the luma; hue turns the colour about the grey axis, which is linear,
-    where a shift of HSV's hue is not; grayscale is s = 0.
+    They fold into one affine map of each image.  Brightness b and contrast c are x -> c b x +
+    (1 - c) b m with m the image's mean luma; saturation s blends with the luma; hue turns the
+    colour about the grey axis, which is linear, where HSV's hue is not; grayscale is s = 0.
     Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold.
     """
     C, shape = x.shape[1], x.shape
     u = draws(6)                                                        # Bx6
     jittered = (u[:, :1] < jitter_p).float()
-    # B each, around 0
-    b, c, s, turn = (jittered * (2 * u[:, 1:5] - 1) * torch.tensor(jitter)).unbind(1)
+    b, c, s, turn = (jittered * (2 * u[:, 1:5] - 1) * torch.tensor(jitter)).unbind(1)  # B
     b, c, s = (1 + v.view(-1, 1, 1) for v in (b, c, s))                 # Bx1x1, around 1
     s = torch.where(u[:, 5].view(-1, 1, 1) < gray_p, 0, s)
     luma = torch.tensor([0.299, 0.587, 0.114]) if C == 3 else torch.full((C,), 1 / C)
-    # BxCxC, rows of ones map to ones
-    A = s * torch.eye(C) + (1 - s) * luma.expand(C, C)
+    A = s * torch.eye(C) + (1 - s) * luma.expand(C, C)                  # BxCxC, grey stays grey
     if C == 3:
         A = hue_rotation(2 * np.pi * turn) @ A
     luma, b, c, A = (v.to(x.device) for v in (luma, b, c, A))
@@ -1172,29 +1029,22 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
 
 
 def hue_rotation(angle):
-    """Bx3x3: turns colours by `angle` (B, radians) about the grey axis (1, 1, 1), red towards
-    green.
-    """
+    """Bx3x3: turns colours by `angle` (B, radians) about the grey axis (1, 1, 1), red to green."""
     grey = torch.full((3, 3), 1 / 3)                                    # projects on the axis
-    # a quarter turn about it
-    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a quarter turn
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
     return grey + cos * (torch.eye(3) - grey) + sin * turn
 
 
 def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
-    """Gaussian blur of the images that draw it; sigma in pixels of a 224-pixel crop, scaled with
-    the crop.
-    """
+    """Gaussian blur of the images that draw it; sigma in pixels of a 224-pixel crop, scaled so."""
     u, S = draws(2), x.shape[-1]
     chosen = (u[:, 0] < blur_p).nonzero()[:, 0]
     width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
     pixel, chosen, width = torch.arange(S).to(x), chosen.to(x.device), width.to(x)
     distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
-    # farther off lie denormal numbers, slow on a CPU
-    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)
-    # cut off at the border and normalised
-    G = G / G.sum(-1, keepdim=True)
+    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)  # denormals beyond are slow on a CPU
+    G = G / G.sum(-1, keepdim=True)             # cut off at the border and normalised
     return x.index_copy(0, chosen, separable(x[chosen], G, G))
 
 
@@ -1206,41 +1056,31 @@ def random_solarize(x, solarize_p, draws):
 
 # ---- made-up scenes: known factors, one in both modalities and one in each alone ----
 
-# Each scene holds three objects: one that both sensors see, one that only sensor 1 sees, one that
-# only sensor 2 sees. A factor is the shape of one of them.  All shapes have the same area, and
-# position, size and rotation are drawn at random over clutter and noise, lest a random encoder
-# read them.  Linear probes on held-out indoor scenes, chance 0.25, common and unique factor: random
-# encoders RGB 0.49-0.53 and 0.45-0.49, depth 0.40-0.60 and 0.52-0.64; supervised ones 0.99 or more.
-# More clutter lowers the random ones, but is a fingerprint of the scene on which its views can
-# agree instead of on the shapes: with a relief of 0.1 m depth's own object was not learned.
+# Each scene holds three objects, for both sensors, sensor 1 and sensor 2.  A factor is the shape of
+# one of them.  All have the same area; position, size and rotation are random over clutter and
+# noise, lest a random encoder read them.  Linear probes on held-out indoor scenes, chance 0.25,
+# common and unique: random encoders RGB 0.49-0.53 and 0.45-0.49, depth 0.40-0.60 and 0.52-0.64;
+# supervised ones 0.99 or more.  More clutter lowers the random ones, but is a fingerprint on which
+# views can agree instead of on shapes: with 0.1 m of relief depth's own object was not learned.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
 
 
 def draw_shape(shape, u, v):
-    """Coverage of the shape of area 4, 0 or 1, at the coordinates u, v (any equal shapes) of its
-    own axes.
-    """
+    """Whether the points u, v (any equal shapes) on a shape's own axes lie in it; its area is 4."""
     r, a, b = np.hypot(u, v), np.abs(u), np.abs(v)
-    if shape == "disk":
-        return r < 1.128
-    if shape == "ring":
-        return (r < 1.38) & (r > 0.795)
-    if shape == "cross":
-        return (np.minimum(a, b) < 0.36) & (np.maximum(a, b) < 1.57)
-    return (v < 0.877) & (3 ** 0.5 * a - v < 2 * 0.877)  # triangle, equilateral
+    return {"disk": r < 1.128, "ring": (r < 1.38) & (r > 0.795),
+            "cross": (np.minimum(a, b) < 0.36) & (np.maximum(a, b) < 1.57),
+            "triangle": (v < 0.877) & (3 ** 0.5 * a - v < 2 * 0.877)}[shape]  # equilateral
 
 
 def place(rng, H, W, rows, columns):
-    """A random shape, its centre within rows and columns (fractions of H and W).  Returns its class
-    and mask, HxW.
-    """
+    """A random shape, centred within rows and columns (fractions).  Returns class and mask HxW."""
     shape = int(rng.integers(len(SHAPES)))
     y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
     r, turn = rng.uniform(0.13, 0.17) * H, rng.uniform(0, 2 * np.pi)
-    # two samples a pixel each way: antialiased
-    fine = (np.mgrid[0:2 * H, 0:2 * W] + 0.5) / 2
+    fine = (np.mgrid[0:2 * H, 0:2 * W] + 0.5) / 2  # two samples a pixel each way: antialiased
     dy, dx = (fine[0] - y) / r, (fine[1] - x) / r
     u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
     mask = draw_shape(SHAPES[shape], u, v)
@@ -1248,11 +1088,18 @@ def place(rng, H, W, rows, columns):
 
 
 def place_three(rng, H, W):
-    """The objects of a scene, (class, mask HxW) each: common, in front, unique1 and unique2."""
+    """The objects of a scene: common, in front, unique1 and unique2.  Returns their masks HxW, the
+    label HxW uint8 (0 none, then SCENE_CLASSES + 1) and their classes.
+    """
     sides = rng.permutation([(0.2, 0.35), (0.65, 0.8)])
     common = place(rng, H, W, (0.6, 0.76), (0.25, 0.75))
     unique = [place(rng, H, W, (0.24, 0.4), side) for side in sides]
-    return [common, *((shape, mask * (1 - common[1])) for shape, mask in unique)]
+    classes, (front, *behind) = zip(common, *unique)
+    masks = [front, *(mask * (1 - front) for mask in behind)]
+    label = np.ones((H, W), np.uint8)
+    for which in (2, 1, 0):
+        label[masks[which] > 0.5] = 2 + which * len(SHAPES) + classes[which]
+    return masks, label, classes
 
 
 def smooth_noise(rng, H, W, cells):
@@ -1262,55 +1109,40 @@ def smooth_noise(rng, H, W, cells):
 
 
 def indoor_scene(rng, H=48, W=64):
-    """A room: an object before the wall, a painting on it (RGB alone), a glass pane in it (depth
-    alone).
+    """A room: an object before the wall, a painting on it (RGB alone), a pane in it (depth alone).
 
-    Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 (0 none, then SCENE_CLASSES + 1),
-    the three classes.
+    Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 and the three classes.
     """
-    objects = place_three(rng, H, W)
-    (common, m_common), (unique1, m_paint), (unique2, m_pane) = objects
-    wall, thing, paint = (grey + rng.uniform(-0.05, 0.05, 3) for grey in (0.5, 0.9, 0.1))
-    rgb = wall + 0.12 * np.stack([smooth_noise(rng, H, W, 6) for _ in range(3)], -1)
-    rgb = rgb + (thing - rgb) * m_common[..., None] + (paint - rgb) * m_paint[..., None]
-    rgb = rgb + rng.normal(0, 0.04, rgb.shape)
+    (m_common, m_paint, m_pane), label, classes = place_three(rng, H, W)
+    rgb = coloured(rng, m_common, m_paint)
     z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
-    label = scene_label(*objects)
-    rgb, z = (rgb.clip(0, 1) * 255).astype(np.uint8), (z * 1000).astype(np.uint16)
-    return rgb, z, label, (common, unique1, unique2)
+    return rgb, (z * 1000).astype(np.uint16), label, classes
 
 
-def scene_label(*objects):
-    """common, unique1, unique2, each (class, mask HxW) -> HxW uint8: 0 none, then SCENE_CLASSES +
-    1; common in front.
-    """
-    label = np.ones(objects[0][1].shape, np.uint8)
-    for which, (shape, mask) in reversed(list(enumerate(objects))):
-        label[mask > 0.5] = 2 + which * len(SHAPES) + shape
-    return label
+def coloured(rng, m_common, m_paint):
+    """What a camera sees of two masks HxW: a bright and a dark object on grey.  HxWx3 uint8."""
+    ground, bright, dark = (grey + rng.uniform(-0.05, 0.05, 3) for grey in (0.5, 0.9, 0.1))
+    rgb = ground + 0.12 * np.stack([smooth_noise(rng, *m_common.shape, 6) for _ in range(3)], -1)
+    rgb = rgb + (bright - rgb) * m_common[..., None] + (dark - rgb) * m_paint[..., None]
+    return ((rgb + rng.normal(0, 0.04, rgb.shape)).clip(0, 1) * 255).astype(np.uint8)
 
 
 def satellite_scene(rng, S=48):
-    """Seen from orbit: a village (bright in both), an oil slick (dark in SAR alone), an algae bloom
-    (dark in optical).
+    """From orbit: a village (bright in both), an oil slick (dark in SAR), algae (dark in optical).
 
-    Returns four seasons of {band: array} at native size, S1 in dB and S2 as reflectance x 10000;
-    label, the classes.
+    Returns four seasons of {band: array} as in the files, label SxS uint8 and the three classes.
     """
-    objects = place_three(rng, S, S)
-    (common, m_common), (unique1, m_slick), (unique2, m_bloom) = objects
+    (m_common, m_slick, m_bloom), label, classes = place_three(rng, S, S)
     clutter1, visible, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
-    # near SSL4EO-S12's means
-    levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)
+    levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)  # as real
     seasons = []
     for _ in range(4):
         light, bands = rng.normal(1, 0.05), {}
         for band, level in zip(S1, (-14, -21)):
-            speckle = 10 * np.log10(rng.gamma(8, 1 / 8, (S, S)))        # eight looks
-            x = level + clutter1 + 6 * (m_common - m_slick) + speckle
-            bands[band] = x.astype(np.float32)
+            speckle = 10 * np.log10(rng.gamma(8, 1 / 8, (S, S)))  # eight looks
+            bands[band] = (level + clutter1 + 6 * (m_common - m_slick) + speckle).astype(np.float32)
         for band, level in zip(S2, levels):
             r = next(r for r, names in BLOCKS.items() if band in names)
             clutter2 = visible if band in ("B1", "B2", "B3", "B4") else infrared
@@ -1318,30 +1150,23 @@ def satellite_scene(rng, S=48):
             x = x.reshape(S // r, r, S // r, r).mean((1, 3))
             bands[band] = (x * rng.normal(1, 0.03, x.shape)).clip(0).astype(np.uint16)
         seasons.append(bands)
-    return seasons, scene_label(*objects), (common, unique1, unique2)
+    return seasons, label, classes
 
 
 def aerial_scene(rng, S=48):
-    """From the air: a building (bright and high), a painted square (dark), a pit of the ground's
-    colours (low).
+    """From the air: a building (bright, high), a painted square (dark), a pit of no colour (low).
 
-    Returns rgb SxSx3 uint8, heights SxS float32 in metres, label, the classes.
+    Returns rgb SxSx3 uint8, heights SxS float32 m, label SxS uint8 and the three classes.
     """
-    objects = place_three(rng, S, S)
-    (common, m_common), (unique1, m_paint), (unique2, m_pit) = objects
-    ground, roof, paint = (grey + rng.uniform(-0.05, 0.05, 3) for grey in (0.5, 0.9, 0.1))
-    rgb = ground + 0.12 * np.stack([smooth_noise(rng, S, S, 6) for _ in range(3)], -1)
-    rgb = rgb + (roof - rgb) * m_common[..., None] + (paint - rgb) * m_paint[..., None]
-    rgb = ((rgb + rng.normal(0, 0.04, rgb.shape)).clip(0, 1) * 255).astype(np.uint8)
+    (m_common, m_paint, m_pit), label, classes = place_three(rng, S, S)
+    rgb = coloured(rng, m_common, m_paint)
     dem = rng.uniform(50, 300) + 0.8 * smooth_noise(rng, S, S, 6) + rng.normal(0, 0.3, (S, S))
     dem = dem + 7 * (m_common - m_pit)
-    return rgb, dem.astype(np.float32), scene_label(*objects), (common, unique1, unique2)
+    return rgb, dem.astype(np.float32), label, classes
 
 
 def write_indoor(root, rngs, scenes):
-    """The folder form.  scenes: how many are for training.  Yields (id, classes) of every scene, as
-    the next two do.
-    """
+    """The folder form; `scenes` are for training.  Yields (id, classes), as do the next two."""
     for folder in ("RGB", "Depth", "Label"):
         (root / folder).mkdir(parents=True)
     for i, rng in enumerate(rngs):
@@ -1358,10 +1183,9 @@ def write_satellite(root, rngs, scenes, S=48):
         seasons, label, classes = satellite_scene(rng, S)
         for day, bands in zip(("0320T101", "0621T102", "0922T103", "1221T104"), seasons):
             date = f"2020{day}{i % 1000:03d}"
-            places = {"s1": f"S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD",
-                      "s2c": f"{date}_{date}_T32ULC"}
-            for folder, names in (("s1", S1), ("s2c", S2)):
-                place = root / folder / f"{i:07d}" / places[folder]
+            s1 = f"s1/{i:07d}/S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD"
+            for place, names in ((s1, S1), (f"s2c/{i:07d}/{date}_{date}_T32ULC", S2)):
+                place = root / place
                 place.mkdir(parents=True)
                 for band in names:
                     Image.fromarray(bands[band]).save(place / f"{band}.tif")
@@ -1391,9 +1215,8 @@ TOYS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_aerial, 2
 def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
     """Writes the scenario's made-up scenes under root, once: they appear as a whole or not at all.
 
-    Beside the layout stand train.txt, test.txt and factors.csv: id, common, unique1, unique2, the
-    classes as indices of SHAPES.  Satellite scenes are packed and aerial ones cropped at once,
-    which makes them fast to read.
+    Beside the layout stand train.txt, test.txt and factors.csv, with the classes as indices of
+    SHAPES.  Satellite scenes are packed and aerial ones cropped at once: fast to read.
     """
     root = Path(root)
     if root.is_dir():
@@ -1403,13 +1226,12 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
     part = root.with_name(root.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     rngs = (np.random.default_rng((seed, i)) for i in range(scenes + held_out))
-    rows = list(tqdm(write(part, rngs, scenes), f"making {root}", scenes + held_out, disable=None,
-                     unit="scene"))
+    rows = list(tqdm(write(part, rngs, scenes), f"making {root}", scenes + held_out, disable=None))
     for split, ids in (("train", rows[:scenes]), ("test", rows[scenes:])):
         (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in ids))
     with open(part / "factors.csv", "w", newline="") as file:
-        csv.writer(file).writerow(("id", "common", "unique1", "unique2"))
-        csv.writer(file).writerows((name, *classes) for name, classes in rows)
+        csv.writer(file).writerows([("id", "common", "unique1", "unique2"),
+                                    *((name, *classes) for name, classes in rows)])
     if scenario == "sar-optical":
         pack(part, part / "packed", 1)
     if scenario == "rgb-dem":
@@ -1437,49 +1259,37 @@ def remembered(job):
     return remembered.function(job)
 
 
-MERGE = (operator.add, operator.or_, operator.or_, operator.add, min, operator.add, max,
-         operator.add)
-
-
 def inspect(dataset, i):
-    """One sample as `check` sees it: {band: what its files are like} and what is wrong with it, if
-    anything.
-    """
-    found = {}
+    """One sample as `check` sees it: (band, kind, range, holes) of its files, and what is wrong."""
+    rows = []
     try:
         for name, a in dataset.raw(i):
-            x = a[np.isfinite(a)].astype(float) if a.size else np.zeros(1)
-            row = (1, {str(a.dtype)}, {"x".join(map(str, a.shape[-2:]))}, x.size,
-                   x.min(initial=np.inf), x.sum(), x.max(initial=-np.inf), a.size - x.size)
-            found[name] = merged(found.get(name), row)
+            x = a[np.isfinite(a)].astype(float)
+            kind = f"{a.dtype} {'x'.join(map(str, a.shape[-2:]))}"
+            low, high = x.min(initial=np.inf), x.max(initial=-np.inf)
+            rows.append((name, kind, low, high, a.size - x.size))
         dataset[i]
     except BadInput as error:
-        return found, f"{dataset.ids[i]}\t{error}"
-    return found, None
-
-
-def merged(a, b):
-    return tuple(op(x, y) for op, x, y in zip(MERGE, a, b)) if a else b
+        return rows, f"{dataset.ids[i]}\t{error}"
+    return rows, None
 
 
 def check(dataset, out, workers, size):
-    """Reads every file of a data set; prints a table, writes bad-ids.txt and a contact sheet.
-    Returns the bad samples.
-    """
+    """Reads every file: table, bad-ids.txt, contact sheet.  Returns how many samples are bad."""
     table, good, bad = {}, [], [f"{name}\tno partner" for name in dataset.lonely]
     look, jobs = functools.partial(inspect, dataset), range(len(dataset))
-    results = in_processes(look, jobs, workers, "check")
-    for i, (found, error) in enumerate(results):
-        table |= {name: merged(table.get(name), row) for name, row in found.items()}
+    for i, (rows, error) in enumerate(in_processes(look, jobs, workers, "check")):
+        for name, kind, low, high, holes in rows:
+            kinds, *old = table.get(name, (collections.Counter(), low, high, 0))
+            kinds[kind] += 1
+            table[name] = kinds, min(old[0], low), max(old[1], high), old[2] + holes
         (bad if error else good).append(error or i)
-    print(f"{'band':10s} {'files':>8s} {'min':>10s} {'mean':>10s} {'max':>10s} "
-          f"{'not finite':>10s}  dtype and size")
-    for name, (files, dtypes, sizes, n, low, total, high, holes) in table.items():
-        sizes = sorted(sizes)[:4] + [f"and {len(sizes) - 4} more"] * (len(sizes) > 4)
-        print(f"{name:10s} {files:8d} {low:10.4g} {total / max(n, 1):10.4g} {high:10.4g} "
-              f"{holes:10d}  {' '.join(sorted(dtypes))} {' '.join(sizes)}")
-    print(f"{len(dataset)} samples read, {len(bad)} bad, of which {len(dataset.lonely)} without a "
-          "partner")
+    print("band          files        min        max not finite  dtype and size, the commonest")
+    for name, (kinds, low, high, holes) in table.items():
+        print(f"{name:10s} {kinds.total():8d} {low:10.4g} {high:10.4g} {holes:10d}  "
+              f"{', '.join(kind for kind, _ in kinds.most_common(4))}{', ...' * (len(kinds) > 4)}")
+    print(f"{len(dataset)} samples read, {len(bad)} bad, "
+          f"of which {len(dataset.lonely)} without a partner")
     out.mkdir(parents=True, exist_ok=True)
     (out / "bad-ids.txt").write_text("".join(f"{line}\n" for line in bad))
     print(f"the bad ones and what is wrong with them: {out / 'bad-ids.txt'}")
@@ -1503,9 +1313,7 @@ def contact_sheet(dataset, good, path, size, pairs=8, seed=0):
 
 
 def picture(x, modality):
-    """What the network sees, BxCxHxW normalised -> BxHxWx3 uint8; of 13 bands B4 B3 B2, three times
-    as bright.
-    """
+    """Normalised BxCxHxW -> BxHxWx3 uint8 to look at; of 13 bands B4 B3 B2, thrice as bright."""
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
     x = x.cpu() * std + mean
     channels = {1: [0, 0, 0], 2: [0, 1, 0], 13: [3, 2, 1]}.get(x.shape[1], [0, 1, 2])
@@ -1514,26 +1322,21 @@ def picture(x, modality):
 
 
 def pack(root, out, workers, every=256):
-    """SSL4EO-S12's 60 files a location -> four arrays, season0.npy to season3.npy, a row a
-    location, and ids.txt.
-
-    A row holds the 15 bands in 8 bits at native size: 0.5 MB.  Goes on where it was stopped; `out`
-    appears when complete.
+    """SSL4EO-S12's 60 files a location -> ids.txt and four arrays, season0.npy to season3.npy, with
+    a row a location: its 15 bands in 8 bits at native size, 0.5 MB.
     """
     part = unfinished(out)
     data = SSL4EO(root)
     ids, done = part / "ids.txt", part / "done"
     if ids.is_file() and ids.read_text().split() != data.ids:
-        raise BadInput(f"{part} was begun with other locations than {root} has now; delete it to "
-                       "begin anew")
+        raise BadInput(f"{part} was begun with other locations than {root} has now; delete it")
     write_text(ids, "\n".join(data.ids) + "\n")
     start = int(done.read_text()) if done.is_file() else 0
     shape = len(data), len(packed_rows(data, 0)[0])
-    mode, jobs = "r+" if start else "w+", range(start, len(data))
-    maps = [np.lib.format.open_memmap(part / f"season{k}.npy", mode, np.uint8, shape)
-            for k in range(4)]
-    results = in_processes(functools.partial(packed_rows, data), jobs, workers, "pack")
-    for rows, i in zip(results, jobs):
+    maps = [np.lib.format.open_memmap(part / f"season{k}.npy", "r+" if start else "w+", np.uint8,
+                                      shape) for k in range(4)]
+    make, jobs = functools.partial(packed_rows, data), range(start, len(data))
+    for rows, i in zip(in_processes(make, jobs, workers, "pack"), jobs):
         for array, row in zip(maps, rows):
             array[i] = row
         if (i + 1) % every == 0 or i + 1 == len(data):
@@ -1545,7 +1348,7 @@ def pack(root, out, workers, every=256):
 
 
 def unfinished(out):
-    """The folder that becomes `out` once it is complete; what is in it is gone on with."""
+    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it."""
     if Path(out).exists():
         raise BadInput(f"{out} exists; expected a new --out, or delete it to make it anew")
     part = Path(f"{out}.part")
@@ -1559,19 +1362,14 @@ def packed_rows(data, i):
 
 
 def crop(root, out, workers):
-    """GeoNRW's tiles -> 16 patches each, <city>/<tile>_<k>_rgb.png, _dem.tif and _seg.tif, so that
-    a patch is one read.
-    """
+    """GeoNRW's tiles -> 16 patches each, <city>/<tile>_<k>_rgb.png, _dem.tif and _seg.tif."""
     part = unfinished(out)
     tiles = sorted({i.rpartition("_")[0] for i in GeoNRW(root, "all").ids})
     tiles = [tile for tile in tiles if (Path(root) / f"{tile}_rgb.jp2").is_file()]
     if not tiles:
         raise BadInput(f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
-    for city in {tile.split("/")[0] for tile in tiles}:
-        (part / city).mkdir(parents=True, exist_ok=True)
     jobs = [tile for tile in tiles if not (part / f"{tile}_16_rgb.png").is_file()]
-    for _ in in_processes(functools.partial(crop_tile, Path(root), part), jobs, workers, "crop"):
-        pass
+    list(in_processes(functools.partial(crop_tile, Path(root), part), jobs, workers, "crop"))
     os.replace(part, out)
 
 
@@ -1579,6 +1377,7 @@ def crop_tile(root, out, tile):
     rgb = read_image(root / f"{tile}_rgb.jp2")
     rest = {name: read_image(root / f"{tile}_{name}.tif") for name in ("dem", "seg")
             if (root / f"{tile}_{name}.tif").is_file()}
+    (out / tile).parent.mkdir(parents=True, exist_ok=True)
     for k in range(1, 17):
         for name, a in rest.items():
             tifffile.imwrite(out / f"{tile}_{k}_{name}.tif", patch(a, k)[0])
@@ -1588,9 +1387,7 @@ def crop_tile(root, out, tile):
 
 
 def write_hha(root, workers, depth_unit, intrinsics=None):
-    """HHA once for every frame that has none yet: HHA/ in folder form, <frame>/hha/ in the raw SUN
-    RGB-D tree.
-    """
+    """HHA for every frame that has none: HHA/ in folder form, <frame>/hha/ in SUN RGB-D's tree."""
     root = Path(root)
     if (root / "Depth").is_dir():
         camera = read_intrinsics(Path(intrinsics or root / "intrinsics.txt"))
@@ -1604,8 +1401,7 @@ def write_hha(root, workers, depth_unit, intrinsics=None):
     if not jobs:
         raise BadInput(f"no Depth/ and no SUN RGB-D frame under {root}; {TREE}")
     jobs = [job for job in jobs if not job[-1].is_file()]
-    for _ in in_processes(write_one_hha, jobs, workers, "hha"):
-        pass
+    list(in_processes(write_one_hha, jobs, workers, "hha"))
 
 
 def hha_file(image):
@@ -1624,17 +1420,14 @@ def write_one_hha(job):
 
 
 def metres(path, depth_unit):
-    """A depth file -> HxW in metres, 0 where there is no reading; depth_unit None: in SUN RGB-D's
-    way.
-    """
+    """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
     a = np.array(opened(path))
     return sunrgbd_depth(a) if depth_unit is None else np.where(a < 65535, a / depth_unit, 0)
 
 
 def filled(z):
-    """HxW depth with holes (0) -> each hole gets the farther of the next readings to its left and
-    right: what an object hides from the depth sensor is its background.  A row without any reading
-    gets the median.
+    """HxW depth, each hole (0) filled with the farther of the next readings to its left and right,
+    for an object hides its background from the sensor.  A row without any gets the median.
     """
     valid, column = z > 0, np.arange(z.shape[1])
     left = np.maximum.accumulate(np.where(valid, column, 0), 1)
@@ -1644,8 +1437,8 @@ def filled(z):
 
 
 def bench(device, size=224, seconds=3.0):
-    """Pairs a second and worker from raw and from packed files; views a second of the batched
-    augmentations on the device, and of torchvision's on the CPU, image by image.
+    """Pairs a second and worker, raw and packed; views a second of the batched augmentations on the
+    device, and of torchvision's on the CPU, image by image.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -1656,7 +1449,8 @@ def bench(device, size=224, seconds=3.0):
         rates = [rate(lambda i: data[i % 16], seconds) for data in (raw, packed)]
         x = {"sar": packed[0][0][0], "ms": packed[0][1][0]}
     print(f"reading, one worker, files in memory: raw {rates[0]:.0f} pairs/s, packed "
-          f"{rates[1]:.0f} pairs/s, {rates[1] / rates[0]:.1f} times")
+          f"{rates[1]:.0f} pairs/s, {rates[1] / rates[0]:.1f} times; below, "
+          f"{torch.get_num_threads()} CPU threads")
     x |= {"aerial": x["ms"][1:4], "dem": x["ms"][:3].float() / 255}
     for modality, image in x.items():
         batch, draws = image.expand(32, -1, -1, -1).to(device), Draws(0, 32, slice(None))
@@ -1667,9 +1461,8 @@ def bench(device, size=224, seconds=3.0):
 
         one_by_one = torchvision_pipeline(modality, size)
         fast, slow = 32 * rate(batched, seconds), rate(lambda i: one_by_one(image), seconds)
-        print(f"{modality:6s} {image.shape[0]:2d} x 264 x 264 -> {size}: batched on {device} "
-              f"{fast:.0f} views/s, torchvision one by one {slow:.0f} views/s, {fast / slow:.1f} "
-              f"times ({torch.get_num_threads()} CPU threads)")
+        print(f"{modality:6s} {len(image):2d} x 264 x 264 -> {size}: batched on {device} "
+              f"{fast:.0f} views/s, torchvision one by one {slow:.0f}, {fast / slow:.1f} times")
 
 
 def rate(work, seconds):
@@ -1683,27 +1476,23 @@ def rate(work, seconds):
 
 
 def torchvision_pipeline(modality, size):
-    """The same augmentations as torchvision v2 has them; its jitter and grayscale refuse 2 and 13
-    bands.
-    """
-    has = AUGMENTATIONS[modality]
-    C = len(MODALITIES[modality]["bands"])
-    if C == 3:
+    """The same by torchvision v2, of which jitter and grayscale are replaced at 2 and 13 bands."""
+    has, row = AUGMENTATIONS[modality], MODALITIES[modality]
+    if len(row["bands"]) == 3:
         jitter, gray = v2.ColorJitter(*BYOL["jitter"]), v2.Grayscale(3)
     else:
-        jitter = v2.Lambda(lambda x: ((x * (0.6 + 0.8 * torch.rand(1))).clamp(0, 1) - x.mean()).mul(
-            0.6 + 0.8 * torch.rand(1)).add(x.mean()).clamp(0, 1))
+        factor = torch.distributions.Uniform(0.6, 1.4).sample
+        jitter = v2.Compose([
+            v2.Lambda(lambda x: (x * factor()).clamp(0, 1)),
+            v2.Lambda(lambda x: x.lerp(x.mean(), 1 - factor()).clamp(0, 1))])
         gray = v2.Lambda(lambda x: x.mean(-3, keepdim=True).expand_as(x))
-    blur = v2.GaussianBlur(23, (0.1, 2.0))
-    steps = [v2.ToDtype(torch.float32, scale=True),
-             v2.RandomResizedCrop(size, has["scale"], antialias=True),
-             v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
-    steps += [v2.RandomApply([jitter], has["jitter_p"])] if "jitter" in has else []
-    steps += [v2.RandomApply([gray], has["gray_p"])] if "gray_p" in has else []
-    steps += [v2.RandomApply([blur], has["blur_p"])] if "blur_p" in has else []
-    steps += [v2.RandomSolarize(0.5, has["solarize_p"])] if "solarize_p" in has else []
-    row = MODALITIES[modality]
-    return v2.Compose(steps + [v2.Normalize(row["mean"], row["std"])])
+    drawn = (("jitter_p", jitter), ("gray_p", gray), ("blur_p", v2.GaussianBlur(23, (0.1, 2.0))),
+             ("solarize_p", v2.RandomSolarize(0.5, 1)))
+    return v2.Compose([
+        v2.ToDtype(torch.float32, scale=True), v2.RandomResizedCrop(size, has["scale"]),
+        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+        *(v2.RandomApply([step], has[name]) for name, step in drawn if name in has),
+        v2.Normalize(row["mean"], row["std"])])
 
 
 def get_args(argv=None):
@@ -1718,12 +1507,12 @@ def get_args(argv=None):
     data = dict(metavar="DIR", help="default: the scenario's or the task's, under data/")
     out = dict(metavar="DIR", type=Path, help="default: in DIR, where it is looked for")
     unit = dict(type=float, default=1000.0, help="steps of a depth file a metre; default: 1000")
+    own = dict(metavar="DIR", help="of custom")
     workers = dict(type=int, default=os.cpu_count(), help="processes; default: one a core")
     command("check", "read every file: table, bad ids, contact sheet; exit code 1 if any is bad",
             scenario=dict(choices=[*TOYS, "custom"]),
             task=dict(choices=TASKS, help="a transfer task instead of a scenario"),
-            data=data, data1=dict(metavar="DIR", help="of custom"),
-            data2=dict(metavar="DIR", help="of custom"),
+            data=data, data1=own, data2=own,
             split=dict(help="default: all; of a task train"), depth_unit=unit, workers=workers,
             size=dict(type=int, default=224, help="crop of the contact sheet; default: 224"),
             out=dict(metavar="DIR", type=Path, help="default: runs/check-NAME"))
@@ -1751,9 +1540,9 @@ def main():
         root = (args.data1, args.data2) if name == "custom" else args.data or f"data/{name}"
         split = args.split or ("train" if args.task else "all")
         dataset = open_pairs(name, root, args.size, split, args.depth_unit, strict=False)
-        bad = check(dataset, args.out or Path(f"runs/check-{name}"), args.workers, args.size)
-        sys.exit(1 if bad else 0)
-    if args.command == "pack":
+        out = args.out or Path(f"runs/check-{name}")
+        sys.exit(check(dataset, out, args.workers, args.size) > 0)
+    elif args.command == "pack":
         root = Path(args.data or "data/sar-optical")
         pack(root, args.out or root / "packed", args.workers)
     elif args.command == "crop":

@@ -1390,7 +1390,7 @@ def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
     contrast = np.full((2, 3, 15), np.nan)
     for seed in range(15):
         *sensors, label, classes = scene(np.random.default_rng(seed))
-        masks = [mask for _, mask in data.place_three(np.random.default_rng(seed), 48, 48)]
+        masks, _, _ = data.place_three(np.random.default_rng(seed), 48, 48)
         if scene is data.satellite_scene:
             sensors = sensors[0][seed % 4]["VV"], sensors[0][seed % 4]["B4"].astype(float)
         ground = label == 1
@@ -1605,7 +1605,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
 
     run = f"{SMALL} --epochs 1 --out {out}"
     refused(f"{run} --data {tmp_path}/nowhere", "no folder .*nowhere.*--toy")
-    refused(f"{run} --data {tmp_path}", "no jpg or png under .*RGB")
+    refused(f"{run} --data {tmp_path}", "no image under .*RGB")
     refused(f"{run} --data {root} --split val", "no .*val.txt")
     refused(f"{run} --data {root} --batch-size 21", "--batch-size 21 is more than the 20 pairs")
     refused(f"{run} --data {root} --projector 32-x", "--projector 32-x: expected widths")
@@ -1652,7 +1652,7 @@ def test_bad_input_exits_with_code_2_and_one_line(tmp_path):
     command = [sys.executable, HERE / "pretrain.py", *flags, "--data", root, "--out", out]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    words = r"error: .*7\.png cannot be read \(.*\); copy or download it again"
+    words = r"error: .*7\.png cannot be read as an image \(.*\); copy or download it again"
     assert re.fullmatch(words, result.stderr.splitlines()[-1])
     assert not list(out.glob("checkpoint*"))
 
@@ -2497,7 +2497,7 @@ def test_explain_refuses_what_it_cannot_explain(tmp_path, monkeypatch, capsys):
     for flags, words in (
             (f"--checkpoint {tmp_path}/one.pt", "one.pt holds one encoder alone"),
             (f"--checkpoint {tmp_path}/nowhere.pt", "nowhere.pt cannot be used"),
-            (f"{run} --data {out}", "the checkpoint is of rgbd; no jpg or png under"),
+            (f"{run} --data {out}", "the checkpoint is of rgbd; no image under"),
             (f"{run} --data {hha} --split all", r"rgb \(3 channels\) and hha .* knows .* depth"),
             (f"{run} --samples 17", "--samples 17 is more than the 16 pairs .* at most 16"),
             (f"{run} --layer layer5", "--layer layer5: .*; there are conv1 .* layer4.0.conv2"),
