@@ -387,7 +387,7 @@ def axes(pen, box, xs, ys, title, xlabel, powers=False):
         pen.text((at(x, 0)[0], bottom + 6), f"{x:g}", INK, FONT, "ma")
     for y in ticks(*ys):
         pen.line((left - 4, at(0, y)[1], left, at(0, y)[1]), GREY)
-        pen.text((left - 6, at(0, y)[1]), f"{10 ** y if powers else y:.3g}", INK, FONT, "rm")
+        pen.text((left - 6, at(0, y)[1]), f"{10 ** y if powers else y:.4g}", INK, FONT, "rm")
     pen.line((left, top, left, bottom, right, bottom), GREY)
     return at
 
