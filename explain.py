@@ -840,7 +840,7 @@ def sweep(runs, root, out, workers, device):
                 " / ".join(cell(table[m, name][:, factor]) if (m, name) in table else "-"
                            for name in wanted)
                 for m in (0, 1) for factor in (0, m + 1)) + " |")
-    if len(differ) == 1 and all(isinstance(run[differ[0]], float) for run, _ in found if run):
+    if len(differ) == 1 and all(type(run[differ[0]]) in (int, float) for run, _ in found if run):
         picture_sweep(save, found, names, differ[0],
                       1 / (int(known[1][0].max()) + 1))
 
@@ -949,9 +949,11 @@ def main():
     if "alignment" in wanted:
         first = {part: retrieval(*(a[:, columns] for a in every))
                  for part, columns in (parts | {"all": slice(None)}).items()}
-        print(f"the nearest of {kept} in the other modality is the partner (chance {1 / kept:.3f}):",
+        print(f"the nearest of {kept} in the other modality is the partner (chance "
+              f"{1 / kept:.3f}):",
               ", ".join(f"{part} {a:.3f}" for part, a in first.items()))
-        others = embed(other, load("embeddings to compare"), N, len(z) * N)[0] if args.compare else []
+        loader = load("embeddings to compare")
+        others = embed(other, loader, N, len(z) * N)[0] if args.compare else []
         picture_alignment(save, z, parts, others)
     if "tsne" in wanted:
         picture_tsne(save, z, np.sort(rng.permutation(K)[:args.tsne_dims]), Kc, names, device)
