@@ -1060,8 +1060,8 @@ def random_solarize(x, solarize_p, draws):
 # shape of one kind.  All shapes have the same area; position, size and rotation are random over
 # clutter and noise, lest a random encoder read them.  Clutter and tints are kept small: they are
 # fingerprints on which two views can agree instead of on shapes (0.1 m of relief, and depth's own
-# object was not learned).  Linear probes on held-out scenes, chance 0.25: supervised encoders 0.97
-# and more; random ones indoors 0.40 to 0.64, seen from above 0.63 to 0.83.
+# object was not learned).  Linear probes on held-out scenes, chance 0.25: supervised encoders 0.98
+# and more; random ones indoors 0.39 to 0.67, seen from above 0.63 to 0.75.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))

@@ -401,6 +401,7 @@ def ticks(low, high):
 
 
 def curve(pen, at, xs, ys, colour):
+    """A line through the points, which are marked where they are few."""
     points = [at(x, y) for x, y in zip(xs, ys)]
     pen.line(points, colour, 2)
     for x, y in points if len(points) < 20 else ():
@@ -508,8 +509,7 @@ def picture_alignment(save, z, parts, others):
             bars(pen, at, edges, other, np.zeros(drawn), None, INK)
         pen.line((*at(1, 0), *at(1, highest)), GREY)
     save("alignment", image, "Every dimension's loss between the modalities: common ones should "
-         "stand at 0, unique ones around 1.",
-         **losses)
+         "stand at 0, unique ones around 1.", **losses)
 
 
 def picture_tsne(save, z, chosen, Kc, modalities, device):
@@ -693,6 +693,7 @@ def picture_sweep(save, found, names, axis, chance):
 
 
 def open_out(out):
+    """Makes the folder.  Returns `save_picture` into it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -952,8 +953,9 @@ def main():
         print(f"the nearest of {kept} in the other modality is the partner (chance "
               f"{1 / kept:.3f}):",
               ", ".join(f"{part} {a:.3f}" for part, a in first.items()))
-        loader = load("embeddings to compare")
-        others = embed(other, loader, N, len(z) * N)[0] if args.compare else []
+        others = []
+        if args.compare:
+            others = embed(other, load("embeddings to compare"), N, len(z) * N)[0]
         picture_alignment(save, z, parts, others)
     if "tsne" in wanted:
         picture_tsne(save, z, np.sort(rng.permutation(K)[:args.tsne_dims]), Kc, names, device)
