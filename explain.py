@@ -809,17 +809,18 @@ def sweep(runs, root, out, workers, device):
     save = open_out(out)
     differ = [name for name in first if name not in ("seed", "K", "Kc")
               and any(settings.get(name) != first[name] for settings in every)]
-    # {what differs: {(m, features): [accuracies of each seed]}}, under () random and supervised
+    # {what differs: {(m, features): [accuracies of each seed]}}, under None random and supervised
     found, seeds = {}, set()
     for net, settings in progress(nets, "runs", unit="run"):
         table = read_net(net, settings, parts_of(settings), *known,
                          settings["seed"] if settings["seed"] not in seeds else None)
         seeds.add(settings["seed"])
         for key, accuracies in table.items():
-            run = () if "encoder" in key[1] else tuple(settings.get(name) for name in differ)
+            run = None if "encoder" in key[1] else tuple(settings.get(name) for name in differ)
             found.setdefault(run, {}).setdefault(key, []).append(accuracies)
-    found = [(dict(zip(differ, run)), {key: np.array(a) for key, a in table.items()})
-             for run, table in found.items()]   # seeds x factors
+    found = [(run if run is None else dict(zip(differ, run)),
+              {key: np.array(a) for key, a in table.items()})           # seeds x factors
+             for run, table in found.items()]
     names = first["modalities"]
 
     def cell(a):
@@ -829,12 +830,12 @@ def sweep(runs, root, out, workers, device):
                                           for what in ("what both see", "what it alone sees"))
           + " |")
     print("|---" * 5 + "|")
-    for run, table in sorted(found, key=lambda row: not row[0]):
+    for run, table in sorted(found, key=lambda row: row[0] is None):
         lines = {"random encoder": ["random encoder"], "supervised encoder": ["supervised encoder"]}
-        if run:
+        if run is not None:
             words = [name.replace("_", "-") if value is True else f"{name} {value}"
                      for name, value in run.items() if value is not False and value is not None]
-            lines = {" ".join(words): ["common", "unique", "backbone"]}
+            lines = {" ".join(words) or first["method"]: ["common", "unique", "backbone"]}
         for words, wanted in lines.items():
             n = len(next(iter(table.values())))
             print(f"| {words} ({n}) | " + " | ".join(
@@ -842,8 +843,7 @@ def sweep(runs, root, out, workers, device):
                            for name in wanted)
                 for m in (0, 1) for factor in (0, m + 1)) + " |")
     if len(differ) == 1 and all(type(run[differ[0]]) in (int, float) for run, _ in found if run):
-        picture_sweep(save, found, names, differ[0],
-                      1 / (int(known[1][0].max()) + 1))
+        picture_sweep(save, found, names, differ[0], 1 / (int(known[1][0].max()) + 1))
 
 
 def parts_of(settings):

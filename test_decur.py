@@ -2451,6 +2451,9 @@ def test_a_sweep_is_over_seeds_and_settings(tmp_path, monkeypatch, capsys):
     assert re.search(r"\| 0\.\d\d / - / 0\.\d\d \|", printed[3])
     numbers = np.load(tmp_path / "sweep" / "sweep.npz")
     assert numbers["0.5 rgb unique"].shape == (2, 3) and "1.0 rgb unique" not in numbers
+    explain_here(f"--sweep {runs[0]} {runs[1]} --out {tmp_path}/same", monkeypatch)  # but for seeds
+    assert capsys.readouterr().out.splitlines()[2].startswith("| decur (2) | ")
+    assert not (tmp_path / "same" / "sweep.png").exists()
     explain_here(f"--checkpoint {runs[0]}/checkpoint.pt --only factors", monkeypatch)
     alone = np.load(runs[0] / "explain" / "factors.npz")
     rows = [str(row) for row in alone["rows"]]
@@ -2458,7 +2461,7 @@ def test_a_sweep_is_over_seeds_and_settings(tmp_path, monkeypatch, capsys):
         assert np.allclose(alone["accuracy"][rows.index(name)],
                            numbers[f"0.5 {name.replace(',', '')}"][0])
     with pytest.raises(BadInput, match="no factors.csv"):
-        explain_here(f"--sweep {runs[0]} --data {write_frames(tmp_path / 'frames', 16)} --split all",
+        explain_here(f"--sweep {runs[0]} --data {write_frames(tmp_path / 'frames', 16)}",
                      monkeypatch)
 
 
