@@ -250,7 +250,7 @@ def listed(folder):
 
 
 def atomically(path, write):
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # torchrun's processes may all write
     write(part)
     os.replace(part, path)
 
@@ -345,6 +345,7 @@ BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
 def to_8bit(band, x, s1):
     """Raw pixels of one band -> uint8, clipped, never wrapped.  S2: reflectance x 10000.  S1: dB,
     2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
+    Paper: "normalize by mean and standard deviation".  Here: so, mapped to 8 bits, as the authors.
     """
     if band not in s1:
         return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
@@ -528,13 +529,14 @@ class BigEarthNet:
     def linked(self, s1_names):
         """(S2 name, S1 name) of every S1 patch: its json alone has the link; kept in pairs.csv."""
         kept = self.root / "pairs.csv"
-        if not kept.is_file():
-            lines = []
+        pairs = [line.split(",") for line in kept.read_text().split()] if kept.is_file() else []
+        if {s1 for _, s1 in pairs} != s1_names:  # not yet written, or patches came or went since
+            pairs = []
             for s1 in tqdm(sorted(s1_names), "S1 patches", leave=False, disable=None):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json")
-                lines.append(f"{about['corresponding_s2_patch']},{s1}\n")
-            write_text(kept, "".join(lines))
-        return [line.split(",") for line in kept.read_text().split()]
+                pairs.append((about["corresponding_s2_patch"], s1))
+            write_text(kept, "".join(f"{s2},{s1}\n" for s2, s1 in pairs))
+        return pairs
 
     def __len__(self):
         return len(self.ids)
@@ -568,6 +570,7 @@ class GeoNRW:
 
     Gives ([3xHxW uint8], [3xHxW float32]), 250x250; with labels (3xHxW, 3xHxW, HxW int64: 0
     unlabelled, 1..10). split: "train" or "test" by city, or "all".
+    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for those were never listed.
     """
     modalities = ("aerial", "dem")
     test_cities = ("duesseldorf", "herne", "neuss")
@@ -795,7 +798,8 @@ def prepared(path, row):
     x = torch.from_numpy(np.ascontiguousarray(a))
     if list(x.shape[1:]) == row["size"]:
         return x
-    return resize(x[None].float(), row["size"])[0].to(x.dtype)
+    resized = resize(x[None].float(), row["size"])[0]
+    return resized if x.is_floating_point() else resized.round().to(x.dtype)
 
 
 def read_like(path, row):
@@ -866,9 +870,13 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
 
 
 def collate(samples):
-    """Samples -> (x1, x2), each two BxCxHxW batches, of two views; a single view stands twice."""
-    batches = [[torch.stack(view) for view in zip(*modality)] for modality in zip(*samples)]
-    return tuple((views[0], views[-1]) for views in batches)
+    """Samples -> (x1, x2), each a list of BxCxHxW batches: one for each view that a sample has."""
+    return [[torch.stack(view) for view in zip(*modality)] for modality in zip(*samples)]
+
+
+def both_views(views, device):
+    """A batch for each of two views, on the device; a single one stands twice, and moves once."""
+    return ([x.to(device, non_blocking=True) for x in views] * 2)[:2]
 
 
 def epoch_batches(n, batch_size, seed, epoch):
@@ -890,7 +898,8 @@ BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, s
 ABOVE = dict(scale=(0.2, 1.0), vflip=True)
 AUGMENTATIONS = {
     "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
-    "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),  # 13 bands have no hue
+    # Paper: brightness, contrast, saturation, hue.  Here: the first two; 13 bands have no hue.
+    "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),
     "aerial": dict(**ABOVE, **BYOL),
     "dem": ABOVE,                               # Sec. 4: crop and flips
     "rgb": dict(scale=(0.5, 1.0), **BYOL),
@@ -1329,7 +1338,8 @@ def contact_sheet(dataset, good, path, size, pairs=8, seed=0):
     draws = Draws(seed, len(chosen), slice(None))
     draws.restart(0)
     views = [picture(augment(x, modality, size, draws), modality)
-             for modality, batches in zip(dataset.modalities, collate(samples)) for x in batches]
+             for modality, batches in zip(dataset.modalities, collate(samples))
+             for x in both_views(batches, "cpu")]
     sheet = np.concatenate([np.concatenate(list(view), 0) for view in views], 1)  # BSx4Sx3
     Image.fromarray(sheet).save(path)
 

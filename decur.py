@@ -375,8 +375,9 @@ def mit(name, channels):
 
 
 def projector(d, widths):
-    """Sec. 4, App. B: Linear, BatchNorm and ReLU for each width, for the last only Linear; no bias.
+    """Sec. 4, App. B: Linear, BatchNorm and ReLU for each width, for the last only Linear.
 
+    Paper: silent on biases.  Here: none, as in Barlow Twins; batch norm takes them out again.
     d: of the encoder.  widths: (8192, 8192, 8192) in the paper; () is no projector (Fig. 3b).
     """
     layers = []

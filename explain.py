@@ -185,7 +185,8 @@ def gradcam_vis(net, layer, parts, x):
 def layers(E):
     """{name: module} for GradCAM, the last the default: "after the last convolutional layer".
 
-    ResNet's convolutions in the order they run in; the ends of SegFormer's stages.
+    Paper: that in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here: the last, in a ResNet-50
+    layer4.2.conv3; --layer layer4.2.conv2 gives the other.  ResNet's convolutions in the order they run in; the ends of SegFormer's stages.
     """
     ends = ("norm1", "norm2", "norm3", "norm4")
     names = {name: module for name, module in E.named_modules() if name in ends}
@@ -456,11 +457,12 @@ def picture_curves(save, log, N, K, Kc, intra):
                       [(f"{term} {'C' + term[1:] if term != 'loss' else ''}", colours[term])
                        for term in terms])
     steps, least = log["step"], min(min(log[name]) for name in terms)
-    low, high = (math.floor(math.log10(min(floor, least) / 1.2)),
+    least = max(1e-3, min(least, floor or least))  # a floor of 0 has no place on the axis
+    low, high = (math.floor(math.log10(least / 1.2)),
                  math.log10(1.2 * max(chance, max(log["loss"]))))
     at = axes(pen, panel(0, 2, 448, 300), (0, steps[-1]), (low, high),
               f"loss (lines: chance {chance:.1f}, floor {floor:.1f})", "step", powers=True)
-    for bound in (chance, floor):
+    for bound in filter(None, (chance, floor)):
         pen.line((*at(0, math.log10(bound)), *at(steps[-1], math.log10(bound))), GREY)
     for name in terms:
         curve(pen, at, steps, np.log10(np.maximum(log[name], 10.0 ** low)), colours[name])

@@ -35,9 +35,9 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batch
                   normalise, open_pairs, picture, random_boxes, read_label, separable,
                   triangle_filter, unit)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (agreed, go_on, leave_group, load_checkpoint, open_folder, run,
-                      save_checkpoint, signals_to_come, start_from, start_processes,
-                      write_atomically)
+from pretrain import (SCENARIOS, agreed, go_on, leave_group, load_checkpoint, mixed_precision,
+                      open_folder, run, save_checkpoint, signals_to_come, start_from,
+                      start_processes, write_atomically)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -62,8 +62,8 @@ TASKS = {
 FCN_RGBD = dict(
     backbone="resnet50", modality=1, batch_size=8, steps=40000, optimizer="sgd", lr=0.01,
     weight_decay=1e-5,
-    momentum=0.9, schedule="poly",              # MMSegmentation's of 40k, of this rate and length
-    size=480, scale=(0.5, 1.0))                 # as in CMX, 480x640; as in pretraining
+    momentum=0.9, schedule="poly",              # MMSegmentation's of 40k, without its least rate
+    size=480, scale=(0.5, 1.0))                 # 480x480 of CMX's 480x640; as in pretraining
 # "the same settings of CMX": its published configuration for NYUv2, 500 epochs of 100 steps.
 # scale None: CMX's own crops, see `cmx_boxes`; test_scales: each with its mirror image.
 CMX_NYU = dict(
@@ -146,7 +146,7 @@ def iou_and_accuracy(pred, gt, num_classes, ignore):
 def scores_of(matrix):
     if not matrix.any():
         return None, None
-    matrix = matrix.double()
+    matrix = matrix.cpu().double()              # MPS has no float64
     hit, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     return (hit / union)[union > 0].mean().item(), (hit.sum() / matrix.sum()).item()
 
@@ -559,7 +559,10 @@ def loss_of(logits, target, world):
 
 
 def scores(net, x, scales):
-    """Logits; or CMX's evaluation: exp(logits + the mirror image's) of each scale, added."""
+    """Logits; or CMX's evaluation: exp(logits + the mirror image's) of each scale, added.
+
+    CMX: frames above 480x640, those at scale 1.25, by sliding windows.  Here: whole.
+    """
     if tuple(scales) == (1.0,):
         return net(*x).float()
     size, total = x[0].shape[-2:], 0
@@ -706,6 +709,25 @@ PAPERS_COMMON = dict(bigearthnet=0.875, geonrw=0.75, sunrgbd=0.75, nyuv2=0.75)
 METHODS = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg", barlowtwins="Barlow Twins")
 
 
+def deviations(result):
+    """{setting: value} of a run, and of the pretraining behind it, where it is not the paper's for
+    the task and head; labels, modality and seed apart.
+    """
+    s, recipe = result["settings"], RECIPES.get((result["task"], result["model"]), {})
+    paper = dict(toy=False, part=None, cached=False) | REST | recipe
+    if result["linear"] and paper["lr_linear"]:
+        paper["lr"] = paper["lr_linear"]
+    paper = json.loads(json.dumps(paper))       # tuples as lists, as in the file
+    free = ("seed", "labels", "modality", "depth_unit", "save_images", "save_every")
+    found = {name: s.get(name, result.get(name)) for name in paper if name not in free}
+    found = {name: value for name, value in found.items() if value != paper[name]}
+    scenario, before = TASKS[result["task"]]["scenario"], result["pretraining"] or {}
+    paper = SCENARIOS[scenario] | dict(scenario=scenario)
+    return found | {f"pretraining {name}": before[name]
+                    for name in ("scenario", "epochs", "batch_size")
+                    if name in before and before[name] != paper[name]}
+
+
 def row_of(result):
     """The row of the paper that a run belongs to, or None."""
     p = result["pretraining"]
@@ -734,7 +756,12 @@ def print_tables(folders):
     """Tables 1-4, Figures 3a, 3b, 6, 7 from the runs' results.json; cells: ours | the paper's."""
     files = [file for folder in folders if (file := Path(folder) / "results.json").is_file()]
     results = [json.loads(file.read_text()) for file in files]
-    real = [r for r in results if not r["toy"] and not r["part"]]
+    real = [r for r in results if not deviations(r)]
+    shown = []
+
+    def at(runs, metric, paper):
+        shown.extend(runs)
+        return cell(runs, metric, paper)
 
     def find(runs=real, **wanted):
         return [r for r in runs if all((row_of(r) if key == "row" else r[key]) == value
@@ -743,7 +770,7 @@ def print_tables(folders):
     def show(title, columns, rows):
         print(f"\n{title}")
         for name, cells in (("", columns), *rows):
-            print(f"{name:30s}" + "".join(f"{text:26s}" for text in cells))
+            print(f"{name:38s}" + "".join(f"{text:26s}" for text in cells))
 
     setups = [dict(labels=labels, linear=linear) for labels in (0.01, 1.0)
               for linear in (True, False)]
@@ -762,7 +789,7 @@ def print_tables(folders):
             doubts += [f"* {row}: {doubt}"] if doubt else []
             runs = find(task=task, modality=modality, row=row)
             rows.append((row + " *" * bool(doubt), [
-                cell(find(runs, **setup), metric, paper)
+                at(find(runs, **setup), metric, paper)
                 for setup, paper in zip(setups, papers[4 * modality:])]))
         show(f"{title}, {metric}", columns, rows)
         print(*doubts, sep="\n", end="\n" * bool(doubts))
@@ -776,15 +803,16 @@ def print_tables(folders):
             if name.startswith("FCN") != (model == "fcn") or papers[0] is None:
                 continue
             row = name.partition("(")[2].rstrip(")") or "Supervised"
-            runs = find(task=task, model=model, linear=False, row=row, labels=1.0)
+            runs = find(task=task, model=model, linear=False, row=row, labels=1.0,
+                        modality=RECIPES[task, model]["modality"])
             rows.append((name, [
-                f"quoted | {paper or '-'}" if name in QUOTED else cell(runs, metric, paper)
+                f"quoted | {paper or '-'}" if name in QUOTED else at(runs, metric, paper)
                 for metric, paper in zip(("mIoU", "accuracy"), papers)]))
         show(f"Table 3: {task}, {model}", ("mIoU", "accuracy"), rows)
     few = find(modality=0, labels=0.01)         # Sec. 6: 1 % of the labels, both modalities
     show("Table 4", ("SAR-optical, mAP micro", "RGB-DEM, mIoU"), [
         (row if row != "Barlow Twins" else "w/o intra&decoup.", [
-            cell(find(few, task=task, row=row, linear=False), metric, paper)
+            at(find(few, task=task, row=row, linear=False), metric, paper)
             for (task, metric), paper in zip(metrics, papers)])
         for row, papers in TABLE_4.items()])
     swept = [r for r in real if (p := r["pretraining"] or {}).get("method") == "decur"
@@ -802,13 +830,14 @@ def print_tables(folders):
                 if projector == p["projector"] if projector else p["common"] == PAPERS_COMMON[task]:
                     cells.setdefault(str(p[axis]), []).append(r)
             rows += [(f"{task} {axis} {value}", [
-                cell(find(runs, linear=linear), metric, None) for linear in (True, False)])
-                for value, runs in sorted(cells.items())]
+                at(find(runs, linear=linear), metric, None) for linear in (True, False)])
+                for value, runs in sorted(cells.items(), key=lambda point: (
+                    0 if point[0] == "none" else float(point[0].split("-")[0])))]
         show(f"{title} (1% labels; the paper has a curve, no numbers)",
              ("linear", "fine-tune"), rows or [("not run", [])])
-    rest = [r for r in results if r not in real or not (row_of(r) or r in swept)]
+    rest = [r for r in results if r not in shown]
     if rest:
-        print("\nOther runs: made-up scenes, parts of the embedding, weights not in the paper")
+        print("\nOther runs: made-up scenes, settings, splits or weights that are not the paper's")
     groups = {}                                 # the same but for the seed
     for r in rest:
         groups.setdefault(f"{kind_of(r)}, {row_of(r) or ' '.join(r['weights'])}", []).append(r)
@@ -822,6 +851,9 @@ def kind_of(result):
     names = (result["task"], result["model"], "linear" if result["linear"] else "fine-tune",
              result["part"] and f"{result['part']} dimensions", "made-up scenes" * result["toy"],
              "cached" * result["settings"]["cached"])
+    if not result["toy"]:
+        names += tuple(f"{name} {value}" for name, value in deviations(result).items()
+                       if name not in ("part", "cached"))
     return (f"{' '.join(name for name in names if name)}, {100 * result['labels']:g}% labels, "
             f"modality {result['modality'] or 'both'}")
 
@@ -1017,7 +1049,6 @@ def main():
             print(f"resumed from {checkpoint_file} at step {step} of {steps}")
 
     # ---- batches: what the model sees and its target ----
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def evaluation_mode(everything=True):
         net.train(not everything)
@@ -1034,8 +1065,8 @@ def main():
         found = []
         for batch in tqdm(test_batches(train, chosen), "features", disable=None, leave=False):
             x, target = prepared(batch, args, train.modalities, device)
-            with torch.no_grad(), autocast:
-                found.append(([f.float() for f in net.features(*x)], target))
+            with torch.no_grad():
+                found.append((net.features(*x), target))
         maps, targets = zip(*found)
         return x[0].shape[-2:], [torch.cat(f) for f in zip(*maps)], torch.cat(targets)
 
@@ -1068,7 +1099,7 @@ def main():
             draws.restart(step)
             torch.manual_seed(mixed(args.seed, step, 1 + rank))     # for drop path and dropout
             x, target = batch()
-            with autocast:
+            with mixed_precision(device) if args.model != "cmx" else nullcontext():  # CMX: float32
                 logits = forward(*x)                                # NxC, or NxCxHxW
             loss = loss_of(logits, target, world)
             if agreed(not loss.isfinite(), device):
@@ -1114,8 +1145,7 @@ def main():
     def predict(batch):
         nonlocal drawn
         x, target = prepared(batch, args, test.modalities, device)
-        with autocast:
-            s = scores(net, x, args.test_scales)
+        s = scores(net, x, args.test_scales)
         if n := min(args.save_images - drawn, len(target)):
             save_pictures(args.out / "images", test.data.ids[drawn:drawn + n], target[:n],
                           [x_[:n] for x_ in x], modalities, s[:n], classes)
@@ -1138,7 +1168,8 @@ def main():
         if args.linear:
             print("the frozen encoders have not changed by one bit")
         print(line_of(result))
-        print(f"wrote results.json, ids.txt, checkpoint.pt, log.jsonl, args.json into {args.out}")
+        print(f"wrote results.json, ids.txt, {'checkpoint.pt, ' * bool(steps)}log.jsonl, args.json "
+              f"into {args.out}")
 
 
 if __name__ == "__main__":

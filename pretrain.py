@@ -37,8 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, augment, collate, epoch_batches,
-                  make_toy, mixed, open_pairs)
+from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, augment, both_views, collate,
+                  epoch_batches, make_toy, mixed, open_pairs)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, chance_and_floor, clip_loss,
                    decur_loss, decur_loss_gram, load_encoder, peak, read_weights, simclr_loss,
                    vicreg_loss)
@@ -157,6 +157,12 @@ def start_processes():
         own_gpu = cuda >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
         dist.init_process_group("nccl" if own_gpu else "gloo")  # gloo: CPU, or a GPU for several
     return rank, world, device
+
+
+def mixed_precision(device):
+    """Autocast to bf16 on GPUs that have it (Ampere and later); elsewhere nothing is cast."""
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.autocast("cuda", torch.bfloat16) if ampere else nullcontext()
 
 
 def leave_group(worker):
@@ -318,7 +324,6 @@ def benchmark(args, data, load, augment1, augment2, draws, net, optimizer, Kc, d
     """
     N, cuda = args.batch_size, device.type == "cuda"
     sync = torch.cuda.synchronize if cuda else lambda: None
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def loss_of(z, form=decur_loss_gram):
         if args.method == "decur":
@@ -331,12 +336,12 @@ def benchmark(args, data, load, augment1, augment2, draws, net, optimizer, Kc, d
             laps.append((part, time.perf_counter()))
         laps = [("", time.perf_counter())]
         for step, (x1, x2) in enumerate(batches):
-            x1, x2 = ([x.to(device, non_blocking=True) for x in views] for views in (x1, x2))
+            x1, x2 = both_views(x1, device), both_views(x2, device)
             lap("wait for data")
             draws.restart(step)
             x = augment1(x1[0]), augment1(x1[1]), augment2(x2[0]), augment2(x2[1])
             lap("augment")
-            with autocast:
+            with mixed_precision(device):
                 z = net(*x)
             lap("forward")
             z = [z_ if z_ is None else z_.float() for z_ in z]
@@ -354,9 +359,9 @@ def benchmark(args, data, load, augment1, augment2, draws, net, optimizer, Kc, d
                     parts[part] += (now - before) / (step - 2)
                 return parts, z
 
-    def noise(views):                           # like a file's, CxHxW -> NxCxHxW, twice
+    def noise(views):                           # like a file's, CxHxW -> NxCxHxW
         x = torch.randint(256, (N, *views[0].shape), dtype=torch.uint8, device=device)
-        return [x if views[0].dtype == torch.uint8 else x / 255] * 2
+        return [x if views[0].dtype == torch.uint8 else x / 255]
 
     def alone(form):                            # seconds of the loss, forward and backward
         leaves = [z_.detach().requires_grad_() for z_ in z]
@@ -580,7 +585,6 @@ def main():
     stopped = signals_to_come()
     bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
     every = 1 if steps < 500 else 50
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     saved, logged, logged_step = time.time(), time.time(), step
     for epoch in range(step // steps_per_epoch, args.epochs):
         data.epoch = epoch
@@ -589,12 +593,12 @@ def main():
         for x1, x2 in loader:                                           # load a batch of pairs
             draws.restart(step)
             torch.manual_seed(mixed(args.seed, step, 1 + rank))         # for drop path
-            x1, x2 = ([x.to(device, non_blocking=True) for x in views] for views in (x1, x2))
+            x1, x2 = both_views(x1, device), both_views(x2, device)
             # two augmented views for each modality
             x11, x12 = augment1(x1[0]), augment1(x1[1])                 # NxCxSxS
             x21, x22 = augment2(x2[0]), augment2(x2[1])                 # NxCxSxS
             # compute embeddings: f1(x11), f1(x12), f2(x21), f2(x22)
-            with autocast:
+            with mixed_precision(device):
                 z = model(x11, x12, x21, x22)
             z = [z_ if z_ is None else gather(z_.float()) for z_ in z]  # NxK, N the global batch
             z11, z12, z21, z22 = z                                      # None: not of this method
