@@ -69,7 +69,9 @@ METHODS = {
 SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
 # --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step
 # (eta / (1 - momentum) is 1 / 100): a thousand steps want more than the paper's tens of thousands.
-TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128,
+# K stays far above N, as in the paper: a dimension's share of the loss is 1 for its diagonal, but
+# lambda (K - 1) for the rest of its row, and it is the rest that asks for more than one factor.
+TOY = dict(size=32, backbone="resnet-toy", projector="256-256-2048", epochs=60, batch_size=128,
            lr=2.0, split="train")
 REST = dict(split="all", depth_unit=1000.0)     # what the paper does not say
 # may differ at --resume:
