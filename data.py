@@ -44,15 +44,16 @@ views are made, or of two, one for each view.  uint8, or float32 in [0, 1].  A t
 """
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import functools
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -132,6 +133,9 @@ def opened(path):
     """A Pillow image with its pixels read."""
     with reading(path, "an image"):
         image = Image.open(path)
+        if image.format == "PNG" and len(image.getbands()) > 1 and ";16" in str(image.tile):
+            raise BadInput(f"{path} has colours of 16 bits, of which Pillow reads 8; expected "
+                           f"8 bits, or save it as tif or npy")
         image.load()
         return image
 
@@ -667,8 +671,11 @@ class RGBD:
         self.ids = sorted(known) if split == "all" else read_list(root / f"{split}.txt", known)
         self.labels = label_files(root, frames) if labels else None
         if labels and (missing := [i for i in self.ids if i not in self.labels]):
-            raise BadInput(f"{len(missing)} frames under {root} have no label (the first: "
-                           f"{missing[0]}); {TREE}")
+            if strict:
+                raise BadInput(f"{len(missing)} frames under {root} have no label (the first: "
+                               f"{missing[0]}); {TREE}")
+            self.lonely += missing
+            self.ids = [i for i in self.ids if i in self.labels]
 
     def __len__(self):
         return len(self.ids)
@@ -691,10 +698,15 @@ class RGBD:
 
 def stems(folder, suffixes=(".jpg", ".jpeg", ".png")):
     """The image files of a folder as {stem: path}; BadInput where there is none."""
-    files = {path.stem: path for path in folder.glob("*") if path.suffix.lower() in suffixes}
+    files = {}
+    for path in sorted(path for path in folder.glob("*") if path.suffix.lower() in suffixes):
+        if path.stem in files:
+            raise BadInput(f"{files[path.stem]} and {path} have one stem; expected one file for "
+                           f"each; remove the other")
+        files[path.stem] = path
     if not files:
-        raise BadInput(f"no image under {folder}; expected {', '.join(suffixes)}, with the stems "
-                       f"of the other modality; {TREE}; or try the made-up scenes: --toy")
+        raise BadInput(f"no {'image under' if folder.is_dir() else 'folder'} {folder}; expected "
+                       f"{', '.join(suffixes)}, with the stems of the other modality; {TREE}")
     return files
 
 
@@ -815,7 +827,13 @@ def measured(paths, strict=True, most=1000):
     """The row of MODALITIES for one's own images, from at most 1000 of them, evenly chosen: mean
     and std of x in [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits.
     """
-    first = read_image(paths[0])
+    for path in paths:
+        try:
+            first = read_image(path)
+            break
+        except BadInput:
+            if strict or path == paths[-1]:
+                raise
     row = dict(bands=[f"channel {c + 1}" for c in range(len(first))], size=list(first.shape[1:]),
                dtype=str(first.dtype))
     sums = np.zeros((3, len(first)))
@@ -843,7 +861,7 @@ def measured(paths, strict=True, most=1000):
 
 # ---- from data sets to batches ----
 
-TASKS = ("bigearthnet", "geonrw", "sunrgbd", "nyuv2")
+TASKS = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their number of classes
 
 
 def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, **custom):
@@ -1252,10 +1270,16 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
     root = Path(root)
     if root.is_dir():
         return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as part:
+        write_toy(scenario, Path(part) / root.name, root, scenes, held_out, seed)
+        if not root.is_dir():                   # another run may have been faster
+            os.replace(Path(part) / root.name, root)
+
+
+def write_toy(scenario, part, root, scenes, held_out, seed):
     write, *default = TOYS[scenario]
     scenes, held_out = scenes or default[0], held_out or default[1]
-    part = root.with_name(root.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     rngs = (np.random.default_rng((seed, i)) for i in range(scenes + held_out))
     rows = list(tqdm(write(part, rngs, scenes), f"making {root}", scenes + held_out, disable=None))
     for split, ids in (("train", rows[:scenes]), ("test", rows[scenes:])):
@@ -1267,7 +1291,6 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
         pack(part, part / "packed", 1)
     if scenario == "rgb-dem":
         crop(part, part / "cropped", 1)
-    os.replace(part, root)
 
 
 # ---- commands: check, pack, crop, hha, toy, bench ----
@@ -1278,11 +1301,20 @@ def in_processes(function, jobs, workers, text):
     if workers < 2:
         yield from bar(map(function, jobs))
         return
-    with multiprocessing.Pool(workers, remember, (function,)) as pool:
-        yield from bar(pool.imap(remembered, jobs))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=remember,
+                                                  initargs=(function,))
+    try:
+        yield from bar(pool.map(remembered, jobs,
+                                chunksize=min(16, len(jobs) // (4 * workers) + 1)))
+    except concurrent.futures.process.BrokenProcessPool:
+        raise BadInput(f"one of {workers} processes was killed: out of memory? Try a smaller "
+                       f"--workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def remember(function):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     remembered.function = function              # sent once to a process, not with every job
 
 
@@ -1290,25 +1322,33 @@ def remembered(job):
     return remembered.function(job)
 
 
-def inspect(dataset, i):
+def inspect(dataset, classes, i):
     """One sample as `check` sees it: (band, kind, range, holes) of its files, and what is wrong."""
-    rows = []
+    rows, shapes = [], {}
     try:
         for name, a in dataset.raw(i):
             x = a[np.isfinite(a)].astype(float)
             kind = f"{a.dtype} {'x'.join(map(str, a.shape[-2:]))}"
             low, high = x.min(initial=np.inf), x.max(initial=-np.inf)
             rows.append((name, kind, low, high, a.size - x.size))
+            shapes[name] = a.shape[-2:]
+            if name in ("label", "seg") and (low < 0 or high > classes):
+                raise BadInput(f"the label {low if low < 0 else high:g}; expected 0 (unlabelled) "
+                               f"to {classes}")
+        if "label" in shapes and shapes["label"] != shapes["rgb"]:
+            raise BadInput(f"a mask of {shapes['label']} pixels for an image of {shapes['rgb']}; "
+                           f"expected equal sizes")
         dataset[i]
     except BadInput as error:
         return rows, f"{dataset.ids[i]}\t{error}"
     return rows, None
 
 
-def check(dataset, out, workers, size):
+def check(dataset, out, workers, size, classes=None):
     """Reads every file: table, bad-ids.txt, contact sheet.  Returns how many samples are bad."""
+    out.mkdir(parents=True, exist_ok=True)
     table, good, bad = {}, [], [f"{name}\tno partner" for name in dataset.lonely]
-    look, jobs = functools.partial(inspect, dataset), range(len(dataset))
+    look, jobs = functools.partial(inspect, dataset, classes), range(len(dataset))
     for i, (rows, error) in enumerate(in_processes(look, jobs, workers, "check")):
         for name, kind, low, high, holes in rows:
             kinds, *old = table.get(name, (collections.Counter(), low, high, 0))
@@ -1321,7 +1361,6 @@ def check(dataset, out, workers, size):
               f"{', '.join(kind for kind, _ in kinds.most_common(4))}{', ...' * (len(kinds) > 4)}")
     print(f"{len(dataset)} samples read, {len(bad)} bad, "
           f"of which {len(dataset.lonely)} without a partner")
-    out.mkdir(parents=True, exist_ok=True)
     (out / "bad-ids.txt").write_text("".join(f"{line}\n" for line in bad))
     print(f"the bad ones and what is wrong with them: {out / 'bad-ids.txt'}")
     if good:
@@ -1357,8 +1396,8 @@ def pack(root, out, workers, every=256):
     """SSL4EO-S12's 60 files a location -> ids.txt and four arrays, season0.npy to season3.npy, with
     a row a location: its 15 bands in 8 bits at native size, 0.5 MB.
     """
-    part = unfinished(out)
     data = SSL4EO(root)
+    part = unfinished(out)
     ids, done = part / "ids.txt", part / "done"
     if ids.is_file() and ids.read_text().split() != data.ids:
         raise BadInput(f"{part} was begun with other locations than {root} has now; delete it")
@@ -1395,8 +1434,8 @@ def packed_rows(data, i):
 
 def crop(root, out, workers):
     """GeoNRW's tiles -> 16 patches each, <city>/<tile>_<k>_rgb.png, _dem.tif and _seg.tif."""
-    part = unfinished(out)
     tiles = sorted({i.rpartition("_")[0] for i in GeoNRW(root, "all").ids})
+    part = unfinished(out)
     tiles = [tile for tile in tiles if (Path(root) / f"{tile}_rgb.jp2").is_file()]
     if not tiles:
         raise BadInput(f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
@@ -1573,7 +1612,7 @@ def main():
         split = args.split or ("train" if args.task else "all")
         dataset = open_pairs(name, root, args.size, split, args.depth_unit, strict=False)
         out = args.out or Path(f"runs/check-{name}")
-        sys.exit(check(dataset, out, args.workers, args.size) > 0)
+        sys.exit(check(dataset, out, args.workers, args.size, TASKS.get(args.task)) > 0)
     elif args.command == "pack":
         root = Path(args.data or "data/sar-optical")
         pack(root, args.out or root / "packed", args.workers)
@@ -1585,7 +1624,8 @@ def main():
     elif args.command == "bench":
         bench(args.device)
     else:
-        unfinished(out := args.out or f"data/toy-{args.scenario}")
+        if Path(out := args.out or f"data/toy-{args.scenario}").exists():
+            raise BadInput(f"{out} exists; expected a new --out, or delete it to make it anew")
         make_toy(args.scenario, out)
 
 
@@ -1595,3 +1635,5 @@ if __name__ == "__main__":
     except (BadInput, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("stopped; pack, crop and hha go on with the same command")

@@ -441,7 +441,7 @@ def read_weights(file, backbone):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError):
-            raise ValueError(f"{file} is no file of tensors and plain values alone: "
+            raise ValueError(f"{file} is damaged, or no file of tensors and plain values alone: "
                              f"it could run code") from None
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state

@@ -186,7 +186,8 @@ def layers(E):
     """{name: module} for GradCAM, the last the default: "after the last convolutional layer".
 
     Paper: that in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here: the last, in a ResNet-50
-    layer4.2.conv3; --layer layer4.2.conv2 gives the other.  ResNet's convolutions in the order they run in; the ends of SegFormer's stages.
+    layer4.2.conv3; --layer layer4.2.conv2 gives the other.
+    ResNet's convolutions in the order they run in; the ends of SegFormer's stages.
     """
     ends = ("norm1", "norm2", "norm3", "norm4")
     names = {name: module for name, module in E.named_modules() if name in ends}
@@ -207,10 +208,11 @@ def gradcam_stat(att1, att2):
 
 
 def norm(att):
-    """Positive part of each map, scaled to 0..1; a map without one is 0.  NxHxW -> NxHxW."""
+    """Positive part of each map, scaled to 0..1; a flat map is 0.  NxHxW -> NxHxW."""
     att = att.relu()
     low, high = att.amin((1, 2), keepdim=True), att.amax((1, 2), keepdim=True)
-    return (att - low) / (high - low).clamp(min=torch.finfo(att.dtype).tiny)
+    span = high - low                           # of a 1x1 map, upsampled: rounding alone
+    return torch.where(span > 1e-5 * high, (att - low) / span, 0)
 
 
 # ---- Algorithm 2, 5: spectral saliency statistics ----
@@ -698,6 +700,7 @@ def open_out(out):
     """Makes the folder.  Returns `save_picture` into it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "writable", Path.touch), (out / "writable").unlink()
     except OSError as error:
         raise BadInput(f"--out {out} cannot be written ({error.strerror}); give another") from None
     return partial(save_picture, out)
@@ -809,7 +812,7 @@ def sweep(runs, root, out, workers, device):
     if not known:
         raise BadInput(f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
     save = open_out(out)
-    differ = [name for name in first if name not in ("seed", "K", "Kc")
+    differ = [name for name in first if name not in ("seed", "K", "Kc", "widths")
               and any(settings.get(name) != first[name] for settings in every)]
     # {what differs: {(m, features): [accuracies of each seed]}}, under None random and supervised
     found, seeds = {}, set()
@@ -818,7 +821,8 @@ def sweep(runs, root, out, workers, device):
                          settings["seed"] if settings["seed"] not in seeds else None)
         seeds.add(settings["seed"])
         for key, accuracies in table.items():
-            run = None if "encoder" in key[1] else tuple(settings.get(name) for name in differ)
+            run = None if "encoder" in key[1] else tuple(
+                " ".join(v) if isinstance(v := settings.get(name), list) else v for name in differ)
             found.setdefault(run, {}).setdefault(key, []).append(accuracies)
     found = [(run if run is None else dict(zip(differ, run)),
               {key: np.array(a) for key, a in table.items()})           # seeds x factors

@@ -14,6 +14,7 @@ args.json.  Metrics are of the whole test split after the last step, never of th
 import argparse
 import hashlib
 import json
+import signal
 import statistics
 import sys
 import time
@@ -35,7 +36,7 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batch
                   normalise, open_pairs, picture, random_boxes, read_label, separable,
                   triangle_filter, unit)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (SCENARIOS, agreed, go_on, leave_group, load_checkpoint, mixed_precision,
+from pretrain import (SCENARIOS, TOY, agreed, go_on, leave_group, load_checkpoint, mixed_precision,
                       open_folder, run, save_checkpoint, signals_to_come, start_from,
                       start_processes, write_atomically)
 
@@ -711,10 +712,11 @@ METHODS = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg", barlowtwins=
 
 def deviations(result):
     """{setting: value} of a run, and of the pretraining behind it, where it is not the paper's for
-    the task and head; labels, modality and seed apart.
+    the task and head, or that of --toy; labels, modality and seed apart.
     """
-    s, recipe = result["settings"], RECIPES.get((result["task"], result["model"]), {})
-    paper = dict(toy=False, part=None, cached=False) | REST | recipe
+    s, model, toy = result["settings"], result["model"], result["toy"]
+    recipe = RECIPES.get((result["task"], model), CMX_NYU if model == "cmx" else {})
+    paper = dict(part=None, cached=False) | REST | recipe | (TOYS[model] if toy else {})
     if result["linear"] and paper["lr_linear"]:
         paper["lr"] = paper["lr_linear"]
     paper = json.loads(json.dumps(paper))       # tuples as lists, as in the file
@@ -722,7 +724,7 @@ def deviations(result):
     found = {name: s.get(name, result.get(name)) for name in paper if name not in free}
     found = {name: value for name, value in found.items() if value != paper[name]}
     scenario, before = TASKS[result["task"]]["scenario"], result["pretraining"] or {}
-    paper = SCENARIOS[scenario] | dict(scenario=scenario)
+    paper = SCENARIOS[scenario] | dict(scenario=scenario) | (TOY if toy else {})
     return found | {f"pretraining {name}": before[name]
                     for name in ("scenario", "epochs", "batch_size")
                     if name in before and before[name] != paper[name]}
@@ -755,8 +757,10 @@ def cell(results, metric, paper):
 def print_tables(folders):
     """Tables 1-4, Figures 3a, 3b, 6, 7 from the runs' results.json; cells: ours | the paper's."""
     files = [file for folder in folders if (file := Path(folder) / "results.json").is_file()]
+    if not files:
+        raise BadInput(f"no results.json in {' '.join(folders)}; expected folders of finetune.py")
     results = [json.loads(file.read_text()) for file in files]
-    real = [r for r in results if not deviations(r)]
+    real = [r for r in results if not r["toy"] and not deviations(r)]
     shown = []
 
     def at(runs, metric, paper):
@@ -851,9 +855,8 @@ def kind_of(result):
     names = (result["task"], result["model"], "linear" if result["linear"] else "fine-tune",
              result["part"] and f"{result['part']} dimensions", "made-up scenes" * result["toy"],
              "cached" * result["settings"]["cached"])
-    if not result["toy"]:
-        names += tuple(f"{name} {value}" for name, value in deviations(result).items()
-                       if name not in ("part", "cached"))
+    names += tuple(f"{name} {value}" for name, value in deviations(result).items()
+                   if name not in ("part", "cached"))
     return (f"{' '.join(name for name in names if name)}, {100 * result['labels']:g}% labels, "
             f"modality {result['modality'] or 'both'}")
 
@@ -1137,6 +1140,8 @@ def main():
     bar.close()
 
     # ---- evaluation ----
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)   # all is saved: they may end it at once
     for buffer in net.buffers() if world > 1 else ():
         dist.broadcast(buffer, 0)               # on CPUs each process has its own statistics
     evaluation_mode()

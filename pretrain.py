@@ -239,7 +239,7 @@ def load_checkpoint(path):
             return checkpoint
         reason = "it is no checkpoint of this project"
     except Exception as error:                  # torch raises half a dozen kinds for bad files
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise BadInput(f"{path} cannot be used ({reason}); "
                    f"expected a whole checkpoint.pt of tensors and plain values")
 
@@ -258,7 +258,9 @@ def go_on(path, settings, net, optimizer, resume):
     for name, value in settings.items():
         before = checkpoint["settings"].get(name)
         if before != value:
-            raise BadInput(f"--resume: {name} is {value}, but {before} in {path}; "
+            values = f"{value}, but {before}"
+            values = values if len(values) < 200 else "not what it is"  # statistics of the images
+            raise BadInput(f"--resume: {name} is {values} in {path}; "
                            f"give the settings of that run, or a new --out")
     net.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -484,7 +486,9 @@ def get_args(argv=None):
         (args.size >= 16, "--size", "16 or more"),
         (args.size >= 32 or args.backbone not in MITS, "--size", "32 or more for a mit"),
         (args.epochs > 0, "--epochs", "1 or more"),
-        (args.batch_size > 1, "--batch-size", "2 or more"), (args.seed >= 0, "--seed", "0 or more"),
+        (args.batch_size > 1, "--batch-size", "2 or more"),
+        (0 <= args.seed < 2 ** 63, "--seed", "0 or more, of 63 bits"),
+        ((args.workers or 0) >= 0, "--workers", "0 or more"),
         (args.lr > 0, "--lr", "more than 0"), (args.lr_bias > 0, "--lr-bias", "more than 0"),
         (args.weight_decay >= 0, "--weight-decay", "0 or more"),
         (args.depth_unit > 0, "--depth-unit", "more than 0"),
@@ -521,8 +525,7 @@ def main():
         data = open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit,
                           args.seed, augment_as=(args.augment1, args.augment2))
     if N > len(data):
-        raise BadInput(f"--batch-size {N} is more than the {len(data)} pairs under {args.data}; "
-                       f"at most {len(data)}")
+        raise BadInput(f"--batch-size {N} is more than the {len(data)} pairs; at most {len(data)}")
     steps_per_epoch = len(data) // N
     steps = args.epochs * steps_per_epoch
     rows = slice(rank * N // world, (rank + 1) * N // world)  # of the global batch, this process's
@@ -694,7 +697,7 @@ def run(main):
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main()
-    except BadInput as error:                   # a loader's worker puts its traceback before it
+    except (BadInput, OSError) as error:        # a loader's worker puts its traceback before it
         line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)

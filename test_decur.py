@@ -12,9 +12,11 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import urllib.error
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -1079,6 +1081,49 @@ def write_bigearthnet(root):
     (root / "bigearthnet-val.csv").write_bytes(column.encode())
     (root / "patches_with_seasonal_snow.csv").write_bytes(f"{pairs[2][0]}\r\n".encode())
     return pairs
+
+
+def test_images_that_would_be_misread_are_refused(tmp_path):
+    """Colours of 16 bits, which Pillow cuts to 8; two files of one stem; a folder that is not."""
+    bits = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)        # 2x2, 16 bits, RGB
+    pixels = zlib.compress((b"\0" + bytes(range(12))) * 2)
+    chunks = [(b"IHDR", bits), (b"IDAT", pixels), (b"IEND", b"")]
+    file = tmp_path / "a.png"
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks))
+    with pytest.raises(BadInput, match="a.png has colours of 16 bits"):
+        data.read_image(file)
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(BadInput, match="a.jpg and .*a.png have one stem"):
+        data.stems(tmp_path)
+    with pytest.raises(BadInput, match="no folder"):
+        data.stems(tmp_path / "nowhere")
+
+
+def test_a_killed_process_is_an_error_and_not_a_wait():
+    with pytest.raises(BadInput, match="one of 2 processes was killed"):
+        list(data.in_processes(kill_me, range(8), 2, "test"))
+
+
+def kill_me(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_check_reads_labels_as_transfer_will(tmp_path, monkeypatch, capsys):
+    """A class beyond the task's, a mask of another size, no label: listed, each in its line."""
+    root = write_frames(tmp_path / "d")
+    (root / "Label").mkdir()
+    for name, value, size in (("0", 37, (48, 36)), ("1", 38, (48, 36)), ("2", 1, (24, 18))):
+        Image.new("L", size, value).save(root / "Label" / f"{name}.png")
+    (root / "train.txt").write_text("0\n1\n2\n3\n")
+    monkeypatch.setattr(sys, "argv", f"data.py check --task sunrgbd --data {root} --workers 1 "
+                                     f"--size 24 --out {tmp_path / 'out'}".split())
+    with pytest.raises(SystemExit):
+        data.main()
+    bad = (tmp_path / "out" / "bad-ids.txt").read_text()
+    assert bad.count("\n") == 3 and "3\tno partner" in bad
+    assert "1\tthe label 38; expected 0 (unlabelled) to 37" in bad and "2\ta mask of" in bad
 
 
 def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
@@ -2146,7 +2191,8 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
     assert "SimCLR-cross *" in out and "quoted | 49.4" in out and "common dimensions" in out
     others = out[out.index("\nOther runs"):]
     assert all(re.search(line, others) for line in (
-        r"cached.* 10\.0", r"test_split val.* 20\.0", r"pretraining epochs 5.* 30\.0", r"10% labels.* 40\.0"))
+        r"cached.* 10\.0", r"test_split val.* 20\.0", r"pretraining epochs 5.* 30\.0",
+        r"10% labels.* 40\.0"))
     for weights, reason in ((f"{pre}/encoder1.pth", "1 encoder, expected 2"),
                             (f"{pre}/encoder2.pth {pre}/encoder1.pth",
                              "conv1.weight takes 1 input channels"),
@@ -2487,6 +2533,11 @@ def test_a_sweep_is_over_seeds_and_settings(tmp_path, monkeypatch, capsys):
     for name in ("rgb, common", "depth, backbone"):             # the same as of one run
         assert np.allclose(alone["accuracy"][rows.index(name)],
                            numbers[f"0.5 {name.replace(',', '')}"][0])
+    other = tmp_path / "other"                  # Fig. 3b: settings that are no numbers
+    pretrain_here(f"{SMALL} --epochs 1 --data {root} --out {other} --projector 16-32", monkeypatch)
+    capsys.readouterr()
+    explain_here(f"--sweep {runs[2]} {other} --out {tmp_path}/projector", monkeypatch)
+    assert "projector 16-32 common 0.75 (1)" in capsys.readouterr().out
     with pytest.raises(BadInput, match="no factors.csv"):
         explain_here(f"--sweep {runs[0]} --data {write_frames(tmp_path / 'frames', 16)}",
                      monkeypatch)
@@ -2521,13 +2572,15 @@ def test_explain_refuses_what_it_cannot_explain(tmp_path, monkeypatch, capsys):
     one = {name: value for name, value in checkpoint["model"].items() if name.startswith("f1.")}
     torch.save(dict(checkpoint, model=one), tmp_path / "one.pt")  # as of barlowtwins --modality 1
     torch.save(dict(checkpoint, settings=dict(checkpoint["settings"], size=16)), tmp_path / "16.pt")
+    (tmp_path / "empty.pt").touch()
     hha = write_frames(tmp_path / "hha", 16)
     (hha / "HHA").symlink_to(hha / "RGB")
     run = f"--checkpoint {out}/checkpoint.pt"
     for flags, words in (
             (f"--checkpoint {tmp_path}/one.pt", "one.pt holds one encoder alone"),
             (f"--checkpoint {tmp_path}/nowhere.pt", "nowhere.pt cannot be used"),
-            (f"{run} --data {out}", "the checkpoint is of rgbd; no image under"),
+            (f"--checkpoint {tmp_path}/empty.pt", "empty.pt cannot be used"),
+            (f"{run} --data {out}", "the checkpoint is of rgbd; no folder"),
             (f"{run} --data {hha} --split all", r"rgb \(3 channels\) and hha .* knows .* depth"),
             (f"{run} --samples 17", "--samples 17 is more than the 16 pairs .* at most 16"),
             (f"{run} --layer layer5", "--layer layer5: .*; there are conv1 .* layer4.0.conv2"),
