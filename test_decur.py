@@ -1657,7 +1657,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
 
     run = f"{SMALL} --epochs 1 --out {out}"
     refused(f"{run} --data {tmp_path}/nowhere", "no folder .*nowhere.*--toy")
-    refused(f"{run} --data {tmp_path}", "no image under .*RGB")
+    refused(f"{run} --data {tmp_path}", "no folder .*RGB")
     refused(f"{run} --data {root} --split val", "no .*val.txt")
     refused(f"{run} --data {root} --batch-size 21", "--batch-size 21 is more than the 20 pairs")
     refused(f"{run} --data {root} --projector 32-x", "--projector 32-x: expected widths")
