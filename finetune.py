@@ -714,12 +714,13 @@ def deviations(result):
     """{setting: value} of a run, and of the pretraining behind it, where it is not the paper's for
     the task and head, or that of --toy; labels, modality and seed apart.
     """
+    result = json.loads(json.dumps(result))     # tuples as lists, as in the file
     s, model, toy = result["settings"], result["model"], result["toy"]
     recipe = RECIPES.get((result["task"], model), CMX_NYU if model == "cmx" else {})
     paper = dict(part=None, cached=False) | REST | recipe | (TOYS[model] if toy else {})
     if result["linear"] and paper["lr_linear"]:
         paper["lr"] = paper["lr_linear"]
-    paper = json.loads(json.dumps(paper))       # tuples as lists, as in the file
+    paper = json.loads(json.dumps(paper))
     free = ("seed", "labels", "modality", "depth_unit", "save_images", "save_every")
     found = {name: s.get(name, result.get(name)) for name in paper if name not in free}
     found = {name: value for name, value in found.items() if value != paper[name]}

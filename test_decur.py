@@ -2169,7 +2169,9 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
         finetune_here(f"{flags} --part {part} --out {tmp_path / part}", monkeypatch)
         assert torch.load(tmp_path / part / "checkpoint.pt",
                           weights_only=True)["model"]["fc.weight"].shape == (12, 2 * dims)
-    capsys.readouterr()
+    line = ("all dimensions made-up scenes cached epochs 2 batch_size 16 pretraining epochs 1 "
+            "pretraining batch_size 16, 100% labels")
+    assert line in capsys.readouterr().out      # what is not the default of --toy, and no more
     pretraining = dict(scenario="sar-optical", method="decur", common=0.875, epochs=100,
                        batch_size=256, projector="8192-8192-8192", no_intra=False, modality=None)
     for name, value, flags, other in (          # the last four are not the paper's
@@ -2601,7 +2603,7 @@ def test_readme_commands_parse(monkeypatch):
     """Every `python script.py ...` and torchrun line in the README names flags that exist."""
     readme = (HERE / "README.md").read_text()
     for line in re.findall(r"^ *(?:python|torchrun [^\n]*?)(?= )(.*)$", readme, re.M):
-        words = shlex.split(line.split("#")[0].replace("$seed", "0"))  # in a loop
+        words = shlex.split(re.sub(r"\$\w+", "0", line.split("#")[0]))  # in a loop
         if words[0] == "pretrain.py":
             pretrain.get_args(words[1:])
         elif words[0] == "finetune.py":
