@@ -52,7 +52,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -1418,10 +1417,14 @@ def pack(root, out, workers, every=256):
     os.replace(part, out)
 
 
-def unfinished(out):
-    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it."""
+def refuse_existing(out):
     if Path(out).exists():
         raise BadInput(f"{out} exists; expected a new --out, or delete it to make it anew")
+
+
+def unfinished(out):
+    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it."""
+    refuse_existing(out)
     part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
     return part
@@ -1624,8 +1627,7 @@ def main():
     elif args.command == "bench":
         bench(args.device)
     else:
-        if Path(out := args.out or f"data/toy-{args.scenario}").exists():
-            raise BadInput(f"{out} exists; expected a new --out, or delete it to make it anew")
+        refuse_existing(out := args.out or f"data/toy-{args.scenario}")
         make_toy(args.scenario, out)
 
 

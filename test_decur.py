@@ -1123,6 +1123,7 @@ def test_check_reads_labels_as_transfer_will(tmp_path, monkeypatch, capsys):
         data.main()
     bad = (tmp_path / "out" / "bad-ids.txt").read_text()
     assert bad.count("\n") == 3 and "3\tno partner" in bad
+    assert data.TASKS == {task: len(about["classes"]) for task, about in finetune.TASKS.items()}
     assert "1\tthe label 38; expected 0 (unlabelled) to 37" in bad and "2\ta mask of" in bad
 
 
