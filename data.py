@@ -796,11 +796,11 @@ class Pairs:
             yield name, read_image(files[self.ids[i]])
 
     def __getitem__(self, i):
-        return tuple([prepared(files[self.ids[i]], row)]
+        return tuple([read_custom(files[self.ids[i]], row)]
                      for files, row in zip(self.files, self.rows))
 
 
-def prepared(path, row):
+def read_custom(path, row):
     a = read_like(path, row)
     if row["raw_mean"]:
         mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))

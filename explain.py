@@ -135,7 +135,7 @@ def distances(x):
 
 # ---- Algorithm 2, 3: spatial saliency visualization ----
 
-def prepared(f, mean, var, parts):
+def part_means(f, mean, var, parts):
     """Sec. 7: "we average the common and unique dimensions as two single values output".
 
     mean, var: K, of the embedding over the samples, from one pass before.  They have to be
@@ -177,7 +177,7 @@ def gradcam(net, layer, x, target, relu=False):
 
 
 def gradcam_vis(net, layer, parts, x):
-    """{part: NxHxW}: GradCAM maps of the outputs of `prepared`, upsampled to the input's size."""
+    """{part: NxHxW}: GradCAM maps of the outputs of `part_means`, upsampled to the input's size."""
     return {part: F.interpolate(gradcam(net, layer, x, target), x.shape[-2:], mode="bilinear")[:, 0]
             for target, part in enumerate(parts)}
 
@@ -236,7 +236,7 @@ def integrated_gradients(net, x, x0=None, target=0, steps=32):
 
 
 def IG_vis(net, parts, steps, x):
-    """{"common": NxCxHxW, "unique": NxCxHxW}: integrated gradients of the outputs of `prepared`."""
+    """{"common": NxCxHxW, "unique": NxCxHxW}: integrated gradients of what `part_means` gives."""
     return {part: integrated_gradients(net, x, None, target, steps)
             for target, part in enumerate(parts)}
 
@@ -598,7 +598,7 @@ def picture_spatial(save, loader, cams):
 
 
 def picture_spectral(save, loader, nets, parts, steps, modalities):
-    """Fig. 5b.  nets: `prepared` of each modality."""
+    """Fig. 5b.  nets: `part_means` of each modality."""
     stats, errors = ([], []), []
     for x in loader:
         for m, net in enumerate(nets):
@@ -942,7 +942,7 @@ def main():
     z, moments = embed(net, load("embeddings"), N, kept)
     every = [torch.cat(a) for a in zip(*z)]
     z = [pair for pair in z if len(pair[0]) == N]
-    nets = [prepared(f, mean.to(device), var.to(device), parts)
+    nets = [part_means(f, mean.to(device), var.to(device), parts)
             for f, (mean, var) in zip((net.f1, net.f2), moments)]
     cams = [partial(gradcam_vis, f, named[layer], parts) for f, named in zip(nets, found)]
 

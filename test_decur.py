@@ -2284,7 +2284,7 @@ def explained_branch(n=10):
     """Images, a branch, and its outputs as Sec. 7 prepares them."""
     f, x = tiny_branch(), torch.randn(n, 2, 8, 8, dtype=torch.float64)
     z, parts = f(x), dict(common=slice(0, 4), unique=slice(4, 6))
-    return x, f, explain.prepared(f, z.mean(0), z.var(0, unbiased=False), parts), parts
+    return x, f, explain.part_means(f, z.mean(0), z.var(0, unbiased=False), parts), parts
 
 
 def test_alignment_losses_by_hand():
@@ -2350,7 +2350,7 @@ def test_gradcam_by_hand(channels_last):
 
 
 def test_batch_statistics_kill_saliency():
-    """Why `prepared` holds them constant: features normalised by their own batch sum to 0."""
+    """Why `part_means` holds them constant: features normalised by their own batch sum to 0."""
     x, f, net, _ = explained_branch()
     dead = lambda x: torch.stack([part.mean(1) for part in BN(f(x)).split((4, 2), 1)], 1)
     for saliency in (lambda net: explain.gradcam(net, f[3], x, 0),
