@@ -893,7 +893,11 @@ def collate(samples):
 
 def both_views(views, device):
     """A batch for each of two views, on the device; a single one stands twice, and moves once."""
-    return ([x.to(device, non_blocking=True) for x in views] * 2)[:2]
+    return ([moved(x, device) for x in views] * 2)[:2]
+
+
+def moved(x, device):                           # on MPS, a copy not waited for may be torn
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def epoch_batches(n, batch_size, seed, epoch):
@@ -944,7 +948,7 @@ class Draws:
 
 def mixed(*numbers):
     """One seed out of several integers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def augment(x, modality, size, draws):

@@ -906,7 +906,9 @@ def get_args(argv=None):
 
 def main():
     args = get_args()
-    device = start_processes()[2]
+    rank, _, device = start_processes()
+    if rank > 0:                                # under torchrun the first process does it all
+        return
     out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
     if args.sweep:
         return sweep(args.sweep, args.data, out, args.workers, device)

@@ -33,11 +33,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batches, make_toy, mixed,
-                  normalise, open_pairs, picture, random_boxes, read_label, separable,
+                  moved, normalise, open_pairs, picture, random_boxes, read_label, separable,
                   triangle_filter, unit)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
 from pretrain import (SCENARIOS, TOY, agreed, go_on, leave_group, load_checkpoint, mixed_precision,
-                      open_folder, run, save_checkpoint, signals_to_come, start_from,
+                      open_folder, processes, run, save_checkpoint, signals_to_come, start_from,
                       start_processes, write_atomically)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
@@ -514,7 +514,7 @@ def prepared(batch, args, modalities, device, draws=None):
 
     With draws it is augmented; without, it is the frame, or its middle where the task crops.
     """
-    *x, target = (t.to(device, non_blocking=True) for t in batch)
+    *x, target = (moved(t, device) for t in batch)
     x = [normalise(unit(x_), modality) for x_, modality in zip(x, modalities)]
     x = [x[args.modality - 1]] if args.modality else x
     B, _, H, W = x[0].shape
@@ -890,7 +890,7 @@ def get_args(argv=None):
     add("--modality", choices=("both", "1", "2"), help="default: both, FCN on RGB-D 1")
     add("--depth-unit", type=float, help="steps of a depth file a metre; default: 1000, mm")
     add("--size", type=int, help="height of the training crop in pixels")
-    add("--workers", type=int, help="processes that read files; default: 4, on a CPU 0")
+    add("--workers", type=int, help="processes that read files; default: on CUDA 4, else 0")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet), fcn")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
@@ -999,8 +999,8 @@ def main():
     rows = slice(rank * N // world, (rank + 1) * N // world)  # of the global batch, this process's
     test_rows = slice(rank * len(test) // world, (rank + 1) * len(test) // world)
     draws = Draws(args.seed, N, rows)
-    workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else 4
     cuda = device.type == "cuda"
+    workers = args.workers if args.workers is not None else 4 if cuda else 0
     loading = dict(num_workers=workers, worker_init_fn=leave_group, pin_memory=cuda)
     modalities = [train.modalities[args.modality - 1]] if args.modality else train.modalities
 
@@ -1033,7 +1033,7 @@ def main():
                      classes=len(classes))
     frozen = fingerprint(encoders) if args.linear else None
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
+    step = go_on(checkpoint_file, settings, net, optimizer, args.resume, device)
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
         about = dict(argv=sys.argv, data=str(args.data), processes=world, device=str(device))
@@ -1042,8 +1042,8 @@ def main():
             "".join(f"{train.data.ids[i]}\n" for i in sorted(chosen))))
         print(" ".join(sys.argv))
         print(f"{len(chosen)} of {len(train)} samples of {args.split} under {args.data}, "
-              f"{len(test)} of {args.test_split}; {steps} steps on {world} "
-              f"process{'es' * (world > 1)}, {device.type}; torch {torch.__version__}")
+              f"{len(test)} of {args.test_split}; {steps} steps on {processes(world)}, "
+              f"{device.type}; torch {torch.__version__}")
         for name, source in sources.items():
             print(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
         print(*lines, sep="\n")
@@ -1146,16 +1146,16 @@ def main():
     for buffer in net.buffers() if world > 1 else ():
         dist.broadcast(buffer, 0)               # on CPUs each process has its own statistics
     evaluation_mode()
-    drawn = 0 if rank == 0 else args.save_images
+    seen = test_rows.start
 
     def predict(batch):
-        nonlocal drawn
+        nonlocal seen
         x, target = prepared(batch, args, test.modalities, device)
         s = scores(net, x, args.test_scales)
-        if n := min(args.save_images - drawn, len(target)):
-            save_pictures(args.out / "images", test.data.ids[drawn:drawn + n], target[:n],
+        if (n := min(args.save_images - seen, len(target))) > 0:
+            save_pictures(args.out / "images", test.data.ids[seen:seen + n], target[:n],
                           [x_[:n] for x_ in x], modalities, s[:n], classes)
-            drawn += n
+        seen += len(target)
         return s, target
 
     test_index = np.arange(len(test))[test_rows]

@@ -69,10 +69,12 @@ METHODS = {
 SEGFORMER = dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
 # --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step
 # (eta / (1 - momentum) is 1 / 100): a thousand steps want more than the paper's tens of thousands.
-# K stays far above N, as in the paper: a dimension's share of the loss is 1 for its diagonal, but
-# lambda (K - 1) for the rest of its row, and it is the rest that asks for more than one factor.
-TOY = dict(size=32, backbone="resnet-toy", projector="256-256-2048", epochs=60, batch_size=128,
+TOY = dict(size=32, backbone="resnet-toy", projector="256-256-256", epochs=60, batch_size=128,
            lr=2.0, split="train")
+# Indoors K stays far above N, as in the paper: a dimension's share of the loss is 1 for its
+# diagonal, but lambda (K - 1) for the rest of its row, and it is the rest that asks for more than
+# one factor.  Views from above share less: with K 2048 the modalities agreed on nothing so soon.
+TOY_RGBD = TOY | dict(projector="256-256-2048")
 REST = dict(split="all", depth_unit=1000.0)     # what the paper does not say
 # may differ at --resume:
 RUN_ONLY = ("data", "data1", "data2", "out", "resume", "save_every", "workers", "toy", "benchmark")
@@ -161,6 +163,10 @@ def start_processes():
     return rank, world, device
 
 
+def processes(world):
+    return f"{world} processes ({dist.get_backend()})" if world > 1 else "1 process"
+
+
 def mixed_precision(device):
     """Autocast to bf16 on GPUs that have it (Ampere and later); elsewhere nothing is cast."""
     ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -174,12 +180,12 @@ def leave_group(worker):
         os.setpgrp()
 
 
-def agreed(flag, device):
-    """True on all processes if it is True on one."""
+def agreed(value, device):
+    """The largest integer that a process gives, on all of them; True if it is True on one."""
     if dist.is_initialized():
-        flag = torch.tensor(float(flag), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
+        value = torch.tensor(int(value), device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 # ---- checkpoints ----
@@ -244,14 +250,21 @@ def load_checkpoint(path):
                    f"expected a whole checkpoint.pt of tensors and plain values")
 
 
-def go_on(path, settings, net, optimizer, resume):
+def go_on(path, settings, net, optimizer, resume, device):
     """Load the checkpoint of an earlier run with these settings, if there is one.
 
     Returns the step it had reached, or 0.  Raises BadInput without --resume, so that nothing is
-    overwritten, and where the settings differ.
+    overwritten, and where the settings, or the processes among themselves, differ.
     """
-    if not path.exists():
-        return 0
+    step = load_into(path, settings, net, optimizer, resume) if path.exists() else 0
+    most, least = agreed(step, device), -agreed(-step, device)
+    if most != least:
+        raise BadInput(f"{path} is at step {most} for one process, at {least} for another; "
+                       f"expected an --out that all of them see")
+    return step
+
+
+def load_into(path, settings, net, optimizer, resume):
     if not resume:
         raise BadInput(f"{path} exists; expected a new --out, or --resume to go on from it")
     checkpoint = load_checkpoint(path)
@@ -327,7 +340,8 @@ def benchmark(args, data, load, augment1, augment2, draws, net, optimizer, Kc, d
     warm up, then come some for `seconds`, at least 2.
     """
     N, cuda = args.batch_size, device.type == "cuda"
-    sync = torch.cuda.synchronize if cuda else lambda: None
+    sync = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(device.type,
+                                                                            lambda: None)
 
     def loss_of(z, form=decur_loss_gram):
         if args.method == "decur":
@@ -421,7 +435,7 @@ def get_args(argv=None):
     add("--depth-unit", type=float,
         help="steps of a depth file a metre; default: 1000, millimetres")
     add("--size", type=int, help="crop in pixels; default: 224")
-    add("--workers", type=int, help="processes that read files; default: up to 8, on a CPU 0")
+    add("--workers", type=int, help="processes that read files; default: on CUDA up to 8, else 0")
     add = parser.add_argument_group("model").add_argument
     add("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
     add("--modality", type=int, choices=(1, 2),
@@ -454,7 +468,7 @@ def get_args(argv=None):
                for name, value in vars(args).items() if value is not None and value is not False}
     tables = [(METHODS[args.method][1], f"--method {args.method}")]
     tables += [(SEGFORMER, "paper, App. B; see SEGFORMER")] if args.backbone in MITS else []
-    tables += [(TOY, "--toy")] if args.toy else []
+    tables += [(TOY_RGBD if args.scenario == "rgbd" else TOY, "--toy")] if args.toy else []
     tables += [(SCENARIOS[args.scenario], "paper, Sec. 4"), (PAPER, "paper, Sec. 4 and App. B"),
                (REST, "default")]
     for table, source in tables:
@@ -533,7 +547,7 @@ def main():
     augment1, augment2 = (partial(augment, modality=modality, size=args.size, draws=draws)
                           for modality in data.modalities)
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = 0 if device.type == "cpu" else min(8, cores)
+    workers = min(8, cores) if device.type == "cuda" else 0
     workers = workers if args.workers is None else args.workers
     load = partial(DataLoader, data, collate_fn=collate, num_workers=workers,
                    worker_init_fn=leave_group, pin_memory=device.type == "cuda")
@@ -574,7 +588,7 @@ def main():
                      channels=[channels1, channels2],
                      inputs=[MODALITIES[m] for m in data.modalities])
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    step = go_on(checkpoint_file, settings, net, optimizer, args.resume)
+    step = go_on(checkpoint_file, settings, net, optimizer, args.resume, device)
     if not step and args.weights:
         for line in start_from(args.weights, [f.E for f in net.children()], args):
             say(line)
@@ -663,7 +677,7 @@ def introduce(args, sources, data, net, steps, K, Kc, device, world):
     print(" ".join(sys.argv))
     root = " and ".join(args.data) if isinstance(args.data, list) else args.data
     print(f"{len(data)} pairs of {data.modalities[0]} and {data.modalities[1]} from {root}; "
-          f"{steps} steps on {world} process{'es' if world > 1 else ''}, {device.type}; "
+          f"{steps} steps on {processes(world)}, {device.type}; "
           f"torch {torch.__version__}")
     for name, source in sources.items():
         print(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
@@ -701,9 +715,8 @@ def run(main):
         line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():                   # after an error it could wait for the others
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -658,6 +658,25 @@ def test_several_processes_make_the_one_process_steps(world, tmp_path):
             assert relative(*moved) < 1e-4
 
 
+def resumed(rank, world, folders):
+    """What a process is told that looks for the checkpoint in its own of the folders."""
+    net = nn.Linear(1, 1)
+    try:
+        return pretrain.go_on(folders[rank] / "checkpoint.pt", {}, net,
+                              torch.optim.SGD(net.parameters()), True, "cpu")
+    except BadInput as error:
+        return str(error)
+
+
+def test_processes_that_do_not_see_one_checkpoint_are_refused(tmp_path):
+    """Else one would go on from step 3 and the other, on another machine's disk, start anew."""
+    net, here, nowhere = nn.Linear(1, 1), tmp_path, tmp_path / "nowhere"
+    pretrain.save_checkpoint(here / "checkpoint.pt", net, torch.optim.SGD(net.parameters()), 3, {})
+    assert in_processes(2, tmp_path / "same", resumed, [here, here]) == [3, 3]
+    for words in in_processes(2, tmp_path / "apart", resumed, [here, nowhere]):
+        assert "is at step 3 for one process, at 0 for another" in words
+
+
 # ---- pretrain.py: App. B ----
 
 def test_lars_step_by_hand():
@@ -2261,7 +2280,9 @@ def test_two_processes_transfer_as_one(tmp_path, monkeypatch):
     root = toy(tmp_path / "scenes", held_out=15)
     flags = f"{FINE} --data {root} --model fcn --linear --weights none"
     one = finetune_here(f"{flags} --out {tmp_path / 'one'}", monkeypatch)
-    in_processes(2, tmp_path / "results", transfer, f"{flags} --out {tmp_path / 'two'}")
+    in_processes(2, tmp_path / "results", transfer,
+                 f"{flags} --save-images 12 --out {tmp_path / 'two'}")
+    assert len(list((tmp_path / "two" / "images").iterdir())) == 12  # 7 are the first process's
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["metrics"] == pytest.approx(one["metrics"], abs=2e-3)
     assert [row["loss"] for row in log_of(tmp_path / "two")] == pytest.approx(
