@@ -1091,7 +1091,7 @@ def random_solarize(x, solarize_p, draws):
 # clutter and noise, lest a random encoder read them.  Clutter and tints are kept small: they are
 # fingerprints on which two views can agree instead of on shapes (0.1 m of relief, and depth's own
 # object was not learned).  Linear probes on held-out scenes, chance 0.25: supervised encoders 0.98
-# and more; random ones indoors 0.39 to 0.67, from above (on an earlier, full grid) 0.57 to 0.75.
+# and more; random ones indoors 0.39 to 0.67, seen from above 0.32 to 0.51.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
