@@ -1456,13 +1456,14 @@ def test_a_crop_is_the_same_on_a_device_as_on_a_cpu():
     assert (data.separable(x, Wy, Wx) - cpu).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("scene", [data.satellite_scene, data.aerial_scene])
+@pytest.mark.parametrize("scene", [data.indoor_scene, data.satellite_scene, data.aerial_scene])
 def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
     """Each sensor in each object against the ground, in its std: the median of 15 scenes."""
     contrast = np.full((2, 3, 15), np.nan)
     for seed in range(15):
         *sensors, label, classes = scene(np.random.default_rng(seed))
-        masks, _, _ = data.scatter_three(np.random.default_rng(seed), 48)
+        rng, indoors = np.random.default_rng(seed), scene is data.indoor_scene
+        masks, _, _ = data.place_three(rng, 48, 64) if indoors else data.scatter_three(rng, 48)
         if scene is data.satellite_scene:
             sensors = sensors[0][seed % 4]["VV"], sensors[0][seed % 4]["B4"].astype(float)
         ground = label == 1
@@ -1476,6 +1477,19 @@ def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
     contrast = np.nanmedian(contrast, 2)
     assert (np.abs(contrast) > 1.5).tolist() == [[True, True, False], [True, False, True]], contrast
     assert np.abs(contrast[[0, 1], [2, 1]]).max() < 1, contrast
+
+
+def test_where_a_sensor_s_own_objects_stand_does_not_tell_where_the_other_s_do():
+    """Else the modalities could agree on that.  Indoors: columns of the centres.  From above: the
+    same third of the cells in half of the scenes."""
+    columns, same = [], []
+    for seed in range(200):
+        own = data.place_three(np.random.default_rng(seed), 48, 64)[0][1:]
+        columns.append([mask.sum(0) @ np.arange(64) / mask.sum() for mask in own])
+        own = data.scatter_three(np.random.default_rng(seed), 48)[0][1:]
+        same.append((own[0] * own[1]).sum() > 0.3 * own[0].sum())
+    assert abs(np.corrcoef(np.array(columns).T)[0, 1]) < 0.2  # 0.07 is its standard error
+    assert 0.4 < np.mean(same) < 0.6
 
 
 @pytest.mark.parametrize("scenario, shapes", [("sar-optical", [2, 2, 13, 13]), ("rgb-dem", [3, 3])])
