@@ -937,7 +937,8 @@ def test_made_up_scenes_are_seeded_and_hold_what_factors_csv_says(tmp_path):
         masks = {key: label == 2 + 4 * k + int(row[key])
                  for k, key in enumerate(("common", "unique1", "unique2"))}
         wall = label == 1
-        assert all(mask.sum() > 10 for mask in masks.values())
+        assert min(masks["common"].sum(), masks["unique1"].sum()) > 30
+        assert masks["unique2"].sum() > 10      # the others may lie on it
         assert rgb[masks["common"]].mean() > rgb[wall].mean() > rgb[masks["unique1"]].mean()
         order = masks["common"], wall, masks["unique2"]
         near, middle, far = (np.nanmean(depth[mask]) for mask in order)
@@ -1587,16 +1588,16 @@ def log_of(out):
 def test_pretrain_runs_and_loss_falls(tmp_path):
     """By the command line: log, settings, checkpoint and encoders that torchvision's names fit."""
     root, out = toy(tmp_path / "scenes"), tmp_path / "out"
-    flags = *SMALL.split(), "--epochs", "16", "--data", root, "--out", out
+    flags = *SMALL.split(), "--epochs", "32", "--data", root, "--out", out
     command = [sys.executable, HERE / "pretrain.py", *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "chance (independent embeddings)" in result.stdout
-    assert "step 000048/000048" in result.stdout
+    assert "step 000096/000096" in result.stdout
     log = log_of(out)
-    assert [row["step"] for row in log] == list(range(1, 49))
+    assert [row["step"] for row in log] == list(range(1, 97))
     first, last = (sum(row["loss"] for row in rows) for rows in (log[:6], log[-6:]))
-    assert last < 0.9 * first
+    assert last < 0.8 * first
     for row in log:
         assert row["loss"] == pytest.approx(row["L1"] + row["L2"] + row["Lc"] + row["Lu"], rel=1e-5)
     assert json.loads((out / "args.json").read_text())["K"] == 32
