@@ -1025,7 +1025,7 @@ def triangle_filter(start, length, n_in, n_out):
     centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
     distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
     weight = (1 - distance).clamp(min=0)
-    weight = weight * ((pixel >= start) & (pixel < start + length))[:, None]
+    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]  # in part, too
     return (weight / weight.sum(-1, keepdim=True)).float()
 
 

@@ -36,7 +36,7 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batch
                   moved, normalise, open_pairs, picture, random_boxes, read_label, separable,
                   triangle_filter, unit)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (SCENARIOS, TOY, agreed, go_on, leave_group, load_checkpoint, mixed_precision,
+from pretrain import (agreed, defaults, go_on, leave_group, load_checkpoint, mixed_precision,
                       open_folder, processes, run, save_checkpoint, signals_to_come, start_from,
                       start_processes, write_atomically)
 
@@ -400,6 +400,21 @@ def fingerprint(modules):
     return digest.hexdigest()
 
 
+@torch.no_grad()
+def measure_statistics(net, batches):
+    """Of the batch norms of random encoders, before they are frozen: the mean over the batches.
+
+    The mean 0 and variance 1 that they start with are nobody's: a ResNet-50's features would be in
+    the thousands.
+    """
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.momentum = None              # no moving average
+    net.train()
+    for x, _ in batches:
+        net.features(*x)
+
+
 # ---- samples ----
 
 class Labelled:
@@ -566,12 +581,13 @@ def scores(net, x, scales):
     """
     if tuple(scales) == (1.0,):
         return net(*x).float()
-    size, total = x[0].shape[-2:], 0
+    size, both = x[0].shape[-2:], []
     for scale in scales:
         scaled = [F.interpolate(x_, [round(scale * n) for n in size], mode="bilinear") for x_ in x]
-        both = net(*scaled).float() + net(*[x_.flip(-1) for x_ in scaled]).flip(-1).float()
-        total = total + F.interpolate(both.exp(), size, mode="bilinear")
-    return total
+        both.append(net(*scaled).float() + net(*[x_.flip(-1) for x_ in scaled]).flip(-1).float())
+    top = torch.stack([b.amax((1, 2, 3), keepdim=True) for b in both]).amax(0)  # Nx1x1x1
+    excess = (top - 80).clamp(min=0)            # exp(89) would be infinite; the order stays
+    return sum(F.interpolate((b - excess).exp(), size, mode="bilinear") for b in both)
 
 
 @torch.no_grad()
@@ -712,7 +728,8 @@ METHODS = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg", barlowtwins=
 
 def deviations(result):
     """{setting: value} of a run, and of the pretraining behind it, where it is not the paper's for
-    the task and head, or that of --toy; labels, modality and seed apart.
+    the task, head and method, or that of --toy; apart from labels, modality, seed and what Table 4
+    and the figures vary.
     """
     result = json.loads(json.dumps(result))     # tuples as lists, as in the file
     s, model, toy = result["settings"], result["model"], result["toy"]
@@ -724,11 +741,15 @@ def deviations(result):
     free = ("seed", "labels", "modality", "depth_unit", "save_images", "save_every")
     found = {name: s.get(name, result.get(name)) for name in paper if name not in free}
     found = {name: value for name, value in found.items() if value != paper[name]}
-    scenario, before = TASKS[result["task"]]["scenario"], result["pretraining"] or {}
-    paper = SCENARIOS[scenario] | dict(scenario=scenario) | (TOY if toy else {})
-    return found | {f"pretraining {name}": before[name]
-                    for name in ("scenario", "epochs", "batch_size")
-                    if name in before and before[name] != paper[name]}
+    before, scenario = result["pretraining"] or {}, TASKS[result["task"]]["scenario"]
+    if "method" not in before:                  # random, or from elsewhere
+        return found
+    paper = dict(scenario=scenario, weights=None, bgr=False)
+    for table, _ in reversed(defaults(scenario, before["method"], before["backbone"], toy)):
+        paper |= table
+    free = ("backbone", "depth_unit") + ("common", "projector") * (before["method"] == "decur")
+    return found | {f"pretraining {name}": before[name] for name, value in paper.items()
+                    if name in before and name not in free and before[name] != value}
 
 
 def row_of(result):
@@ -1016,6 +1037,9 @@ def main():
         say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each "
             f"uses its {N // world} samples")
     net.to(device)
+    if args.linear and args.weights == ["none"] and args.model != "cmx":  # CMX: layer norms
+        seen = DataLoader(train, N, sampler=chosen[:20 * N].tolist(), drop_last=True, **loading)
+        measure_statistics(net, (prepared(batch, args, train.modalities, device) for batch in seen))
     model = DistributedDataParallel(net) if world > 1 else net
     trained = [p for p in net.parameters() if p.requires_grad]
     # CMX: no weight decay on biases and norms

@@ -412,6 +412,15 @@ def benchmark(args, data, load, augment1, augment2, draws, net, optimizer, Kc, d
 
 # ---- command line ----
 
+def defaults(scenario, method, backbone, toy):
+    """[(settings, their source)]: the first that names a setting is its default."""
+    return [(METHODS[method][1], f"--method {method}"),
+            (SEGFORMER if backbone in MITS else {}, "paper, App. B; see SEGFORMER"),
+            ((TOY_SAR if scenario == "sar-optical" else TOY) if toy else {}, "--toy"),
+            (SCENARIOS[scenario], "paper, Sec. 4"), (PAPER, "paper, Sec. 4 and App. B"),
+            (REST, "default")]
+
+
 def get_args(argv=None):
     """The settings, each resolved to a value and its source.  Returns (args, {name: source})."""
     parser = argparse.ArgumentParser(
@@ -465,12 +474,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     sources = {name: "default" if value == parser.get_default(name) else "command line"
                for name, value in vars(args).items() if value is not None and value is not False}
-    tables = [(METHODS[args.method][1], f"--method {args.method}")]
-    tables += [(SEGFORMER, "paper, App. B; see SEGFORMER")] if args.backbone in MITS else []
-    tables += [(TOY_SAR if args.scenario == "sar-optical" else TOY, "--toy")] if args.toy else []
-    tables += [(SCENARIOS[args.scenario], "paper, Sec. 4"), (PAPER, "paper, Sec. 4 and App. B"),
-               (REST, "default")]
-    for table, source in tables:
+    for table, source in defaults(args.scenario, args.method, args.backbone, args.toy):
         for name, value in table.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)

@@ -2054,6 +2054,10 @@ def test_a_box_takes_image_and_mask_along():
     assert small[0, 1:4, 2:6].all() and small[0, [0, -1]].sum() == 0
     assert small[0, :, [0, 1, -1]].sum() == 0
     assert finetune.resample(image, outside, (6, 8))[0, 0, 0].sum() == 0
+    # CMX's scale 1.75 begins within a pixel: no row of the crop is left without one
+    within = [torch.tensor([[v]]) for v in (2 / 1.75, 9 / 1.75, 6 / 1.75, 8 / 1.75, 0)]
+    assert torch.allclose(finetune.resample(torch.ones(1, 1, 12, 16), within, (6, 8)),
+                          torch.ones(1, 1, 6, 8))
 
 
 def test_the_boxes_of_cmx_are_its_six_scales():
@@ -2072,6 +2076,31 @@ def test_subsets_are_without_replacement_and_lie_in_one_another():
     assert len(set(small)) == 10 and set(small) < set(large) and len(set(large)) == 500
     assert set(finetune.subset(1000, 0.01, 4)) != set(small)
     assert len(finetune.subset(10, 0.01, 0)) == 1
+
+
+def test_scales_and_mirror_images_are_added_as_probabilities_that_cannot_overflow():
+    """CMX's evaluation by its formula; with large logits the largest still wins."""
+    net = torch.nn.Conv2d(3, 4, 3, padding=1)
+    x, scales = torch.rand(2, 3, 12, 16), (0.75, 1, 1.25)
+    expected = 0
+    for size in ((9, 12), (12, 16), (15, 20)):
+        y = F.interpolate(x, size, mode="bilinear")
+        both = (net(y) + net(y.flip(3)).flip(3)).exp()
+        expected = expected + F.interpolate(both, (12, 16), mode="bilinear")
+    assert torch.allclose(finetune.scores(net, [x], scales), expected)
+    large = finetune.scores(lambda x: 100 * (x > 0.5).float() - 20, [x], scales)
+    assert large.isfinite().all()
+    certain = torch.tensor([45.0, 0, 60]).view(1, 3, 1, 1)
+    assert (finetune.scores(lambda x: certain.expand(2, 3, *x.shape[2:]), [x],
+                            scales).argmax(1) == 2).all()
+
+
+def test_random_encoders_get_the_statistics_of_their_batch_norms():
+    """The mean over the batches, before they are frozen."""
+    E = decur.resnet("resnet-toy", 3)
+    net, x = finetune.LateFusion([E], E.dims[-1:], 5), torch.rand(2, 8, 3, 32, 32)
+    finetune.measure_statistics(net, (([x_], None) for x_ in x))
+    assert torch.allclose(E.bn1.running_mean, E.conv1(x.flatten(0, 1)).mean((0, 2, 3)), atol=1e-6)
 
 
 def test_schedules_are_those_of_app_B_and_of_cmx():
@@ -2207,29 +2236,34 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
     line = ("all dimensions made-up scenes cached epochs 2 batch_size 16 pretraining epochs 1 "
             "pretraining batch_size 16, 100% labels")
     assert line in capsys.readouterr().out      # what is not the default of --toy, and no more
-    pretraining = dict(scenario="sar-optical", method="decur", common=0.875, epochs=100,
-                       batch_size=256, projector="8192-8192-8192", no_intra=False, modality=None)
-    for name, value, flags, other in (          # the last four are not the paper's
-            ("seed0", 0.79, "", {}), ("seed1", 0.81, "--seed 1", {}), ("kept", 0.1, "--cached", {}),
-            ("val", 0.2, "--test-split val", {}), ("short", 0.3, "", dict(epochs=5)),
-            ("tenth", 0.4, "--labels 0.1", {})):
+    for name, value, flags, other in (          # the last seven are not the paper's
+            ("seed0", 0.79, "", ""), ("seed1", 0.81, "--seed 1", "--seed 1"),
+            ("vicreg", 0.7, "", "--method vicreg"), ("kept", 0.1, "--cached", ""),
+            ("val", 0.2, "--test-split val", ""), ("short", 0.3, "", "--epochs 5"),
+            ("tenth", 0.4, "--labels 0.1", ""), ("slow", 0.5, "", "--lr-bias 0.0004"),
+            ("started", 0.6, "", "--weights imagenet"),
+            ("narrow", 0.65, "", "--method vicreg --projector 512-512-512")):
         args, _ = finetune.get_args(shlex.split(
             f"--task bigearthnet --linear --labels 0.01 --weights x {flags}"))
         result = dict(whole, **{key: getattr(args, key) for key in (
             "task", "model", "toy", "part", "labels", "modality", "test_split", "seed")},
-            metrics={"mAP micro": value}, pretraining=pretraining | other,
+            metrics={"mAP micro": value},
+            pretraining=vars(pretrain.get_args(shlex.split(f"--scenario sar-optical {other}"))[0]),
             settings={key: value for key, value in vars(args).items() if key != "out"})
-        (folder(tmp_path, name) / "results.json").write_text(json.dumps(result))
-    names = "seed0 seed1 kept val short tenth common".split()
+        (folder(tmp_path, name) / "results.json").write_text(json.dumps(result, default=str))
+    names = "seed0 seed1 vicreg kept val short tenth slow started narrow common".split()
     finetune_here(f"--table {' '.join(f'{tmp_path}/{name}' for name in names)} --out {tmp_path}",
                   monkeypatch)
     out = capsys.readouterr().out
     assert re.search(r"^DeCUR +80\.0 \+- 1\.4 \(n 2\) \| 79\.4 +not run \| 81\.7", out, re.M)
+    assert re.search(r"^VICReg +70\.0 \| 74\.5", out, re.M)
     assert "SimCLR-cross *" in out and "quoted | 49.4" in out and "common dimensions" in out
     others = out[out.index("\nOther runs"):]
     assert all(re.search(line, others) for line in (
         r"cached.* 10\.0", r"test_split val.* 20\.0", r"pretraining epochs 5.* 30\.0",
-        r"10% labels.* 40\.0"))
+        r"10% labels.* 40\.0", r"pretraining lr_bias 0\.0004.* 50\.0",
+        r"pretraining weights \['imagenet'\].* 60\.0",
+        r"pretraining projector 512-512-512.* 65\.0"))
     for weights, reason in ((f"{pre}/encoder1.pth", "1 encoder, expected 2"),
                             (f"{pre}/encoder2.pth {pre}/encoder1.pth",
                              "conv1.weight takes 1 input channels"),
