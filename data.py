@@ -69,6 +69,7 @@ from tqdm import tqdm
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
 
 TREE = "the first lines of data.py show the tree"
+SCENES = "or try made-up scenes: pretrain.py --toy"
 
 
 class BadInput(Exception):
@@ -177,6 +178,9 @@ def read_image(path):
         a = np.array(image.convert(colour.get(image.mode, image.mode)))
     if a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
         a = a.transpose(2, 0, 1)                # HxWxC
+    if np.iscomplexobj(a):
+        raise BadInput(f"{path} is {a.dtype}; expected real numbers: its amplitude, or real and "
+                       f"imaginary part as two channels")
     if a.ndim not in (2, 3):
         raise BadInput(f"{path} has the shape {a.shape}; expected HxW, HxWxC or CxHxW")
     return a.reshape(-1, *a.shape[-2:])
@@ -249,7 +253,7 @@ def listed(folder):
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError:
-        raise BadInput(f"no folder {folder}; {TREE}; or try the made-up scenes: --toy") from None
+        raise BadInput(f"no folder {folder}; {TREE}; {SCENES}") from None
 
 
 def atomically(path, write):
@@ -698,7 +702,7 @@ class RGBD:
 def stems(folder, suffixes=(".jpg", ".jpeg", ".png")):
     """The image files of a folder as {stem: path}; BadInput where there is none."""
     files = {}
-    for path in sorted(path for path in folder.glob("*") if path.suffix.lower() in suffixes):
+    for path in sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in suffixes):
         if path.stem in files:
             raise BadInput(f"{files[path.stem]} and {path} have one stem; expected one file for "
                            f"each; remove the other")
@@ -872,7 +876,7 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
             raise BadInput(f"--split {split}: one's own pairs have no lists; expected all")
         return Pairs(*root, strict=strict, **custom)
     if not Path(root).is_dir():
-        raise BadInput(f"no folder {root}; {TREE}; give --data, or try the made-up scenes: --toy")
+        raise BadInput(f"no folder {root}; {TREE}; give --data; {SCENES}")
     if name == "sar-optical":
         data = SSL4EO(root, split, seed, strict)
     elif name == "bigearthnet":
@@ -1332,9 +1336,12 @@ def inspect(dataset, classes, i):
     try:
         for name, a in dataset.raw(i):
             x = a[np.isfinite(a)].astype(float)
-            kind = f"{a.dtype} {'x'.join(map(str, a.shape[-2:]))}"
+            shape = a.shape if a.ndim > 2 and len(a) > 1 else a.shape[-2:]
+            kind = f"{a.dtype} {'x'.join(map(str, shape))}"             # CxHxW, of one channel HxW
             low, high = x.min(initial=np.inf), x.max(initial=-np.inf)
             rows.append((name, kind, low, high, a.size - x.size))
+            if not x.size:
+                raise BadInput(f"{name} has not one finite value")
             shapes[name] = a.shape[-2:]
             if name in ("label", "seg") and (low < 0 or high > classes):
                 raise BadInput(f"the label {low if low < 0 else high:g}; expected 0 (unlabelled) "

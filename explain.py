@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, open_pairs, plain,
                   random_resized_crop)
 from decur import BN, DeCUR, branch, chance_and_floor
-from pretrain import load_checkpoint, run, start_processes, write_atomically
+from pretrain import load_checkpoint, run, settings_of, start_processes, write_atomically
 
 PICTURES = ("curves", "alignment", "tsne", "gradcam", "spatial", "spectral", "factors")
 WAVELENGTHS = dict(                             # Sentinel-2: the band's centre; Sentinel-1: C band
@@ -722,7 +722,9 @@ def save_picture(out, name, image, sentence, **numbers):
 def open_net(path, device):
     """The pretrained network, in evaluation mode and frozen, and its settings."""
     checkpoint = load_checkpoint(path)
-    settings, state = checkpoint["settings"], checkpoint["model"]
+    settings, state = settings_of(checkpoint), checkpoint["model"]
+    if settings["stopped"]:
+        print(f"{path} is of a run that was stopped {settings['stopped']}")
     if not all(any(key.startswith(f"{f}.E.") for key in state) for f in ("f1", "f2")):
         raise BadInput(f"{path} holds one encoder alone; expected those of two modalities")
     net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])

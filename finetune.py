@@ -37,8 +37,8 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batch
                   triangle_filter, unit)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
 from pretrain import (agreed, defaults, go_on, leave_group, load_checkpoint, mixed_precision,
-                      open_folder, processes, run, save_checkpoint, signals_to_come, start_from,
-                      start_processes, write_atomically)
+                      open_folder, processes, run, save_checkpoint, settings_of, signals_to_come,
+                      start_from, start_processes, write_atomically)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -389,6 +389,7 @@ def origin(files):
     elif paths:
         about = torch.load(paths[0], map_location="cpu", weights_only=True)
         settings = about.get("settings") if isinstance(about, dict) else None
+        settings = settings_of(about) if settings and "method" in settings else settings
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths], settings
 
 
@@ -744,7 +745,7 @@ def deviations(result):
     before, scenario = result["pretraining"] or {}, TASKS[result["task"]]["scenario"]
     if "method" not in before:                  # random, or from elsewhere
         return found
-    paper = dict(scenario=scenario, weights=None, bgr=False)
+    paper = dict(scenario=scenario, weights=None, bgr=False, stopped=None)
     for table, _ in reversed(defaults(scenario, before["method"], before["backbone"], toy)):
         paper |= table
     free = ("backbone", "depth_unit") + ("common", "projector") * (before["method"] == "decur")
@@ -908,7 +909,8 @@ def get_args(argv=None):
     add("--split", help="samples to train on; default: train")
     add("--test-split", help="samples of the metrics; default: test")
     add("--labels", type=float, help="fraction of the training samples; default: 1")
-    add("--modality", choices=("both", "1", "2"), help="default: both, FCN on RGB-D 1")
+    add("--modality", choices=("both", "1", "2"),
+        help="default: both; FCN on RGB-D 1, but with --toy both")
     add("--depth-unit", type=float, help="steps of a depth file a metre; default: 1000, mm")
     add("--size", type=int, help="height of the training crop in pixels")
     add("--workers", type=int, help="processes that read files; default: on CUDA 4, else 0")
@@ -928,7 +930,7 @@ def get_args(argv=None):
     add("--weight-decay", type=float)
     add("--seed", type=int, help="of everything random; default: 0")
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, help="default: runs/TASK-MODEL-..., a name for each setting")
+    add("--out", type=Path, help="default: runs/TASK-MODEL-..., named by what it is")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=float, metavar="MINUTES", help="between checkpoints; default: 30")
     add("--save-images", type=int, metavar="N", help="pictures of the first N test samples")
@@ -976,8 +978,8 @@ def get_args(argv=None):
             *((not getattr(args, name) or getattr(args, name) > 0, name, "0 or more")
               for name in ("epochs", "weight_decay", "seed", "save_images"))):
         if not fine:
-            flag = name.replace("_", "-")
-            raise BadInput(f"--{flag} {getattr(args, name)}: expected {expected}")
+            flag, value = name.replace("_", "-"), getattr(args, name)
+            raise BadInput(f"--{flag}{'' if value is True else f' {value}'}: expected {expected}")
     args.data = args.data or (f"data/toy-{task['scenario']}" if args.toy else task["data"])
     if not args.out:
         file = Path(args.weights[0])
@@ -1131,8 +1133,8 @@ def main():
                 logits = forward(*x)                                # NxC, or NxCxHxW
             loss = loss_of(logits, target, world)
             if agreed(not loss.isfinite(), device):
-                sys.exit(f"the loss is {loss.item()} at step {step}; {checkpoint_file} stays as it "
-                         "was; look at the data, or take a smaller --lr")
+                sys.exit(f"the loss is {loss.item()} at step {step + 1}; what was saved before "
+                         "stays; look at the data, or take a smaller --lr")
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(args.schedule, step, steps)
             optimizer.zero_grad()

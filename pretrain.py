@@ -192,15 +192,21 @@ def agreed(value, device):
 def write_atomically(path, write):
     """write(name) beside the path, flush, rename: killed, it leaves the old file or the new one."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
+    try:
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:    # a full disk; torch.save says RuntimeError
+        part.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else BadInput(
+            f"{path} cannot be written; is the disk full? What was there before is whole: make "
+            f"room, then go on with --resume") from None
     os.replace(part, path)
 
 
 def save_checkpoint(path, net, optimizer, step, settings):
     if not all(p.isfinite().all() for p in net.parameters()):
-        sys.exit(f"a weight is not finite after step {step}: {path} stays as it was; "
+        sys.exit(f"a weight is not finite after step {step}; what was saved before stays; "
                  f"a smaller --lr or --lr-bias may help")
     checkpoint = dict(model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
                       settings=settings, torch=str(torch.__version__))
@@ -244,9 +250,16 @@ def load_checkpoint(path):
             return checkpoint
         reason = "it is no checkpoint of this project"
     except Exception as error:                  # torch raises half a dozen kinds for bad files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise BadInput(f"{path} cannot be used ({reason}); "
-                   f"expected a whole checkpoint.pt of tensors and plain values")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    raise BadInput(f"{path} cannot be used ({reason}); expected a whole checkpoint.pt of tensors "
+                   f"and plain values; give another, or delete it to begin anew")
+
+
+def settings_of(checkpoint):
+    """The settings of a pretraining, and whether it was `stopped` before its end, or None."""
+    settings, step = checkpoint["settings"], checkpoint["step"]
+    steps = settings["epochs"] * (settings["pairs"] // settings["batch_size"])
+    return settings | dict(stopped=f"at step {step} of {steps}" if step < steps else None)
 
 
 def go_on(path, settings, net, optimizer, resume, device):
@@ -482,7 +495,8 @@ def get_args(argv=None):
     toy = "toy-" if args.toy else ""
     if args.scenario == "custom":
         if args.toy or not (args.data1 and args.data2):
-            raise BadInput("--scenario custom: expected --data1 and --data2, two folders, no --toy")
+            raise BadInput("--scenario custom: expected --data1 and --data2, a folder each, and "
+                           "neither --data nor --toy")
         args.data = [args.data1, args.data2]
     args.data = args.data or f"data/{toy}{args.scenario}"
     args.out = args.out or Path(f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
@@ -513,7 +527,7 @@ def get_args(argv=None):
     for fine, flag, expected in checks:
         if not fine:
             value = getattr(args, flag[2:].replace("-", "_"))
-            raise BadInput(f"{flag} {value}: expected {expected}")
+            raise BadInput(f"{flag}{'' if value is True else f' {value}'}: expected {expected}")
     args.widths = [int(w) for w in widths]
     return args, sources
 
@@ -631,8 +645,8 @@ def main():
                 loss, parts = METHODS[args.method][0](*(z_ for z_ in z if z_ is not None)), {}
             if not loss.isfinite():
                 parts = " ".join(f"{name} {part:.4g}" for name, part in parts.items())
-                sys.exit(f"the loss is {loss.item()} at step {step} ({parts}); {checkpoint_file} "
-                         f"stays as it was; look at the data, or take a smaller --lr or --lr-bias")
+                sys.exit(f"the loss is {loss.item()} at step {step + 1} ({parts}); what was saved "
+                         f"before stays; look at the data, or take a smaller --lr or --lr-bias")
             # optimization
             for group, lr in zip(optimizer.param_groups, base_lr):
                 group["lr"] = lr * cosine(step, steps)
@@ -718,6 +732,8 @@ def run(main):
         line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)                           # as a shell has it
     if dist.is_initialized():                   # after an error it could wait for the others
         dist.destroy_process_group()
 

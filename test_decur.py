@@ -1423,6 +1423,26 @@ def test_ones_own_pairs_of_any_form_are_measured_and_brought_to_0_to_1(tmp_path)
         data.open_pairs("custom", (one, tmp_path), 8)
 
 
+def test_check_of_ones_own_pairs_shows_channels_and_finds_what_holds_nothing(
+        tmp_path, monkeypatch, capsys):
+    folders = [folder(tmp_path, name) for name in ("one", "two")]
+    for i, fill in enumerate((0, 1, np.nan, 1j)):
+        for root in folders:
+            noise = np.random.default_rng(i).random((9, 8, 4)).astype(np.float32)
+            np.save(root / f"{i}.npy", noise * fill if i > 1 else noise)
+    (folders[0] / "._0.npy").write_bytes(b"of another system")
+    monkeypatch.setattr(sys, "argv", f"data.py check --scenario custom --data1 {folders[0]} "
+                        f"--data2 {folders[1]} --out {tmp_path} --workers 1 --size 16".split())
+    (folders[0] / "3.npy").rename(tmp_path / "3.npy"), (folders[1] / "3.npy").unlink()
+    with pytest.raises(SystemExit) as error:
+        data.main()
+    assert error.value.code == 1 and "3 samples read, 1 bad" in (out := capsys.readouterr().out)
+    assert "float32 4x9x8" in out
+    assert "not one finite value" in (tmp_path / "bad-ids.txt").read_text()
+    with pytest.raises(BadInput, match="3.npy is complex64; expected real numbers"):
+        data.read_image(tmp_path / "3.npy")
+
+
 def test_what_is_seen_from_above_is_augmented_as_section_4_says():
     """SAR: no jitter, no solarize; DEM: crop, flips; 13 bands stay, in range; half upside down."""
     draws = data.Draws(0, 400, slice(None))
@@ -1666,7 +1686,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, monk
         calls.append(1)
         return data.augment(x, modality, size, draws) * (float("nan") if len(calls) > 20 else 1)
     monkeypatch.setattr(pretrain, "augment", diverges)
-    with pytest.raises(SystemExit, match=r"the loss is nan at step 5 \(L1 nan"):
+    with pytest.raises(SystemExit, match=r"the loss is nan at step 6 \(L1 nan"):
         pretrain_here(f"{SMALL} --epochs 4 --data {root} --out {out}", monkeypatch)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 3 and all(p.isfinite().all() for p in checkpoint["model"].values())
@@ -1729,6 +1749,17 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_overwritten(tmp_path
     with open(out / "checkpoint.pt", "wb") as file:
         pickle.dump(Evil(), file)
     refused(f"{again} --epochs 1 --resume", "checkpoint.pt cannot be used")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
+    def full(part):
+        part.write_bytes(b"half")
+        raise RuntimeError("enforce fail at inline_container.cc")  # torch.save's words for it
+
+    (tmp_path / "checkpoint.pt").write_bytes(b"whole")
+    with pytest.raises(BadInput, match="is the disk full"):
+        pretrain.write_atomically(tmp_path / "checkpoint.pt", full)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
 
 def test_bad_input_exits_with_code_2_and_one_line(tmp_path):
@@ -2229,6 +2260,10 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
     sha256 = hashlib.sha256((pre / "checkpoint.pt").read_bytes()).hexdigest()
     assert whole["weights_sha256"] == [sha256]
     assert whole["pretraining"]["method"] == "decur" and whole["settings"]["seed"] == 0
+    assert whole["pretraining"]["stopped"] is None
+    checkpoint = torch.load(pre / "checkpoint.pt", weights_only=True)
+    torch.save(dict(checkpoint, step=0), tmp_path / "cut.pt")
+    assert finetune.origin([tmp_path / "cut.pt"])[1]["stopped"] == "at step 0 of 1"
     for part, dims in (("common", 24), ("unique", 8), ("all", 32)):
         finetune_here(f"{flags} --part {part} --out {tmp_path / part}", monkeypatch)
         assert torch.load(tmp_path / part / "checkpoint.pt",
@@ -2236,22 +2271,24 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
     line = ("all dimensions made-up scenes cached epochs 2 batch_size 16 pretraining epochs 1 "
             "pretraining batch_size 16, 100% labels")
     assert line in capsys.readouterr().out      # what is not the default of --toy, and no more
-    for name, value, flags, other in (          # the last seven are not the paper's
+    for name, value, flags, other in (          # the last eight are not the paper's
             ("seed0", 0.79, "", ""), ("seed1", 0.81, "--seed 1", "--seed 1"),
             ("vicreg", 0.7, "", "--method vicreg"), ("kept", 0.1, "--cached", ""),
             ("val", 0.2, "--test-split val", ""), ("short", 0.3, "", "--epochs 5"),
             ("tenth", 0.4, "--labels 0.1", ""), ("slow", 0.5, "", "--lr-bias 0.0004"),
-            ("started", 0.6, "", "--weights imagenet"),
+            ("started", 0.6, "", "--weights imagenet"), ("cut", 0.62, "", ""),
             ("narrow", 0.65, "", "--method vicreg --projector 512-512-512")):
         args, _ = finetune.get_args(shlex.split(
             f"--task bigearthnet --linear --labels 0.01 --weights x {flags}"))
         result = dict(whole, **{key: getattr(args, key) for key in (
             "task", "model", "toy", "part", "labels", "modality", "test_split", "seed")},
             metrics={"mAP micro": value},
-            pretraining=vars(pretrain.get_args(shlex.split(f"--scenario sar-optical {other}"))[0]),
+            pretraining=dict(
+                vars(pretrain.get_args(shlex.split(f"--scenario sar-optical {other}"))[0]),
+                stopped="at step 1 of 9" if name == "cut" else None),
             settings={key: value for key, value in vars(args).items() if key != "out"})
         (folder(tmp_path, name) / "results.json").write_text(json.dumps(result, default=str))
-    names = "seed0 seed1 vicreg kept val short tenth slow started narrow common".split()
+    names = "seed0 seed1 vicreg kept val short tenth slow started cut narrow common".split()
     finetune_here(f"--table {' '.join(f'{tmp_path}/{name}' for name in names)} --out {tmp_path}",
                   monkeypatch)
     out = capsys.readouterr().out
@@ -2263,7 +2300,7 @@ def test_transfer_from_a_checkpoint_its_embedding_and_the_table(tmp_path, monkey
         r"cached.* 10\.0", r"test_split val.* 20\.0", r"pretraining epochs 5.* 30\.0",
         r"10% labels.* 40\.0", r"pretraining lr_bias 0\.0004.* 50\.0",
         r"pretraining weights \['imagenet'\].* 60\.0",
-        r"pretraining projector 512-512-512.* 65\.0"))
+        r"pretraining projector 512-512-512.* 65\.0", r"stopped at step 1 of 9.* 62\.0"))
     for weights, reason in ((f"{pre}/encoder1.pth", "1 encoder, expected 2"),
                             (f"{pre}/encoder2.pth {pre}/encoder1.pth",
                              "conv1.weight takes 1 input channels"),
@@ -2611,6 +2648,10 @@ def test_a_sweep_is_over_seeds_and_settings(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     explain_here(f"--sweep {runs[2]} {other} --out {tmp_path}/projector", monkeypatch)
     assert "projector 16-32 common 0.75 (1)" in capsys.readouterr().out
+    checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
+    torch.save(dict(checkpoint, step=1), other / "checkpoint.pt")
+    explain_here(f"--checkpoint {other}/checkpoint.pt --only alignment", monkeypatch)
+    assert "is of a run that was stopped at step 1 of 2" in capsys.readouterr().out
     with pytest.raises(BadInput, match="no factors.csv"):
         explain_here(f"--sweep {runs[0]} --data {write_frames(tmp_path / 'frames', 16)}",
                      monkeypatch)
