@@ -542,7 +542,8 @@ class BigEarthNet:
             for s1 in tqdm(sorted(s1_names), "S1 patches", leave=False, disable=None):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json")
                 pairs.append((about["corresponding_s2_patch"], s1))
-            write_text(kept, "".join(f"{s2},{s1}\n" for s2, s1 in pairs))
+            with contextlib.suppress(OSError):  # a folder that is only to be read
+                write_text(kept, "".join(f"{s2},{s1}\n" for s2, s1 in pairs))
         return pairs
 
     def __len__(self):
@@ -584,6 +585,8 @@ class GeoNRW:
 
     def __init__(self, root, split="train", labels=False, strict=True):
         root = Path(root)
+        if split not in ("all", "train", "test"):
+            raise BadInput(f"--split {split}: expected all, train or test for GeoNRW")
         self.root, self.labels = root / "cropped" if (root / "cropped").is_dir() else root, labels
         self.ids, self.lonely, parts = [], [], {"rgb", "dem", "seg"} if labels else {"rgb", "dem"}
         for city in listed(self.root):
@@ -729,7 +732,7 @@ def sunrgbd_frames(root):
 
 
 def only_file(folder):
-    files = sorted(folder.glob("*.*"))
+    files = sorted(folder.glob("[!.]*.*"))
     if len(files) != 1:
         raise BadInput(f"{folder} holds {len(files)} files, expected 1; unpack SUNRGBD.zip again")
     return files[0]
@@ -737,6 +740,7 @@ def only_file(folder):
 
 def sunrgbd_depth(raw):
     """SUN RGB-D's 16 bits, mm rotated left by three bits -> metres, cut at 8 as in the toolbox."""
+    raw = raw.astype(np.uint16)                 # Pillow before 10.3 has 32 bits, which do not wrap
     return np.minimum((raw >> 3 | raw << 13) / 1000, 8.0)
 
 
@@ -1311,9 +1315,19 @@ def in_processes(function, jobs, workers, text):
         return
     pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=remember,
                                                   initargs=(function,))
+    size = min(16, len(jobs) // (4 * workers) + 1)  # of a chunk
+
+    def results():
+        waiting = collections.deque()           # no more of them than are kept up with
+        for start in range(0, len(jobs), size):
+            waiting.append(pool.submit(remembered, jobs[start:start + size]))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        for chunk in waiting:
+            yield from chunk.result()
+
     try:
-        yield from bar(pool.map(remembered, jobs,
-                                chunksize=min(16, len(jobs) // (4 * workers) + 1)))
+        yield from bar(results())
     except concurrent.futures.process.BrokenProcessPool:
         raise BadInput(f"one of {workers} processes was killed: out of memory? Try a smaller "
                        f"--workers") from None
@@ -1326,8 +1340,8 @@ def remember(function):
     remembered.function = function              # sent once to a process, not with every job
 
 
-def remembered(job):
-    return remembered.function(job)
+def remembered(jobs):
+    return [remembered.function(job) for job in jobs]
 
 
 def inspect(dataset, classes, i):

@@ -690,7 +690,8 @@ def picture_sweep(save, found, names, axis, chance):
             points = [(x, rows[x][m, name][:, factor]) for x in xs if (m, name) in rows[x]]
             for x, a in points:                 # the range of the seeds
                 pen.line((*at(x, a.min()), *at(x, a.max())), colour)
-            curve(pen, at, *zip(*((x, a.mean()) for x, a in points)), colour)
+            if points:                          # without decoupling there are no unique ones
+                curve(pen, at, *zip(*((x, a.mean()) for x, a in points)), colour)
     save("sweep", image, f"How {axis} moves what common and unique dimensions and backbones hold; "
          f"bars span the seeds.", **{f"{x} {names[m]} {name}": a for x in xs
                                      for (m, name), a in rows[x].items()})

@@ -1057,9 +1057,9 @@ def main():
     sha256, pretraining = origin(args.weights)
     settings |= dict(weights_sha256=sha256, samples=len(chosen), channels=channels,
                      classes=len(classes))
-    frozen = fingerprint(encoders) if args.linear else None
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
     step = go_on(checkpoint_file, settings, net, optimizer, args.resume, device)
+    frozen = fingerprint(encoders) if args.linear else None
     save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
     if rank == 0:
         about = dict(argv=sys.argv, data=str(args.data), processes=world, device=str(device))

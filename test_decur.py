@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import zlib
 from functools import partial
@@ -1130,6 +1131,19 @@ def kill_me(job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_processes_do_not_run_ahead_of_who_takes_their_results(tmp_path):
+    results = data.in_processes(partial(leave_a_file, tmp_path), range(400), 2, "test")
+    assert next(results) == 0
+    time.sleep(0.5)
+    assert len(list(tmp_path.iterdir())) <= 5 * 16 < 400
+    assert list(results) == list(range(1, 400)) and len(list(tmp_path.iterdir())) == 400
+
+
+def leave_a_file(folder, job):
+    (folder / str(job)).touch()
+    return job
+
+
 def test_check_reads_labels_as_transfer_will(tmp_path, monkeypatch, capsys):
     """A class beyond the task's, a mask of another size, no label: listed, each in its line."""
     root = write_frames(tmp_path / "d")
@@ -1313,8 +1327,10 @@ def write_sunrgbd(root):
 def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
     """`hha` takes a frame's camera, filled depth, raw holes; it goes on where it was stopped."""
     write_sunrgbd(tmp_path)
-    raw = np.array([8 * 2378, 2378 >> 13, 8 * 8100], np.uint16)
-    assert data.sunrgbd_depth(raw).tolist() == [2.378, 0.0, 8.0]
+    raw = np.array([8 * 2378, 0, 8 * 8100, 1 << 3 | 2], np.uint16)
+    for dtype in (np.uint16, np.int32):         # as Pillow before 10.3 gives it
+        assert data.sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
+    assert data.sunrgbd_depth(np.array([2378 << 3 & 65535 | 2378 >> 13], np.int32))[0] == 2.378
     words = "2 samples .* without hha/, which `python data.py hha` writes"
     with pytest.raises(BadInput, match=words):
         data.open_pairs("rgbd", tmp_path, 16)
@@ -1524,6 +1540,8 @@ def test_made_up_scenes_lie_in_the_layout_of_their_scenario(scenario, shapes, tm
     assert len(rows) == 32 and set(train.ids) <= set(rows)
     name = train.ids[3]
     task = data.GeoNRW(root, "train", labels=True) if scenario == "rgb-dem" else None
+    with pytest.raises(BadInput, match="val"):  # there is none, and it is not the training set
+        data.open_pairs(scenario, root, 32, "val")
     label = task[3][2].numpy() if task else data.read_label(root / "Label" / f"{name}.png")
     for which, factor in enumerate(("common", "unique1", "unique2")):
         assert (label == 2 + which * len(data.SHAPES) + int(rows[name][factor])).any()
@@ -2648,6 +2666,11 @@ def test_a_sweep_is_over_seeds_and_settings(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     explain_here(f"--sweep {runs[2]} {other} --out {tmp_path}/projector", monkeypatch)
     assert "projector 16-32 common 0.75 (1)" in capsys.readouterr().out
+    longer = tmp_path / "longer"                # no unique dimensions in either
+    pretrain_here(f"{SMALL} --epochs 2 --data {root} --out {longer} --common 1", monkeypatch)
+    explain_here(f"--sweep {runs[2]} {longer} --out {tmp_path}/epochs", monkeypatch)
+    assert (tmp_path / "epochs" / "sweep.png").exists()
+    capsys.readouterr()
     checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
     torch.save(dict(checkpoint, step=1), other / "checkpoint.pt")
     explain_here(f"--checkpoint {other}/checkpoint.pt --only alignment", monkeypatch)
