@@ -36,7 +36,8 @@ from tqdm import tqdm
 from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, open_pairs, plain,
                   random_resized_crop)
 from decur import BN, DeCUR, branch, chance_and_floor
-from pretrain import load_checkpoint, run, settings_of, start_processes, write_atomically
+from pretrain import (load_checkpoint, measure_statistics, run, settings_of, start_processes,
+                      write_atomically)
 
 PICTURES = ("curves", "alignment", "tsne", "gradcam", "spatial", "spectral", "factors")
 WAVELENGTHS = dict(                             # Sentinel-2: the band's centre; Sentinel-1: C band
@@ -319,9 +320,7 @@ def read_yardsticks(fresh, x, y, x_test, y_test, seed):
     """The same of an encoder that knows nothing and of one that was told all.  fresh: makes one."""
     torch.manual_seed(seed)
     random, taught = fresh().to(x.device), fresh().to(x.device)
-    with torch.no_grad():
-        for chunk in 3 * x.split(256):
-            random(chunk)                       # running statistics of its batch norms
+    measure_statistics(random, ([chunk] for chunk in x.split(256)))
     supervised(taught, x, y, seed)
     rows = {name: (features(E, x), features(E, x_test))
             for name, E in (("random encoder", random), ("supervised encoder", taught))}

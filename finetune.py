@@ -36,9 +36,9 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batch
                   moved, normalise, open_pairs, picture, random_boxes, read_label, separable,
                   triangle_filter, unit)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (agreed, defaults, go_on, leave_group, load_checkpoint, mixed_precision,
-                      open_folder, processes, run, save_checkpoint, settings_of, signals_to_come,
-                      start_from, start_processes, write_atomically)
+from pretrain import (agreed, defaults, go_on, leave_group, load_checkpoint, measure_statistics,
+                      mixed_precision, open_folder, processes, run, save_checkpoint, settings_of,
+                      signals_to_come, start_from, start_processes, write_atomically)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -399,21 +399,6 @@ def fingerprint(modules):
     for t in (t for module in modules for t in module.state_dict().values()):
         digest.update(t.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def measure_statistics(net, batches):
-    """Of the batch norms of random encoders, before they are frozen: the mean over the batches.
-
-    The mean 0 and variance 1 that they start with are nobody's: a ResNet-50's features would be in
-    the thousands.
-    """
-    for module in net.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            module.momentum = None              # no moving average
-    net.train()
-    for x, _ in batches:
-        net.features(*x)
 
 
 # ---- samples ----
@@ -1041,7 +1026,8 @@ def main():
     net.to(device)
     if args.linear and args.weights == ["none"] and args.model != "cmx":  # CMX: layer norms
         seen = DataLoader(train, N, sampler=chosen[:20 * N].tolist(), drop_last=True, **loading)
-        measure_statistics(net, (prepared(batch, args, train.modalities, device) for batch in seen))
+        measure_statistics(net, (prepared(batch, args, train.modalities, device)[0]
+                                 for batch in seen))
     model = DistributedDataParallel(net) if world > 1 else net
     trained = [p for p in net.parameters() if p.requires_grad]
     # CMX: no weight decay on biases and norms

@@ -242,6 +242,21 @@ def start_from(files, encoders, args):
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
+@torch.no_grad()
+def measure_statistics(net, batches):
+    """Of the batch norms of a random network that is not to be trained: the mean over the batches.
+
+    batches: lists of the network's inputs.  The mean 0 and variance 1 that they start with are
+    nobody's: a ResNet-50's features would be in the thousands.
+    """
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.momentum = None              # no moving average
+    net.train()
+    for x in batches:
+        net(*x)
+
+
 def load_checkpoint(path):
     """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
     try:

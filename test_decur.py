@@ -2148,7 +2148,7 @@ def test_random_encoders_get_the_statistics_of_their_batch_norms():
     """The mean over the batches, before they are frozen."""
     E = decur.resnet("resnet-toy", 3)
     net, x = finetune.LateFusion([E], E.dims[-1:], 5), torch.rand(2, 8, 3, 32, 32)
-    finetune.measure_statistics(net, (([x_], None) for x_ in x))
+    pretrain.measure_statistics(net, ([x_] for x_ in x))
     assert torch.allclose(E.bn1.running_mean, E.conv1(x.flatten(0, 1)).mean((0, 2, 3)), atol=1e-6)
 
 
