@@ -1101,7 +1101,7 @@ def random_solarize(x, solarize_p, draws):
 # own object was not learned) and the ground has one colour (a tint of 5 %, and the encoder of RGB
 # from the air learned the tint).  Where a sensor's own objects stand does not tell where the
 # other's do: they may lie on each other.  Linear probes on held-out scenes, chance 0.25: supervised
-# encoders 0.98 and more, random ones 0.34 to 0.53 (means of three).
+# encoders 0.98 and more, random ones 0.32 to 0.47 (means of three).
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))

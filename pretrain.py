@@ -198,9 +198,10 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:    # a full disk; torch.save says RuntimeError
         part.unlink(missing_ok=True)
-        raise error if isinstance(error, OSError) else BadInput(
-            f"{path} cannot be written; is the disk full? What was there before is whole: make "
-            f"room, then go on with --resume") from None
+        if isinstance(error, OSError):
+            raise
+        raise BadInput(f"{path} cannot be written; is the disk full? What was there before is "
+                       f"whole: make room, then go on with --resume") from None
     os.replace(part, path)
 
 
