@@ -24,7 +24,7 @@ or the folder form of CMX and its relatives:
     data/rgbd/HHA/<stem>.png        or, in its place, HHA (Gupta et al., 2014), jpg or png
     data/rgbd/Label/<stem>.png      optional: classes for finetune.py, 0 is unlabelled
     data/rgbd/train.txt test.txt    optional: a stem a line (path and suffix are taken off)
-    data/rgbd/intrinsics.txt        for `data.py hha`: the nine numbers of a 3x3 camera matrix
+    data/rgbd/intrinsics.txt        for `data.py hha`: fx 0 cx  0 fy cy  0 0 1, written by hand
     data/rgbd/RawDepth/<stem>.png   for `data.py hha`, optional: Depth/ with the holes it had
 
 Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
@@ -36,34 +36,37 @@ Transfer, BigEarthNet-MM v1.0:
     data/bigearthnet/BigEarthNet-v1.0/<S2 name>/<S2 name>_B01.tif ... _B12.tif _labels_metadata.json
     data/bigearthnet/train.csv val.csv test.csv     S2 name,S1 name a line, or S2 names alone
 
-One's own pairs (--scenario custom --data1 DIR --data2 DIR): png, jpg, tif or npy, equal stems.
+One's own pairs (--scenario custom --data1 DIR --data2 DIR): png, jpg, tif or npy, equal stems; or
+patterns, such as --data1 'chips/*_S1.tif' --data2 'chips/*_S2.tif': the stars stand for the name.
 
 A data set gives (views1, views2) for an index: lists of one CxHxW tensor, of which both augmented
 views are made, or of two, one for each view.  uint8, or float32 in [0, 1].  A transfer task gives
-(x1, x2, target).  `python data.py` alone lists the commands: check, pack, crop, hha, toy, bench.
+(x1, x2, target).  `python data.py` alone lists the commands: check, pack, crop, hha, toy.
 """
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import csv
+import errno
 import functools
+import glob
 import json
 import logging
+import math
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.transforms import v2
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
@@ -72,8 +75,21 @@ TREE = "the first lines of data.py show the tree"
 SCENES = "or try made-up scenes: pretrain.py --toy"
 
 
+PICTURES = (".jpg", ".jpeg", ".png")
+IMAGES = (*PICTURES, ".tif", ".tiff", ".npy")
+COLOURS = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "L": "L",
+           "LA": "L", "1": "L"}                 # Pillow's 8-bit modes, and what they are read as
+LABELS = "the labels of a patch"
+
+
 class BadInput(Exception):
     """The input cannot be used: one line with what was got, what was expected, and the remedy."""
+
+
+def need(fine, words):
+    """words: what was got, what was expected, the remedy."""
+    if not fine:
+        raise BadInput(words)
 
 
 # ---- one normaliser per modality: what an encoder sees, in whatever it is used for ----
@@ -104,166 +120,732 @@ MAX_DEPTH = 10.0                                # m
 
 def unit(x):
     """uint8 -> float32 in [0, 1]; float tensors are there already."""
+    need(x.dtype == torch.uint8 or x.is_floating_point(),
+         f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
     return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def within_range(x):
+    """x: uint8, or float in [0, 1], or it is refused; on a GPU the answer would take too long."""
+    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
+        low, high = x.aminmax()                 # NaN if there is one
+        need(low >= -0.001 and high <= 1.001,
+             f"an image holds {low:g} to {high:g}; expected uint8, or float in [0, 1]")
+    return x
 
 
 def normalise(x, modality):
     """x: BxCxHxW in [0, 1] -> mean 0 and standard deviation 1 over the data set, band by band."""
+    x = unit(within_range(x))
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
     if not mean.any() and (std == 1).all():
         return x
-    return torch.addcmul((-mean / std).to(x), x, (1 / std).to(x))  # (x - mean) / std in one pass
+    return torch.addcmul(moved(-mean / std, x.device), x, moved(1 / std, x.device))  # one pass
 
 
-# ---- readers ----
+# ---- augmentations, Sec. 4: batched, on any device, each image with parameters of its own ----
 
-@contextlib.contextmanager
-def reading(path, kind):
-    """What fails inside becomes a BadInput that names the file."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:                  # a damaged file raises nearly anything
-        raise BadInput(f"{path} cannot be read as {kind} ({error}); "
-                       "copy or download it again") from None
-
-
-def opened(path):
-    """A Pillow image with its pixels read."""
-    with reading(path, "an image"):
-        image = Image.open(path)
-        if image.format == "PNG" and len(image.getbands()) > 1 and ";16" in str(image.tile):
-            raise BadInput(f"{path} has colours of 16 bits, of which Pillow reads 8; expected "
-                           f"8 bits, or save it as tif or npy")
-        image.load()
-        return image
+# The paper follows BYOL (Grill et al., 2020, App. B).  BYOL treats its two views unequally (blur 1
+# and 0.1, solarize 0 and 0.2); Algorithm 1 has one augment1 for both: solarize has the mean of the
+# two, blur the authors' 0.5.  Their crops are kept too, (0.5, 1) of the area indoors where BYOL has
+# (0.08, 1): two modalities are cropped independently, and small crops would show different things.
+BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
+# Seen from above no side is up: all four flip both ways (the paper names both for SAR and DEM).
+ABOVE = dict(scale=(0.2, 1.0), vflip=True)
+AUGMENTATIONS = {
+    "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
+    # Paper: brightness, contrast, saturation, hue.  Here: the first two; 13 bands have no hue.
+    "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),
+    "aerial": dict(**ABOVE, **BYOL),
+    "dem": ABOVE,                               # Sec. 4: crop and flips
+    "rgb": dict(scale=(0.5, 1.0), **BYOL),
+    "hha": dict(scale=(0.5, 1.0)),              # Sec. 4: crop and horizontal flip only
+    "depth": dict(scale=(0.5, 1.0)),            # not in the paper: as HHA
+}
 
 
-def read_rgb(path, canvas):
-    """An image file -> 3xHxW uint8 on the canvas (H, W)."""
-    image = opened(path).convert("RGB").resize(canvas[::-1], Image.Resampling.BILINEAR)  # antialias
+class Draws:
+    """Uniform random numbers for the images of the global batch, of which a process takes its rows.
+
+    One CPU generator, seeded anew at each step: what a sample looks like depends on (seed, step)
+    and on its place in the global batch, never on processes, workers, device or restarts.
+    """
+
+    def __init__(self, seed, batch_size, rows):
+        self.seed, self.batch_size, self.rows = seed, batch_size, rows
+
+    def restart(self, step):
+        self.generator = torch.Generator().manual_seed(mixed(self.seed, step))
+
+    def __call__(self, n):
+        return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]  # Bxn in [0, 1)
+
+
+def mixed(*numbers):
+    """One seed out of several integers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def augment(x, modality, size, draws):
+    """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
+    has = AUGMENTATIONS[modality]
+    x = random_resized_crop(within_range(x), size, has["scale"], draws, vflip=has.get("vflip"))
+    if "gray_p" in has:
+        x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
+                          has["gray_p"], draws)
+    if "blur_p" in has:
+        x = random_blur(x, has["blur_p"], draws)
+    if "solarize_p" in has:
+        x = random_solarize(x, has["solarize_p"], draws)
+    return normalise(x, modality)
+
+
+def plain(x, modality, size):
+    """What an encoder sees without augmentation: all of BxCxHxW -> BxCxSxS, normalised."""
+    return normalise(resize(unit(x), (size, size)), modality)
+
+
+def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
+    """Boxes of `scale` of the area and a log-uniform aspect ratio, half of them mirrored: ten tries
+    for one that fits, as torchvision; then the largest centred one.
+
+    Returns top, left, height, width and mirrored: Bx1 each.
+    """
+    u = draws(23).double()                                              # Bx23
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
+    log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
+    w = (area * log_ratio.exp()).sqrt().round()                         # Bx10
+    h = (area / log_ratio.exp()).sqrt().round()                         # Bx10
+    fits = torch.cat([(w <= W) & (h <= H), torch.ones(B, 1, dtype=bool)], 1)
+    first = fits.int().argmax(1, keepdim=True)                          # Bx1
+    w = torch.cat([w, torch.full((B, 1), min(W, round(H * ratio[1])))], 1).gather(1, first)  # Bx1
+    h = torch.cat([h, torch.full((B, 1), min(H, round(W / ratio[0])))], 1).gather(1, first)  # Bx1
+    centred = first == 10
+    left = torch.where(centred, (W - w) // 2, (u[:, 20:21] * (W - w + 1)).floor())
+    top = torch.where(centred, (H - h) // 2, (u[:, 21:22] * (H - h + 1)).floor())
+    return top, left, h, w, u[:, 22:23] < 0.5
+
+
+def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
+    """The box of `random_boxes` of each image, resized; with vflip half of them upside down.
+
+    Resizing with a triangle filter is two matrix products, with weights for each image: `resize`.
+    """
+    B, C, H, W = x.shape
+    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws, ratio)  # Bx1 each
+    upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
+    boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
+    if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
+        return torch.cat([resized_box(image[None], size, *box)
+                          for image, box in zip(x, boxes.long().tolist())])
+    top, left, h, w, upside_down, mirrored = moved(boxes.float(), x.device).split(1, 1)
+    Wx, Wy = triangle_filter(left, w, W, size), triangle_filter(top, h, H, size)  # BxSxW, BxSxH
+    Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
+    Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
+    return separable(unit(x), Wy, Wx)                                   # BxCxSxS
+
+
+def resized_box(image, size, top, left, h, w, upside_down, mirrored):
+    box = resize(unit(image[:, :, top:top + h, left:left + w]), (size, size))
+    if upside_down:
+        box = box.flip(2)
+    if mirrored:
+        box = box.flip(3)
+    return box
+
+
+def resize(x, size):
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+def triangle_filter(start, length, n_in, n_out):
+    """Weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out."""
+    pixel, step = torch.arange(n_in, device=start.device), length / n_out  # n_in, Bx1
+    centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
+    distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
+    weight = (1 - distance).clamp(min=0)
+    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]  # in part, too
+    return (weight / weight.sum(-1, keepdim=True)).float()
+
+
+def separable(x, Wy, Wx):
+    """Filter the columns with Wy: BxSyxH and the rows with Wx: BxSxxW.  x: BxCxHxW -> BxCxSyxSx.
+
+    The channels lie side by side: a filter broadcast over them would be copied for each.
+    """
+    B, C, H, W = x.shape
+    x = Wy @ x.transpose(1, 2).reshape(B, H, C * W)                     # BxSyxCW
+    x = x.view(B, -1, W) @ Wx.mT                                        # BxSyCxSx
+    return x.view(B, -1, C, Wx.shape[1]).transpose(1, 2).contiguous()
+
+
+def random_colour(x, jitter, jitter_p, gray_p, draws):
+    """Brightness, contrast, saturation and hue jitter, then grayscale, for any number of channels.
+
+    They fold into one affine map of each image.  Brightness b and contrast c are x -> c b x +
+    (1 - c) b m with m the image's mean luma; saturation s blends with the luma; hue turns the
+    colour about the grey axis, which is linear, where HSV's hue is not; grayscale is s = 0.
+    Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold.
+    """
+    C, shape = x.shape[1], x.shape
+    u = draws(6)                                                        # Bx6
+    jittered = (u[:, :1] < jitter_p).float()
+    b, c, s, turn = (jittered * (2 * u[:, 1:5] - 1) * torch.tensor(jitter)).unbind(1)  # B
+    b, c, s = (1 + v.view(-1, 1, 1) for v in (b, c, s))                 # Bx1x1, around 1
+    s = torch.where(u[:, 5].view(-1, 1, 1) < gray_p, 0, s)
+    luma = torch.tensor([0.299, 0.587, 0.114]) if C == 3 else torch.full((C,), 1 / C)
+    A = s * torch.eye(C) + (1 - s) * luma.expand(C, C)                  # BxCxC, grey stays grey
+    if C == 3:
+        A = hue_rotation(2 * np.pi * turn) @ A
+    luma, b, c, A = (moved(v, x.device) for v in (luma, b, c, A))
+    mean = (x.mean((2, 3)) @ luma).view(-1, 1, 1)                       # Bx1x1
+    x = torch.baddbmm((1 - c) * b * mean, c * b * A, x.flatten(2))      # BxCxHW, a multiply-add
+    return x.clamp_(0, 1).view(shape)
+
+
+def hue_rotation(angle):
+    """Bx3x3: turns colours by `angle` (B, radians) about the grey axis (1, 1, 1), red to green."""
+    grey = torch.full((3, 3), 1 / 3)                                    # projects on the axis
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a quarter turn
+    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    return grey + cos * (torch.eye(3) - grey) + sin * turn
+
+
+def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
+    """Gaussian blur of the images that draw it; sigma in pixels of a 224-pixel crop, scaled so."""
+    u, S = draws(2), x.shape[-1]
+    chosen = (u[:, 0] < blur_p).nonzero()[:, 0]
+    if len(chosen) == 0:
+        return x
+    width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
+    chosen, width = moved(chosen, x.device), moved(width, x.device)
+    pixel = torch.arange(S, dtype=x.dtype, device=x.device)
+    distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
+    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)  # denormals beyond are slow on a CPU
+    G = G / G.sum(-1, keepdim=True)             # cut off at the border and normalised
+    return x.index_copy(0, chosen, separable(x[chosen], G, G))
+
+
+def random_solarize(x, solarize_p, draws):
+    chosen = (draws(1) < solarize_p)[:, 0].nonzero()[:, 0]
+    if len(chosen) == 0:
+        return x
+    chosen = moved(chosen, x.device)
+    bright = x[chosen]
+    return x.index_copy(0, chosen, torch.where(bright < 0.5, bright, 1 - bright))
+
+
+# ---- SSL4EO-S12 and BigEarthNet-MM: Sentinel-1 and Sentinel-2 ----
+
+BLOCKS = {1: ("VV", "VH", "B2", "B3", "B4", "B8"), 2: ("B5", "B6", "B7", "B8A", "B11", "B12"),
+          6: ("B1", "B9", "B10")}               # by pixel size, in units of 10 m
+SSL4EO_S1 = {"VV": (-12.54847273, 5.25697717), "VH": (-20.19237134, 5.91150917)}
+BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
+
+
+def to_8bit(band, x, s1):
+    """Raw pixels of one band -> uint8, clipped, never wrapped.  S2: reflectance x 10000.  S1: dB,
+    2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
+    Paper: "normalize by mean and standard deviation".  Here: so, mapped to 8 bits, as the authors.
+    """
+    if band not in s1:
+        if x.dtype.kind == "f":
+            x = np.nan_to_num(x)                # no data
+        return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
+    mean, std = s1[band]
+    x = np.where(np.isfinite(x), x, np.float32(mean - 2 * std))  # the dB of an empty pixel is -inf
+    x = np.clip(x, *np.quantile(x, (0.01, 0.99)))
+    return (np.clip((x - mean) / (4 * std) + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def upsample(x, r):
+    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded half up: the values are whole
+    numbers of 1/4r^2, from which 0.001 is far enough for float32 and too little to round wrongly.
+    """
+    x = torch.from_numpy(x.astype(np.float32))[None]
+    x = F.interpolate(x, scale_factor=r, mode="bilinear")[0]
+    return (x + 0.501).to(torch.uint8)
+
+
+def stack_bands(blocks):
+    """8-bit bands at 10, 20 and 60 m -> S1 2xSxS and S2 13xSxS in band order, all at 10 m."""
+    ms = torch.empty(13, *blocks[0].shape[1:], dtype=torch.uint8)
+    ms[[1, 2, 3, 7]] = torch.tensor(blocks[0][2:])
+    ms[[4, 5, 6, 8, 11, 12]] = upsample(blocks[1], 2)
+    ms[[0, 9, 10]] = upsample(blocks[2], 6)
+    return torch.tensor(blocks[0][:2]), ms
+
+
+class SSL4EO:
+    """SSL4EO-S12 v1.0, raw or packed.  Gives two views of each modality, of a random season each:
+    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.  split: "all", or the name of a list of ids.
+    """
+    modalities = ("sar", "ms")
+
+    def __init__(self, root, split="all", seed=0, strict=True):
+        root = Path(root)
+        self.root, self.seed, self.epoch, self.lonely = root, seed, 0, []
+        self.packed = root if (root / "ids.txt").is_file() else root / "packed"
+        if not (self.packed / "ids.txt").is_file():
+            self.packed = None
+        if self.packed:
+            self.ids = read_lines(self.packed / "ids.txt")
+            for season in range(4):
+                open_season(self.packed, season, len(self.ids))
+        else:                                   # 97 ids have no folder; some copies' are shorter
+            need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
+                 f"{root} holds .zarr.zip files: SSL4EO-S12 v1.1, of other values; expected v1.0; "
+                 f"{TREE}")
+            s1, s2 = set(listed(root / "s1", r"\d{6,7}")), set(listed(root / "s2c", r"\d{6,7}"))
+            self.ids, self.lonely = sorted(s1 & s2), sorted(s1 ^ s2)
+            refuse(strict, self.lonely, root, "only one of s1 and s2c")
+        self.row = {name: row for row, name in enumerate(self.ids)}
+        if split != "all":
+            self.ids = read_list(root / f"{split}.txt", self.row)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def files(self, i, season):
+        """(band, file) of a season, 0 to 3 in the order of the dates."""
+        for folder, bands in (("s1", S1), ("s2c", S2)):
+            place = self.root / folder / self.ids[i]
+            # by their dates: by name, S1's would be sorted by satellite first
+            names = sorted(listed(place), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
+            need(len(names) == 4, f"{place} holds {len(names)} seasons, expected 4; download them")
+            for band in bands:
+                yield band, place / names[season] / f"{band}.tif"
+
+    def season(self, i, season):
+        """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
+        if self.packed:
+            rows = open_season(self.packed, season, len(self.row))
+            return unpacked(rows[self.row[self.ids[i]]])
+        bands = {}
+        for band, path in self.files(i, season):
+            bands[band] = to_8bit(band, read_tiff(path)[0], SSL4EO_S1)
+        return in_blocks(bands, self.ids[i])
+
+    def raw(self, i):
+        """(name, CxHxW) of the four seasons as they lie on disk."""
+        for season in range(4):
+            if self.packed:
+                yield from zip(("10 m", "20 m", "60 m"), self.season(i, season))
+            else:
+                yield from ((band, read_tiff(path)) for band, path in self.files(i, season))
+
+    def __getitem__(self, i):
+        # Paper: "one random season is selected to generate each augmented view".  Here: drawn for
+        # each view and shared by the modalities, so that the pair in Cm shows one moment; the
+        # authors drew them independently.
+        seasons = np.random.default_rng((self.seed, self.epoch, i)).integers(4, size=2).tolist()
+        pairs = {season: stack_bands(self.season(i, season)) for season in set(seasons)}
+        x1 = [pairs[season][0] for season in seasons]
+        x2 = [pairs[season][1] for season in seasons]
+        return x1, x2
+
+
+def in_blocks(bands, name):
+    """Bands by name -> the three blocks; the size of each has to be that of its resolution."""
+    S, blocks = len(bands["VV"]), []
+    for r, names in BLOCKS.items():
+        for band in names:
+            shape, expected = bands[band].shape, (S // r, S // r)
+            need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected} where "
+                 f"VV has {bands['VV'].shape}; download again")
+        blocks.append(np.stack([bands[band] for band in names]))
+    return blocks
+
+
+def unpacked(record):
+    """A row of a packed season, S^2 (6 + 6/4 + 3/36) bytes -> the three blocks, as views."""
+    S = round((len(record) * 12 / 91) ** 0.5)
+    parts = np.split(record, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
+    return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
+
+
+@functools.lru_cache                            # once a process: pickling it would copy the file
+def open_season(folder, season, n):
+    """The array of a packed season, a location a row: n x S^2 91/12 bytes; the file stays open."""
+    path = folder / f"season{season}.npy"
+    with reading(path, "a packed season"):
+        a = np.load(path, mmap_mode="r")
+    side = (a.shape[-1] * 12 / 91) ** 0.5 if a.ndim == 2 else 0
+    need(a.dtype == np.uint8 and len(a) == n and side > 0 and side % 6 == 0,
+         f"{path} holds {a.dtype} {a.shape}; expected bytes, a row for each of the {n} ids in "
+         f"ids.txt; delete {folder} and pack again")
+    return a
+
+
+# the official 19 classes, and which of the 43 of the json they unite (none: that of the same name)
+CLASSES19 = {
+    "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
+    "Industrial or commercial units": (),
+    "Arable land": ("Non-irrigated arable land", "Permanently irrigated land", "Rice fields"),
+    "Permanent crops": ("Vineyards", "Fruit trees and berry plantations", "Olive groves",
+                        "Annual crops associated with permanent crops"),
+    "Pastures": (), "Complex cultivation patterns": (),
+    "Land principally occupied by agriculture, with significant areas of natural vegetation": (),
+    "Agro-forestry areas": (), "Broad-leaved forest": (), "Coniferous forest": (),
+    "Mixed forest": (),
+    "Natural grassland and sparsely vegetated areas": (
+        "Natural grassland", "Sparsely vegetated areas"),
+    "Moors, heathland and sclerophyllous vegetation": (
+        "Moors and heathland", "Sclerophyllous vegetation"),
+    "Transitional woodland, shrub": ("Transitional woodland/shrub",), "Beaches, dunes, sands": (),
+    "Inland wetlands": ("Inland marshes", "Peatbogs"),
+    "Coastal wetlands": ("Salt marshes", "Salines"),
+    "Inland waters": ("Water courses", "Water bodies"),
+    "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
+}
+CLASSES43 = {name: k for k, (same, names) in enumerate(CLASSES19.items())
+             for name in names or (same,)}
+DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airports",
+             "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
+             "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats")
+
+
+class BigEarthNet:
+    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1).
+
+    split: "train", "val" or "test" by the list <split>.csv, bigearthnet-<split>.csv or .txt: an S2
+    name a line, then its S1 name; lists without S1 names are completed from the json of every S1
+    patch.  The patches of two lists, snow and cloud, are left out.
+    """
+    modalities = ("sar", "ms")
+
+    def __init__(self, root, split, strict=True):
+        root = Path(root)
+        self.root, self.folders = root, (root / "BigEarthNet-S1-v1.0", root / "BigEarthNet-v1.0")
+        s1_names, s2_names = (set(listed(folder)) for folder in self.folders)
+        pairs = self.listed_pairs(split, s1_names)
+        for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
+            if (root / name).is_file():
+                left_out = set(read_lines(root / name))
+                pairs = [pair for pair in pairs if pair[0] not in left_out]
+        self.ids = [s2 for s2, s1 in pairs if s2 in s2_names and s1 in s1_names]
+        self.partner = dict(pairs)
+        self.lonely = sorted(self.partner.keys() - set(self.ids))
+        refuse(strict, self.lonely, root, f"the list of {split} without both of their folders")
+
+    def listed_pairs(self, split, s1_names):
+        """(S2 name, S1 name) of the lines of the split's list."""
+        names = (f"{split}.csv", f"bigearthnet-{split}.csv", f"bigearthnet-{split}.txt")
+        files = [self.root / name for name in names if (self.root / name).is_file()]
+        need(files, f"none of {', '.join(names)} under {self.root}; {TREE}")
+        pairs = {}
+        for line in read_lines(files[0]):
+            s2, *s1 = re.split(r"\s*,\s*", line)
+            need(s2 not in pairs and len(s1) < 2, f"{files[0]}: the line {line!r}; expected `S2 "
+                 f"name,S1 name` or an S2 name, each once")
+            pairs[s2] = s1
+        if all(pairs.values()):
+            return [(s2, *s1) for s2, s1 in pairs.items()]
+        need(not any(pairs.values()), f"{files[0]} has S1 names in some lines, not in all")
+        link = self.linked(s1_names)
+        return [(s2, link.get(s2, "?")) for s2 in pairs]
+
+    def linked(self, s1_names):
+        """{S2 name: S1 name} of every S1 patch: its json alone has the link; kept in pairs.csv."""
+        file, link = self.root / "pairs.csv", {}
+        if file.is_file():
+            link = dict(line.rpartition(",")[::2] for line in read_lines(file))
+        if set(link.values()) != s1_names:      # not yet written, or patches came or went since
+            link = {}
+            for s1 in progress(sorted(s1_names), "S1 patches"):
+                about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", LABELS)
+                link[about.get("corresponding_s2_patch")] = s1
+            with contextlib.suppress(OSError):  # a folder that is only to be read
+                write_text(file, "".join(f"{s2},{s1}\n" for s2, s1 in link.items()))
+        return link
+
+    def __len__(self):
+        return len(self.ids)
+
+    def raw(self, i):
+        s1, s2 = self.partner[self.ids[i]], self.ids[i]
+        for band in S1:
+            yield band, read_tiff(self.folders[0] / s1 / f"{s1}_{band}.tif")
+        for band in S2:
+            if band != "B10":                   # Level 2A has no cirrus band
+                yield band, read_tiff(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
+
+    def __getitem__(self, i):
+        bands = {band: to_8bit(band, x[0], BIGEARTHNET_S1) for band, x in self.raw(i)}
+        # an empty band where the encoders of SSL4EO-S12, of 13 bands, expect B10
+        blocks = in_blocks(bands | {"B10": np.zeros_like(bands["B1"])}, self.ids[i])
+        return *stack_bands(blocks), self.classes(i)
+
+    def classes(self, i):
+        """19 float32, 1 for each class of the patch."""
+        path = self.folders[1] / self.ids[i] / f"{self.ids[i]}_labels_metadata.json"
+        names, target = read_json(path, LABELS).get("labels"), torch.zeros(len(CLASSES19))
+        need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
+        for name in names:
+            need(name in (*CLASSES43, *DROPPED43),
+                 f"{path} has the label {name!r}, which is none of the 43 classes")
+            if name in CLASSES43:
+                target[CLASSES43[name]] = 1
+        return target
+
+
+# ---- GeoNRW ----
+
+class GeoNRW:
+    """GeoNRW, whole tiles (each gives 16 patches) or what `data.py crop` has cut.
+
+    Gives ([3xHxW uint8], [3xHxW float32]), 250x250; with the number of classes (3xHxW, 3xHxW, HxW
+    int64: 0 unlabelled, 1..10).  split: "train" or "test" by city, or "all".
+    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for those were never listed.
+    """
+    modalities = ("aerial", "dem")
+    test_cities = ("duesseldorf", "herne", "neuss")
+
+    def __init__(self, root, split="train", classes=None, strict=True):
+        root = Path(root)
+        need(split in ("all", "train", "test"),
+             f"--split {split}: expected all, train or test for GeoNRW")
+        self.root = root / "cropped" if (root / "cropped").is_dir() else root
+        self.classes, self.ids, self.lonely = classes, [], []
+        self.parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
+        for city in listed(self.root):
+            if split == "all" or (city in self.test_cities) == (split == "test"):
+                self.add(city)
+        refuse(strict, self.lonely, root, f"less than all of {', '.join(sorted(self.parts))}")
+
+    def add(self, city):
+        """The patches of a city, by the numbers in their names."""
+        tiles = collections.defaultdict(set)
+        for name in os.listdir(self.root / city):
+            tile, _, part = name.split(".")[0].rpartition("_")
+            tiles[tile].add(part)
+        for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
+            if not tiles[tile].issuperset(self.parts):
+                if tiles[tile] & {"rgb", "dem"}:
+                    self.lonely.append(f"{city}/{tile}")
+            elif tile.count("_") == 1:          # a whole one, <x>_<y>
+                self.ids += [f"{city}/{tile}_{k}" for k in range(1, 17)]
+            else:
+                self.ids.append(f"{city}/{tile}")
+
+    def __len__(self):
+        return len(self.ids)
+
+    def raw(self, i):
+        """rgb 3xHxW uint8, dem 1xHxW metres and seg 1xHxW of a patch."""
+        tile, _, k = self.ids[i].rpartition("_")
+        whole = (self.root / f"{tile}_dem.tif").is_file()
+        for part in self.parts:
+            if whole:
+                yield part, patch(read_part(self.root / tile, part), int(k))
+            else:
+                yield part, read_part(self.root / self.ids[i], part)
+
+    def __getitem__(self, i):
+        name = self.ids[i]
+        rgb, dem, *seg = (a for _, a in self.raw(i))
+        shapes = [a.shape for a in (rgb, dem, *seg)]
+        need(len(rgb) == 3 and shapes[0][1:] == shapes[1][1:], f"{name}: rgb and dem have the "
+             f"shapes {shapes}; expected 3 bands, equal sizes")
+        rgb = torch.from_numpy(rgb.copy())
+        dem = torch.from_numpy(stretch(dem, name)).expand(3, -1, -1)
+        if not seg:
+            return [rgb], [dem]
+        label = torch.from_numpy(seg[0][0].astype(np.int64))
+        check_label(f"{name}_seg", label, rgb.shape[1:], self.classes)
+        return rgb, dem, label
+
+
+def read_part(stem, part):
+    """rgb, dem or seg of a tile or a patch, CxHxW."""
+    if part == "seg":
+        return read_label(f"{stem}_seg.tif")[None].astype(np.uint8)
+    if part == "dem":
+        return read_image(f"{stem}_dem.tif")
+    jp2 = f"{stem}_rgb.jp2"                     # of a tile; a patch is a png
+    return read_image(jp2 if os.path.isfile(jp2) else f"{stem}_rgb.png")
+
+
+def patch(a, k):
+    """The k-th of 4x4 patches, 1..16, row by row: the authors' numbering.  a: CxHxW."""
+    H, W = a.shape[1] // 4, a.shape[2] // 4
+    row, column = divmod(k - 1, 4)
+    return a[:, row * H:(row + 1) * H, column * W:(column + 1) * W]
+
+
+def stretch(dem, name):
+    """Heights 1xHxW, metres -> float32, [0, 1] from the 1st to the 99th percentile of this patch; a
+    flat patch is 0.  Holes (NaN, and sentinels: nothing on Earth is below -500 m or above 9000 m)
+    take no part, and become the mean.
+    """
+    valid = np.isfinite(dem) & (dem > -500) & (dem < 9000)
+    need(valid.any(), f"{name} has no valid height; take the tile out")
+    low, high = np.percentile(dem[valid], (1, 99))
+    x = ((np.where(valid, dem, low) - low) / max(high - low, 1e-3)).clip(0, 1)
+    return np.where(valid, x, x[valid].mean()).astype(np.float32)
+
+
+# ---- RGB-depth: SUN RGB-D, NYUv2 and the folder form ----
+
+class RGBD:
+    """RGB-depth frames in folder form, or the raw SUN RGB-D tree once `data.py hha` has been there.
+
+    Gives ([3xHxW uint8], [1xHxW float32 depth or 3xHxW uint8 HHA]), HxW the canvas; with the number
+    of classes (x1, x2, HxW int64: 0 is unlabelled, then the classes).  split: "all" (the paper
+    pretrains on all 10,335 frames of SUN RGB-D), or the name of a list: "train", "test".
+    """
+
+    def __init__(self, root, size, split="all", depth_unit=1000.0, classes=None, strict=True):
+        root = Path(root)
+        self.canvas, self.depth_unit = (size * 3 // 2, size * 2), depth_unit
+        self.classes, self.labels = classes, None
+        depth = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
+        self.modalities = ("rgb", "depth" if depth else "hha")
+        frames = {} if (root / "RGB").is_dir() else sunrgbd_frames(root)
+        if frames:
+            self.files1 = {frame: files[0] for frame, files in frames.items()}
+            self.files2 = {frame: hha_file(image) for frame, image in self.files1.items()
+                           if os.path.isfile(hha_file(image))}
+            self.lonely = sorted(self.files1.keys() - self.files2.keys())
+            refuse(strict, self.lonely, root,
+                   "image/ alone, without hha/, which `python data.py hha` writes")
+            ids = [frame for frame in frames if frame in self.files2]
+        else:
+            folders = root / "RGB", root / ("Depth" if depth else "HHA")
+            self.files1, self.files2 = (named_files(folder) for folder in folders)
+            ids, self.lonely = paired(self.files1, self.files2, folders, strict)
+        self.ids = ids if split == "all" else read_list(root / f"{split}.txt", dict.fromkeys(ids))
+        if classes:
+            self.labels = label_files(root, frames)
+            missing = [name for name in self.ids if name not in self.labels]
+            need(not (strict and missing), f"{len(missing)} frames under {root} have no label "
+                 f"(the first: {missing[:1]}); {TREE}")
+            self.lonely += missing
+            self.ids = [name for name in self.ids if name in self.labels]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def raw(self, i):
+        yield "rgb", read_image(self.files1[self.ids[i]])
+        yield self.modalities[1], read_image(self.files2[self.ids[i]])
+        if self.labels:
+            yield "label", read_label(self.labels[self.ids[i]])[None]
+
+    def __getitem__(self, i):
+        name = self.ids[i]
+        image = opened_rgb(self.files1[name])
+        x1 = on_canvas(image, self.canvas)
+        if self.modalities[1] == "hha":
+            x2 = on_canvas(opened_rgb(self.files2[name]), self.canvas)
+        else:
+            x2 = read_depth(self.files2[name], self.canvas, self.depth_unit)
+        if not self.labels:
+            return [x1], [x2]
+        path = self.labels[name]
+        check_label(path, read_label(path), image.size[::-1], self.classes)
+        return x1, x2, torch.from_numpy(read_label(path, self.canvas))
+
+
+def opened_rgb(path):
+    """A Pillow image in colours of 8 bits; grey becomes three equal channels."""
+    image = opened(path)
+    need(image.mode in COLOURS, f"{path} is a {image.mode} image; expected colours or grey of "
+         f"8 bits: scale it to 0..255 first, or use --scenario custom")
+    return image.convert("RGB")
+
+
+def on_canvas(image, canvas):
+    """A Pillow image in colours -> 3xHxW uint8 on the canvas (H, W), antialiased."""
+    image = image.resize(canvas[::-1], Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def depth_steps(path):
+    """A depth file -> HxW, in its own steps, of more than 8 bits."""
+    raw = np.array(opened(path))
+    need(raw.ndim == 2 and raw.dtype.kind in "ui" and raw.dtype.itemsize > 1,
+         f"{path} is {raw.dtype} {raw.shape}; expected depth as one 16-bit channel")
+    return raw
 
 
 def read_depth(path, canvas, depth_unit):
     """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; holes have the mean."""
-    raw = np.array(opened(path))
-    if raw.ndim != 2 or raw.dtype == np.uint8:
-        raise BadInput(f"{path} is {raw.dtype} {raw.shape}; expected depth as one 16-bit channel")
+    raw = depth_steps(path)
     valid = (raw > 0) & (raw < 65535)
-    if not valid.any():
-        raise BadInput(f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
-    z, seen = (np.array(Image.fromarray(a.astype(np.float32))
-                        .resize(canvas[::-1], Image.Resampling.BILINEAR))
-               for a in (np.where(valid, raw / depth_unit, 0), valid))
-    z = z / np.maximum(seen, 1e-6) / MAX_DEPTH  # the mean of the valid pixels
-    z = np.where(seen > 0, z, MODALITIES["depth"]["mean"])
+    need(valid.any(), f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
+    z, weight = (np.array(Image.fromarray(a.astype(np.float32))
+                          .resize(canvas[::-1], Image.Resampling.BILINEAR))
+                 for a in (np.where(valid, raw / depth_unit, 0), valid))
+    z = z / np.maximum(weight, 1e-6) / MAX_DEPTH  # the mean of the valid pixels
+    z = np.where(weight > 0, z, MODALITIES["depth"]["mean"])
     return torch.from_numpy(z.clip(0, 1).astype(np.float32))[None]
 
 
-def read_image(path):
-    """png, jpg, jp2, tif or npy -> CxHxW array in its own dtype; of RGBA, the RGB."""
-    if not path.is_file():
-        raise BadInput(f"no file {path}; `python data.py check` lists what is missing")
-    if path.suffix.lower() in (".tif", ".tiff"):
-        return read_tiff(path)
-    if path.suffix.lower() == ".npy":
-        with reading(path, "a numpy array"):
-            a = np.load(path, allow_pickle=False)
-    else:
-        image = opened(path)
-        # Pillow takes GeoNRW's fourth band, near infrared, for alpha: dropped, never blended in
-        colour = {"RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "LA": "L", "1": "L"}
-        a = np.array(image.convert(colour.get(image.mode, image.mode)))
-    if a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
-        a = a.transpose(2, 0, 1)                # HxWxC
-    if np.iscomplexobj(a):
-        raise BadInput(f"{path} is {a.dtype}; expected real numbers: its amplitude, or real and "
-                       f"imaginary part as two channels")
-    if a.ndim not in (2, 3):
-        raise BadInput(f"{path} has the shape {a.shape}; expected HxW, HxWxC or CxHxW")
-    return a.reshape(-1, *a.shape[-2:])
-
-
-def read_tiff(path):
-    """A TIFF of any number of bands, without overviews -> CxHxW in its own dtype, native order.
-
-    tifffile reads it; where tifffile lacks the codec (LZW, zstd, JPEG, predictor 3), Pillow does if
-    there is one band or an RGB triple.  Never otherwise: of several bands in separate planes Pillow
-    returns the first and says nothing.
+def sunrgbd_frames(root):
+    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
+    frame is a folder with image/ and intrinsics.txt, at any depth; the stems in it may differ.
     """
-    with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
-        series = tif.series[0]
-        page, axes = series.keyframe, series.axes
-        try:
-            a = series.asarray()
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
-                raise
-            a = read_with_pillow(path, page, axes)
-    a = np.moveaxis(a, (axes.index("Y"), axes.index("X")), (-2, -1))
-    return a.reshape(-1, *a.shape[-2:]).astype(a.dtype.newbyteorder("="), copy=False)
+    tree = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root
+    frames, visited = {}, set()
+    for folder, subfolders, files in os.walk(tree, followlinks=True):
+        if os.path.realpath(folder) in visited:  # a link back up the tree
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        if "image" in subfolders and "intrinsics.txt" in files:
+            subfolders.clear()
+            parts = [only_file(os.path.join(folder, part))
+                     for part in ("image", "depth_bfx", "depth")]
+            name = Path(folder).relative_to(tree).as_posix()
+            frames[name] = (*parts, os.path.join(folder, "intrinsics.txt"))
+    return dict(sorted(frames.items()))
 
 
-def read_with_pillow(path, page, axes):
-    rgb = axes == "YXS" and page.samplesperpixel == 3 and page.dtype == np.uint8
-    with contextlib.suppress(OSError):
-        if (axes == "YX" or rgb) and (a := np.array(Image.open(path))).shape == page.shape:
-            return a.astype(page.dtype)         # Pillow widens int16 to int32
-    raise BadInput(f"{path} is compressed with {page.compression.name} (predictor "
-                   f"{page.predictor}, {page.dtype}, {page.samplesperpixel} bands), "
-                   "which tifffile cannot decode by itself; pip install imagecodecs") from None
+def only_file(folder):
+    files = glob.glob(os.path.join(glob.escape(folder), "*.*"))         # no hidden ones
+    need(len(files) == 1, f"{folder} holds {len(files)} files, not 1; unpack SUNRGBD.zip again")
+    return files[0]
 
 
-def read_list(path, files):
-    """train.txt or test.txt -> its ids, in its order.  Lines like `RGB/7.jpg<TAB>Label/7.png` are
-    understood, and SUN RGB-D's `SUNRGBD/kv1/b3dodata/img_0063//image/x.jpg`.
+def sunrgbd_depth(raw):
+    """SUN RGB-D's 16 bits, mm rotated left by three bits -> metres, cut at 8 as in the toolbox."""
+    raw = raw.astype(np.uint16)                 # Pillow before 10.3 has 32 bits, which do not wrap
+    return np.minimum((raw >> 3 | raw << 13) / 1000, 8.0)
+
+
+def read_intrinsics(path):
+    """3x3 camera matrix from nine numbers, on three lines or on one."""
+    form = "the nine numbers fx 0 cx  0 fy cy  0 0 1 of the camera, in pixels"
+    need(os.path.isfile(path), f"no {path}; write it by hand: {form}")
+    with reading(path, form):
+        K = np.array(Path(path).read_text("utf-8-sig").split(), float).reshape(3, 3)
+        need(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0,
+             f"{path} holds {K.ravel().tolist()}; expected {form}, fx and fy above 0")
+        return K
+
+
+def label_files(root, frames):
+    """{id: label file}: Label/ or labels/ of the folder form; labels/img-000001.png ... of SUN
+    RGB-D, which number the frames of test.txt and then those of train.txt.
     """
-    if not path.is_file():
-        raise BadInput(f"no {path}; expected a list with a stem a line, or use --split all")
-    lines = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise BadInput(f"{path} is empty; expected a stem a line")
-    frames = [re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", line)) for line in lines]
-    ids = [frame if frame in files else Path(line).stem for frame, line in zip(frames, lines)]
-    if unknown := [i for i in ids if i not in files]:
-        raise BadInput(f"{path} names {len(unknown)} that have no image (the first: {unknown[0]})")
-    return ids
+    if not frames:
+        return named_files(root / ("Label" if (root / "Label").is_dir() else "labels"))
+    order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
+    files = {frame: root / "labels" / f"img-{k:06d}.png" for k, frame in enumerate(order, 1)}
+    return {frame: path for frame, path in files.items() if path.is_file()}
 
 
-def first_folder(root, *patterns):
-    found = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.is_dir()]
-    return found[0] if found else root / patterns[0]
-
-
-def refuse(strict, lonely, root, where):
-    if strict and lonely:
-        raise BadInput(f"{len(lonely)} samples under {root} stand in {where} (the first: "
-                       f"{lonely[0]}); `python data.py check` lists them; complete or remove them")
-
-
-def read_json(path):
-    with reading(path, "json"):
-        return json.loads(path.read_text())
-
-
-def listed(folder):
-    """The folders in a folder."""
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        raise BadInput(f"no folder {folder}; {TREE}; {SCENES}") from None
-
-
-def atomically(path, write):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # torchrun's processes may all write
-    write(part)
-    os.replace(part, path)
-
-
-def write_text(path, text):
-    atomically(path, lambda part: part.write_text(text))
+def read_label(path, canvas=None):
+    """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
+    image = opened(path)
+    need(image.format in ("PNG", "TIFF"), f"{path} is a {image.format}; expected PNG, for JPEG "
+         f"changes classes where they meet: make it again from the source")
+    need(len(image.getbands()) == 1 and image.mode != "F",
+         f"{path} is a {image.mode} image; expected class indices, not colours")
+    if canvas:
+        image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
+    return np.array(image).astype(np.int64)
 
 
 # ---- HHA: depth as disparity, height and angle with gravity ----
@@ -341,457 +923,34 @@ def gravity(N):
     return g
 
 
-# ---- SSL4EO-S12 and BigEarthNet-MM: Sentinel-1 and Sentinel-2 ----
-
-BLOCKS = {1: ("VV", "VH", "B2", "B3", "B4", "B8"), 2: ("B5", "B6", "B7", "B8A", "B11", "B12"),
-          6: ("B1", "B9", "B10")}               # by pixel size, in units of 10 m
-SSL4EO_S1 = {"VV": (-12.54847273, 5.25697717), "VH": (-20.19237134, 5.91150917)}
-BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
-
-
-def to_8bit(band, x, s1):
-    """Raw pixels of one band -> uint8, clipped, never wrapped.  S2: reflectance x 10000.  S1: dB,
-    2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
-    Paper: "normalize by mean and standard deviation".  Here: so, mapped to 8 bits, as the authors.
-    """
-    if band not in s1:
-        return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
-    mean, std = s1[band]
-    x = np.where(np.isfinite(x), x, np.float32(mean - 2 * std))  # the dB of an empty pixel is -inf
-    x = np.clip(x, *np.quantile(x, (0.01, 0.99)))
-    return (np.clip((x - mean) / (4 * std) + 0.5, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def upsample(x, r):
-    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded: exact in 16 bits to r = 8."""
-    x = np.pad(x, ((0, 0), (1, 1), (1, 1)), "edge").astype(np.uint16)
-    C, H, W = x.shape
-    for axis, shape in ((2, (C, H, r * (W - 2))), (1, (C, r * (H - 2), r * (W - 2)))):
-        old, x = np.moveaxis(x, axis, 0), np.empty(shape, np.uint16)
-        new = np.moveaxis(x, axis, 0)
-        for k in range(r):                      # the k-th of r new pixels in an old one
-            d = 2 * k + 1 - r                   # lies d / 2r off its centre
-            near = (2 * r - abs(d)) * old[1:-1]
-            near += abs(d) * (old[2:] if d > 0 else old[:-2])
-            new[k::r] = near
-    x += 2 * r * r                              # half of the divisor: rounds half up
-    return (x // (4 * r * r)).astype(np.uint8)
-
-
-def stack_bands(blocks):
-    """8-bit bands at 10, 20 and 60 m -> S1 2xSxS and S2 13xSxS in band order, all at 10 m."""
-    ms = np.empty((13, *blocks[0].shape[1:]), np.uint8)
-    ms[[1, 2, 3, 7]] = blocks[0][2:]
-    ms[[4, 5, 6, 8, 11, 12]] = upsample(blocks[1], 2)
-    ms[[0, 9, 10]] = upsample(blocks[2], 6)
-    return torch.from_numpy(blocks[0][:2].copy()), torch.from_numpy(ms)
-
-
-class SSL4EO:
-    """SSL4EO-S12 v1.0, raw or packed.  Gives two views of each modality, of a random season each:
-    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.  split: "all", or the name of a list of ids.
-    """
-    modalities = ("sar", "ms")
-
-    def __init__(self, root, split="all", seed=0, strict=True):
-        root = Path(root)
-        self.root, self.seed, self.epoch, self.lonely = root, seed, 0, []
-        places = (folder for folder in (root, root / "packed") if (folder / "ids.txt").is_file())
-        self.packed = next(places, None)
-        if self.packed:
-            self.ids = (self.packed / "ids.txt").read_text().split()
-        elif not (root / "s1").is_dir() and any(root.glob("**/*.zarr.zip")):
-            raise BadInput(f"{root} holds .zarr.zip files: SSL4EO-S12 v1.1, which is not read, for "
-                           f"its values differ; expected v1.0; {TREE}")
-        else:                                   # 97 ids have no folder; some copies' are shorter
-            s1, s2 = ({name for name in listed(root / folder) if re.fullmatch(r"\d{6,7}", name)}
-                      for folder in ("s1", "s2c"))
-            self.ids, self.lonely = sorted(s1 & s2), sorted(s1 ^ s2)
-            refuse(strict, self.lonely, root, "only one of s1 and s2c")
-        self.row = {name: row for row, name in enumerate(self.ids)}
-        if split != "all":
-            self.ids = read_list(root / f"{split}.txt", self.row)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def raw(self, i, seasons=range(4)):
-        """(name, 1xHxW) of every band of the seasons as it lies on disk; packed, in 8 bits."""
-        for season in seasons:
-            if self.packed:
-                for names, block in zip(BLOCKS.values(), self.blocks(i, season)):
-                    yield from zip(names, block[:, None])
-                continue
-            for folder, bands in (("s1", S1), ("s2c", S2)):
-                place = self.root / folder / self.ids[i]
-                # in the order of their dates: by name, S1's would be sorted by satellite first
-                names = sorted(listed(place), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
-                if len(names) != 4:
-                    raise BadInput(f"{place} holds {len(names)} seasons, expected 4; download them")
-                for band in bands:
-                    yield band, read_tiff(place / names[season] / f"{band}.tif")
-
-    def blocks(self, i, season):
-        """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
-        if self.packed:
-            return unpacked(open_map(self.packed / f"season{season}.npy")[self.row[self.ids[i]]])
-        bands = {band: to_8bit(band, x[0], SSL4EO_S1) for band, x in self.raw(i, [season])}
-        return in_blocks(bands, self.ids[i])
-
-    def __getitem__(self, i):
-        # Paper: "one random season is selected to generate each augmented view".  Here: drawn for
-        # each view and shared by the modalities, so that the pair in Cm shows one moment; the
-        # authors drew them independently.
-        seasons = np.random.default_rng((self.seed, self.epoch, i)).integers(4, size=2).tolist()
-        pairs = {season: stack_bands(self.blocks(i, season)) for season in set(seasons)}
-        return tuple([pairs[season][modality] for season in seasons] for modality in (0, 1))
-
-
-def in_blocks(bands, name):
-    """Bands by name -> the three blocks; the size of each has to be that of its resolution."""
-    S = len(bands["VV"])
-    for r, names in BLOCKS.items():
-        for band in names:
-            if (shape := bands[band].shape) != (S // r, S // r):
-                raise BadInput(f"{name}: {band} has {shape} pixels where VV has "
-                               f"{bands['VV'].shape}; expected {(S // r, S // r)}; download again")
-    return [np.stack([bands[band] for band in names]) for names in BLOCKS.values()]
-
-
-def unpacked(record):
-    """A row of a packed season, S^2 (6 + 6/4 + 3/36) bytes -> the three blocks, as views."""
-    S = round((len(record) * 12 / 91) ** 0.5)
-    parts = np.split(record, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
-    return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
-
-
-@functools.lru_cache                            # once a process: pickling it would copy the file
-def open_map(path):
-    return np.load(path, mmap_mode="r")
-
-
-# the official 19 classes, and which of the 43 of the json they unite (none: that of the same name)
-CLASSES19 = {
-    "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
-    "Industrial or commercial units": (),
-    "Arable land": ("Non-irrigated arable land", "Permanently irrigated land", "Rice fields"),
-    "Permanent crops": ("Vineyards", "Fruit trees and berry plantations", "Olive groves",
-                        "Annual crops associated with permanent crops"),
-    "Pastures": (), "Complex cultivation patterns": (),
-    "Land principally occupied by agriculture, with significant areas of natural vegetation": (),
-    "Agro-forestry areas": (), "Broad-leaved forest": (), "Coniferous forest": (),
-    "Mixed forest": (),
-    "Natural grassland and sparsely vegetated areas": (
-        "Natural grassland", "Sparsely vegetated areas"),
-    "Moors, heathland and sclerophyllous vegetation": (
-        "Moors and heathland", "Sclerophyllous vegetation"),
-    "Transitional woodland, shrub": ("Transitional woodland/shrub",), "Beaches, dunes, sands": (),
-    "Inland wetlands": ("Inland marshes", "Peatbogs"),
-    "Coastal wetlands": ("Salt marshes", "Salines"),
-    "Inland waters": ("Water courses", "Water bodies"),
-    "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
-}
-CLASSES43 = {name: k for k, (same, names) in enumerate(CLASSES19.items())
-             for name in names or (same,)}
-DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airports",
-             "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
-             "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats")
-
-
-class BigEarthNet:
-    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1).
-
-    split: "train", "val" or "test" by the list <split>.csv, bigearthnet-<split>.csv or .txt: an S2
-    name a line, then its S1 name; lists without S1 names are completed from the json of every S1
-    patch.  "all": every S1 patch.  The patches of two lists, snow and cloud, are left out.
-    """
-    modalities = ("sar", "ms")
-
-    def __init__(self, root, split, strict=True):
-        root = Path(root)
-        self.root = root
-        self.folders = (first_folder(root, "BigEarthNet-S1*"),
-                        first_folder(root, "BigEarthNet-v1.0", "BigEarthNet-S2*"))
-        present = [set(listed(folder)) for folder in self.folders]
-        if split == "all":
-            pairs = self.linked(present[0])
-        else:
-            names = (f"{split}.csv", f"bigearthnet-{split}.csv", f"bigearthnet-{split}.txt")
-            lists = [root / name for name in names if (root / name).is_file()]
-            if not lists:
-                raise BadInput(f"none of {', '.join(names)} under {root}; {TREE}")
-            pairs = [line.split(",") for line in lists[0].read_text().split()]
-            if pairs and len(pairs[0]) == 1:
-                link = dict(self.linked(present[0]))
-                pairs = [(s2, link.get(s2, "?")) for s2, in pairs]
-        for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
-            if (root / name).is_file():
-                bad = set((root / name).read_text().split())
-                pairs = [pair for pair in pairs if pair[0] not in bad]
-        self.ids = [s2 for s2, s1 in pairs if s2 in present[1] and s1 in present[0]]
-        self.s1 = dict(pairs)
-        self.lonely = sorted(self.s1.keys() - set(self.ids))
-        refuse(strict, self.lonely, root, f"the list of {split} without both of their folders")
-
-    def linked(self, s1_names):
-        """(S2 name, S1 name) of every S1 patch: its json alone has the link; kept in pairs.csv."""
-        kept = self.root / "pairs.csv"
-        pairs = [line.split(",") for line in kept.read_text().split()] if kept.is_file() else []
-        if {s1 for _, s1 in pairs} != s1_names:  # not yet written, or patches came or went since
-            pairs = []
-            for s1 in tqdm(sorted(s1_names), "S1 patches", leave=False, disable=None):
-                about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json")
-                pairs.append((about["corresponding_s2_patch"], s1))
-            with contextlib.suppress(OSError):  # a folder that is only to be read
-                write_text(kept, "".join(f"{s2},{s1}\n" for s2, s1 in pairs))
-        return pairs
-
-    def __len__(self):
-        return len(self.ids)
-
-    def raw(self, i):
-        s1, s2 = self.s1[self.ids[i]], self.ids[i]
-        for band in S1:
-            yield band, read_tiff(self.folders[0] / s1 / f"{s1}_{band}.tif")
-        for band in S2:
-            if band != "B10":                   # Level 2A has no cirrus band
-                yield band, read_tiff(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
-
-    def __getitem__(self, i):
-        bands = {band: to_8bit(band, x[0], BIGEARTHNET_S1) for band, x in self.raw(i)}
-        # an empty band where the encoders of SSL4EO-S12, of 13 bands, expect B10
-        blocks = in_blocks(bands | {"B10": np.zeros_like(bands["B1"])}, self.ids[i])
-        path = self.folders[1] / self.ids[i] / f"{self.ids[i]}_labels_metadata.json"
-        target = torch.zeros(len(CLASSES19))
-        for name in read_json(path)["labels"]:
-            if name in CLASSES43:
-                target[CLASSES43[name]] = 1
-            elif name not in DROPPED43:
-                raise BadInput(f"{path} has the label {name!r}, which is none of the 43 classes")
-        return *stack_bands(blocks), target
-
-
-# ---- GeoNRW ----
-
-class GeoNRW:
-    """GeoNRW, whole tiles (each gives 16 patches) or what `data.py crop` has cut.
-
-    Gives ([3xHxW uint8], [3xHxW float32]), 250x250; with labels (3xHxW, 3xHxW, HxW int64: 0
-    unlabelled, 1..10). split: "train" or "test" by city, or "all".
-    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for those were never listed.
-    """
-    modalities = ("aerial", "dem")
-    test_cities = ("duesseldorf", "herne", "neuss")
-
-    def __init__(self, root, split="train", labels=False, strict=True):
-        root = Path(root)
-        if split not in ("all", "train", "test"):
-            raise BadInput(f"--split {split}: expected all, train or test for GeoNRW")
-        self.root, self.labels = root / "cropped" if (root / "cropped").is_dir() else root, labels
-        self.ids, self.lonely, parts = [], [], {"rgb", "dem", "seg"} if labels else {"rgb", "dem"}
-        for city in listed(self.root):
-            if split != "all" and (city in self.test_cities) != (split == "test"):
-                continue
-            tiles = {}
-            for name in os.listdir(self.root / city):
-                tile, _, part = name.split(".")[0].rpartition("_")
-                tiles.setdefault(tile, set()).add(part)
-            for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
-                if tiles[tile] >= parts:
-                    patches = [f"_{k}" for k in range(1, 17)] if tile.count("_") == 1 else [""]
-                    self.ids += [f"{city}/{tile}{k}" for k in patches]
-                elif tiles[tile] & {"rgb", "dem"}:
-                    self.lonely.append(f"{city}/{tile}")
-        refuse(strict, self.lonely, root, f"less than all of {', '.join(sorted(parts))}")
-
-    def __len__(self):
-        return len(self.ids)
-
-    def raw(self, i):
-        """rgb 3xHxW uint8, dem 1xHxW metres and seg 1xHxW of a patch."""
-        tile, _, k = self.ids[i].rpartition("_")
-        whole = (self.root / f"{tile}_dem.tif").is_file()
-        for part in ("rgb", "dem", "seg")[:2 + self.labels]:
-            suffix = "tif" if part != "rgb" else "jp2" if whole else "png"
-            a = read_image(self.root / f"{tile if whole else self.ids[i]}_{part}.{suffix}")
-            yield part, patch(a, int(k)) if whole else a
-
-    def __getitem__(self, i):
-        rgb, dem, *seg = (a for _, a in self.raw(i))
-        if len(rgb) != 3 or len({a.shape[1:] for a in (rgb, dem, *seg)}) > 1:
-            raise BadInput(f"{self.ids[i]}: rgb, dem and seg have the shapes "
-                           f"{[a.shape for a in (rgb, dem, *seg)]}; expected 3 bands, equal sizes")
-        rgb = torch.from_numpy(rgb.copy())
-        dem = torch.from_numpy(stretch(dem, self.ids[i])).expand(3, -1, -1)
-        return (rgb, dem, torch.from_numpy(seg[0][0].astype(np.int64))) if seg else ([rgb], [dem])
-
-
-def patch(a, k):
-    """The k-th of 4x4 patches, 1..16, row by row: the authors' numbering.  a: CxHxW."""
-    H, W = a.shape[1] // 4, a.shape[2] // 4
-    row, column = divmod(k - 1, 4)
-    return a[:, row * H:(row + 1) * H, column * W:(column + 1) * W]
-
-
-def stretch(dem, name):
-    """Heights 1xHxW, metres -> float32, [0, 1] from the 1st to the 99th percentile of this patch; a
-    flat patch is 0.  Holes (NaN, and sentinels: nothing on Earth is below -500 m or above 9000 m)
-    take no part, and become the mean.
-    """
-    valid = np.isfinite(dem) & (dem > -500) & (dem < 9000)
-    if not valid.any():
-        raise BadInput(f"{name} has no valid height; take the tile out")
-    low, high = np.percentile(dem[valid], (1, 99))
-    x = ((np.where(valid, dem, low) - low) / max(high - low, 1e-3)).clip(0, 1)
-    return np.where(valid, x, x[valid].mean()).astype(np.float32)
-
-
-# ---- RGB-depth: SUN RGB-D, NYUv2 and the folder form ----
-
-class RGBD:
-    """RGB-depth frames in folder form, or the raw SUN RGB-D tree once `data.py hha` has been there.
-
-    Gives ([3xHxW uint8], [1xHxW float32 depth or 3xHxW uint8 HHA]), HxW the canvas; with labels
-    (x1, x2, HxW int64: 0 is unlabelled, then the classes).  split: "all" (the paper pretrains on
-    all 10,335 frames of SUN RGB-D), or the name of a list: "train", "test".
-    """
-
-    def __init__(self, root, size, split="all", depth_unit=1000.0, labels=False, strict=True):
-        root = Path(root)
-        self.canvas, self.depth_unit = (size * 3 // 2, size * 2), depth_unit
-        depth = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
-        self.modalities = ("rgb", "depth" if depth else "hha")
-        frames = {} if (root / "RGB").is_dir() else sunrgbd_frames(root)
-        if frames:
-            self.files1 = {frame: image for frame, (image, *_) in frames.items()}
-            self.files2 = {frame: hha_file(image) for frame, image in self.files1.items()
-                           if hha_file(image).is_file()}
-            where = "image/ alone, without hha/, which `python data.py hha` writes"
-        else:
-            folder = root / ("Depth" if depth else "HHA")
-            self.files1, self.files2 = stems(root / "RGB"), stems(folder)
-            where = f"only one of RGB and {folder.name}"
-        self.lonely = sorted(self.files1.keys() ^ self.files2.keys())
-        refuse(strict, self.lonely, root, where)
-        known = self.files1.keys() & self.files2.keys()
-        self.ids = sorted(known) if split == "all" else read_list(root / f"{split}.txt", known)
-        self.labels = label_files(root, frames) if labels else None
-        if labels and (missing := [i for i in self.ids if i not in self.labels]):
-            if strict:
-                raise BadInput(f"{len(missing)} frames under {root} have no label (the first: "
-                               f"{missing[0]}); {TREE}")
-            self.lonely += missing
-            self.ids = [i for i in self.ids if i in self.labels]
-
-    def __len__(self):
-        return len(self.ids)
-
-    def raw(self, i):
-        yield "rgb", read_image(self.files1[self.ids[i]])
-        yield self.modalities[1], read_image(self.files2[self.ids[i]])
-        if self.labels:
-            yield "label", read_label(self.labels[self.ids[i]])[None]
-
-    def __getitem__(self, i):
-        name = self.ids[i]
-        x1, path2 = read_rgb(self.files1[name], self.canvas), self.files2[name]
-        x2 = (read_rgb(path2, self.canvas) if self.modalities[1] == "hha" else
-              read_depth(path2, self.canvas, self.depth_unit))
-        if not self.labels:
-            return [x1], [x2]
-        return x1, x2, torch.from_numpy(read_label(self.labels[name], self.canvas))
-
-
-def stems(folder, suffixes=(".jpg", ".jpeg", ".png")):
-    """The image files of a folder as {stem: path}; BadInput where there is none."""
-    files = {}
-    for path in sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in suffixes):
-        if path.stem in files:
-            raise BadInput(f"{files[path.stem]} and {path} have one stem; expected one file for "
-                           f"each; remove the other")
-        files[path.stem] = path
-    if not files:
-        raise BadInput(f"no {'image under' if folder.is_dir() else 'folder'} {folder}; expected "
-                       f"{', '.join(suffixes)}, with the stems of the other modality; {TREE}")
-    return files
-
-
-def sunrgbd_frames(root):
-    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
-    frame is a folder with image/ and intrinsics.txt, at any depth; the stems in it may differ.
-    """
-    tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
-    for folder, subfolders, files in os.walk(tree):
-        if "image" in subfolders and "intrinsics.txt" in files:
-            subfolders.clear()
-            frame = Path(folder)
-            frames[frame.relative_to(tree).as_posix()] = (
-                *(only_file(frame / name) for name in ("image", "depth_bfx", "depth")),
-                frame / "intrinsics.txt")
-    return dict(sorted(frames.items()))
-
-
-def only_file(folder):
-    files = sorted(folder.glob("[!.]*.*"))
-    if len(files) != 1:
-        raise BadInput(f"{folder} holds {len(files)} files, expected 1; unpack SUNRGBD.zip again")
-    return files[0]
-
-
-def sunrgbd_depth(raw):
-    """SUN RGB-D's 16 bits, mm rotated left by three bits -> metres, cut at 8 as in the toolbox."""
-    raw = raw.astype(np.uint16)                 # Pillow before 10.3 has 32 bits, which do not wrap
-    return np.minimum((raw >> 3 | raw << 13) / 1000, 8.0)
-
-
-def read_intrinsics(path):
-    """3x3 camera matrix from nine numbers, on three lines or on one."""
-    with reading(path, "the nine numbers of a 3x3 matrix"):
-        return np.array(path.read_text().split(), float).reshape(3, 3)
-
-
-def label_files(root, frames):
-    """{id: label file}: Label/ or labels/ of the folder form; labels/img-000001.png ... of SUN
-    RGB-D, which number the frames of test.txt and then those of train.txt.
-    """
-    if not frames:
-        return stems(root / ("Label" if (root / "Label").is_dir() else "labels"))
-    order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
-    files = {frame: root / "labels" / f"img-{k:06d}.png" for k, frame in enumerate(order, 1)}
-    return {frame: path for frame, path in files.items() if path.is_file()}
-
-
-def read_label(path, canvas=None):
-    """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
-    image = opened(path)
-    if len(image.getbands()) > 1:
-        raise BadInput(f"{path} is a {image.mode} image; expected class indices, not colours")
-    if canvas:
-        image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
-    return np.array(image).astype(np.int64)
-
-
 # ---- one's own pairs ----
 
 class Pairs:
-    """Two folders of images with equal stems.  Gives ([C1xHxW], [C2xHxW]) of the size of their
-    folder's first: uint8, or float32, mapped from mean +- 3 standard deviations to 0..1.
-
-    rows: what `measured` gave for the two folders, kept in the checkpoint; measured at first use.
+    """Two folders, or patterns, of images with equal names: `named_files`.  Gives ([C1xHxW],
+    [C2xHxW]), all of a folder of one size: uint8, or float32, mean +- 3 standard deviations being
+    0..1.  names: the file of a list.  rows: what `measured` gave, kept in the checkpoint.
     augment_as: the modality that each is augmented as; by default it goes by the channels.
     """
     modalities = ("custom1", "custom2")
-    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
-    def __init__(self, root1, root2, augment_as=(None, None), rows=None, strict=True):
-        self.files = [stems(Path(root), self.suffixes) for root in (root1, root2)]
-        self.ids = sorted(self.files[0].keys() & self.files[1].keys())
-        self.lonely = sorted(self.files[0].keys() ^ self.files[1].keys())
-        if not self.ids:
-            raise BadInput(f"no stem is both in {root1} and in {root2}; expected equal stems")
-        refuse(strict, self.lonely, f"{root1} and {root2}", "only one of the two folders")
-        self.rows = rows or [measured([files[i] for i in self.ids], strict) for files in self.files]
-        for name, row, kind in zip(self.modalities, self.rows, augment_as):
+    def __init__(self, where1, where2, names=None, rows=None, augment_as=(None, None), strict=True):
+        where = [os.path.normpath(os.path.expanduser(path)) for path in (where1, where2)]
+        need(where[0] != where[1], f"both modalities are {where1}; expected two different")
+        stars = [max(1, pattern.count("*")) for pattern in where]
+        need(stars[0] == stars[1], f"{where1} and {where2} have {stars[0]} and {stars[1]} stars; "
+             f"expected as many in both: what they stand for has to be equal")
+        self.files = [named_files(pattern, IMAGES) for pattern in where]
+        self.ids, self.lonely = paired(*self.files, where, strict and not names)
+        if names:
+            self.ids = read_list(Path(names), dict.fromkeys(self.ids))
+        files = [list(map(side.get, self.ids)) for side in self.files]
+        if rows is None:
+            rows = [measured(paths, strict) for paths in files]
+        else:                                   # images of this folder may be of another size
+            sizes = [list(read_image(paths[0]).shape[1:]) for paths in files]
+            rows = [row | dict(size=size) for row, size in zip(rows, sizes)]
+        self.rows = rows
+        for name, row, kind in zip(self.modalities, rows, augment_as):
             MODALITIES[name] = row
             kind = kind or {1: "dem", 2: "sar", 3: "aerial"}.get(len(row["bands"]), "ms")
             AUGMENTATIONS[name] = AUGMENTATIONS[kind]
@@ -804,8 +963,9 @@ class Pairs:
             yield name, read_image(files[self.ids[i]])
 
     def __getitem__(self, i):
-        return tuple([read_custom(files[self.ids[i]], row)]
-                     for files, row in zip(self.files, self.rows))
+        x1, x2 = (read_custom(files[self.ids[i]], row)
+                  for files, row in zip(self.files, self.rows))
+        return [x1], [x2]
 
 
 def read_custom(path, row):
@@ -814,56 +974,246 @@ def read_custom(path, row):
         mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
         a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
         a = a.clip(0, 1).astype(np.float32)
-    x = torch.from_numpy(np.ascontiguousarray(a))
-    if list(x.shape[1:]) == row["size"]:
-        return x
-    resized = resize(x[None].float(), row["size"])[0]
-    return resized if x.is_floating_point() else resized.round().to(x.dtype)
+    return torch.from_numpy(np.ascontiguousarray(a))
 
 
 def read_like(path, row):
-    """read_image, of which channels and dtype have to be those of the row."""
+    """read_image, of which channels, dtype and size have to be those of the row."""
     a = read_image(path)
-    if (len(a), str(a.dtype)) != (len(row["bands"]), row["dtype"]):
-        raise BadInput(f"{path} has {len(a)} channels of {a.dtype}; expected {len(row['bands'])} "
-                       f"of {row['dtype']}, as in the first of its folder; convert or remove it")
+    form, expected = (str(a.dtype), *a.shape), (row["dtype"], len(row["bands"]), *row["size"])
+    need(form == expected, f"{path} holds {form}: type, channels, height, width; expected "
+         f"{expected}, as the first of its folder; convert, cut or remove it")
+    need(np.nanmax(np.where(np.isinf(a), 0, np.abs(a.astype(float))), initial=0) < 1e30,
+         f"{path} holds values beyond 1e30; expected NaN where there is no value")
     return a
 
 
-def measured(paths, strict=True, most=1000):
-    """The row of MODALITIES for one's own images, from at most 1000 of them, evenly chosen: mean
-    and std of x in [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits.
+def measured(paths, strict=True, most=200):
+    """The row of MODALITIES for one's own images, from at most 200 of them: mean and std of x in
+    [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits.
     """
-    for path in paths:
+    row, sums = None, 0
+    for path in progress(evenly(paths, most), "measuring"):
         try:
-            first = read_image(path)
-            break
-        except BadInput:
-            if strict or path == paths[-1]:
-                raise
-    row = dict(bands=[f"channel {c + 1}" for c in range(len(first))], size=list(first.shape[1:]),
-               dtype=str(first.dtype))
-    sums = np.zeros((3, len(first)))
-    for path in tqdm(paths[::-(-len(paths) // most)], "measuring", leave=False, disable=None):
-        try:
-            a = read_like(path, row).reshape(len(first), -1).astype(float)
+            if row is None:
+                a = read_image(path)
+                row = dict(bands=[f"channel {c + 1}" for c in range(len(a))],
+                           size=list(a.shape[1:]), dtype=str(a.dtype))
+            a = read_like(path, row).reshape(len(row["bands"]), -1).astype(float)
         except BadInput:
             if strict:
                 raise
             continue                            # `check` will name it
-        seen = np.isfinite(a)
-        a = np.where(seen, a, 0)
-        sums += np.stack([seen.sum(1), a.sum(1), (a * a).sum(1)])
-    n = np.maximum(sums[0], 1)
-    mean = sums[1] / n
-    std = np.sqrt(np.maximum(sums[2] / n - mean ** 2, 0))
+        a[~np.isfinite(a)] = np.nan
+        sums += np.stack([np.isfinite(a).sum(1), np.nansum(a, 1), np.nansum(a * a, 1)])
+    need(row, f"none of {len(paths)} images can be read, such as {paths[0]}")
+    mean = sums[1] / np.maximum(sums[0], 1)
+    std = np.sqrt(np.maximum(sums[2] / np.maximum(sums[0], 1) - mean ** 2, 0))
     std[std <= 1e-6 * np.abs(mean)] = 1         # a constant channel
-    if first.dtype == np.uint8:
+    if row["dtype"] == "uint8":
         return row | dict(range="0 to 255", mean=(mean / 255).tolist(), std=(std / 255).tolist(),
                           raw_mean=None, raw_std=None)
     return row | dict(range="raw_mean -+ 3 x raw_std of the channel, clipped",
-                      mean=[0.5] * len(first), std=[1 / 6] * len(first),
+                      mean=[0.5] * len(mean), std=[1 / 6] * len(mean),
                       raw_mean=mean.tolist(), raw_std=std.tolist())
+
+
+# ---- files by their names ----
+
+def named_files(where, suffixes=PICTURES):
+    """The files of a folder, or of a pattern with stars, as {name: path}, sorted.  The name of a
+    file in a folder is its stem; of 'chips/*_S1Hand.tif', what the star stands for (of several
+    stars, joined by _).
+    """
+    files, pairs, where = {}, [], os.path.expanduser(where)
+    if "*" in where:
+        form, parts = star_form(Path(where).as_posix())
+        for path in glob.glob("*".join(glob.escape(part) for part in parts)):
+            pairs.append(("_".join(form.fullmatch(Path(path).as_posix()).groups()), path))
+    elif os.path.isdir(where):
+        pairs = [(os.path.splitext(entry.name)[0], entry.path) for entry in os.scandir(where)]
+    for name, path in sorted(pairs):
+        base = os.path.basename(path)
+        if base.startswith(".") or os.path.splitext(base)[1].lower() not in suffixes:
+            continue
+        name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
+        if name in files:
+            raise BadInput(f"{files[name]} and {path} have one name, {name}; expected one file for "
+                           f"each; remove the other")
+        files[name] = path
+    kind = "image under" if os.path.isdir(where) or "*" in where else "folder"
+    need(files, f"no {kind} {where}; expected {', '.join(suffixes)}; {TREE}")
+    return files
+
+
+def star_form(pattern):
+    """A regular expression whose groups are what the stars stand for, and the parts between."""
+    parts = pattern.split("*")
+    return re.compile("([^/]*)".join(re.escape(part) for part in parts), re.DOTALL), parts
+
+
+def paired(files1, files2, where, strict):
+    """The names that both have, sorted, and those that one has alone: refused if strict, or if
+    there are no others.
+    """
+    both, lonely = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
+    if lonely and (strict or not both):
+        first = ", ".join([name for name in lonely if name in files1][:2])
+        second = ", ".join([name for name in lonely if name in files2][:2])
+        raise BadInput(f"{len(lonely)} names are in only one of {where[0]} ({first or 'none'}) and "
+                       f"{where[1]} ({second or 'none'}), {len(both)} in both; expected equal names"
+                       f"{pattern_hint(files1, files2)}; rename or remove the others")
+    return both, lonely
+
+
+def pattern_hint(files1, files2):
+    """If the first names differ by one fixed part, word by word: patterns that would pair them."""
+    patterns, names = [], []
+    paths = list(files1.values()), list(files2.values())
+    words1, words2 = (re.split("(?=[_.-])", os.path.basename(side[0])) for side in paths)
+    start = len(os.path.commonprefix([words1, words2]))
+    end = len(os.path.commonprefix([words1[start:][::-1], words2[start:][::-1]]))
+    for side, words in zip(paths, (words1, words2)):
+        own = "".join(words[start:len(words) - end])
+        rest = "".join(words[len(words) - end:])
+        own = f"*{own}{rest}" if rest.count(".") == end else f"*{own}*{os.path.splitext(rest)[1]}"
+        patterns.append(os.path.join(os.path.dirname(side[0]), own))
+        matches = map(star_form(patterns[-1])[0].fullmatch, side[:1000])
+        names.append({match.groups() for match in matches if match})
+    if 2 * len(names[0] & names[1]) < min(len(paths[0]), len(paths[1]), 1000):
+        return ""
+    return f" (or --scenario custom --data1 '{patterns[0]}' --data2 '{patterns[1]}')"
+
+
+# ---- readers ----
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """What fails inside becomes a BadInput that names the file."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Image.DecompressionBombError:
+        raise BadInput(f"{path} has more than 178 million pixels, which Pillow refuses; cut it "
+                       f"into tiles, or save it as npy") from None
+    except Exception as error:                  # a damaged file raises nearly anything
+        remedy = "copy or download it again"
+        if "imagecodecs" in str(error):         # LZW, zstd, JPEG, predictor 3
+            remedy = "pip install imagecodecs, or save it without compression"
+        raise BadInput(f"{path} cannot be read as {kind} ({error}); {remedy}") from None
+
+
+def opened(path):
+    """A Pillow image, upright, with its pixels read; no other format can start a program."""
+    with reading(path, "an image"):
+        image = Image.open(path, formats=("PNG", "JPEG", "JPEG2000", "TIFF"))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+def read_image(path):
+    """png, jpg, jp2, tif or npy -> CxHxW array in its own dtype; of RGBA, the RGB."""
+    suffix = os.path.splitext(path)[1].lower()
+    need(os.path.isfile(path), f"no file {path}; `python data.py check` lists what is missing")
+    if suffix in (".tif", ".tiff"):
+        return read_tiff(path)
+    if suffix == ".npy":
+        with reading(path, "a numpy array"):
+            a = np.load(path, allow_pickle=False)
+    else:
+        image = opened(path)
+        # Pillow takes GeoNRW's fourth band, near infrared, for alpha: dropped, never blended in
+        a = np.array(image.convert(COLOURS.get(image.mode, image.mode)))
+    a = checked(path, a)
+    if a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
+        a = a.transpose(2, 0, 1)                # HxWxC
+    return a.reshape(-1, *a.shape[-2:])
+
+
+def checked(path, a):
+    """An array of real numbers with two or three axes: the guard that every file passes."""
+    kind = getattr(a, "dtype", type(a).__name__)
+    need(isinstance(a, np.ndarray) and a.dtype.kind in "uif", f"{path} holds {kind}; expected real "
+         f"numbers (of complex ones the amplitude, or real and imaginary part as two channels)")
+    need(a.ndim in (2, 3) and a.size > 0,
+         f"{path} has the shape {a.shape}; expected HxW, HxWxC or CxHxW")
+    return a
+
+
+def read_tiff(path):
+    """A TIFF of any number of bands, overviews aside -> CxHxW in its own dtype, native order; what
+    it declares as no data is NaN.
+    """
+    with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
+        images = [series for series in tif.series if not series.keyframe.is_reduced]
+        page, axes, shape = images[0].keyframe, images[0].axes, images[0].shape
+        need(len({(series.shape, series.dtype) for series in images}) == 1, f"{path} holds images "
+             f"of different sizes or types; expected one, or a page for each band")
+        need(page.photometric.name in ("MINISBLACK", "RGB", "YCBCR"),
+             f"{path} is a {page.photometric.name} TIFF; expected MINISBLACK or RGB: convert it")
+        # a page a row, as tifffile.imwrite writes HxWxC, looks like many low bands
+        need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]),
+             f"{path} could be {shape[0]} bands of {shape[1:]} pixels or {shape[-1]} bands of "
+             f"{shape[:-1]}; expected bands first, or a planar configuration")
+        a = np.stack([series.asarray() for series in images])
+        a = np.moveaxis(a, (axes.index("Y") + 1, axes.index("X") + 1), (-2, -1))
+        a = checked(path, a.reshape(-1, *a.shape[-2:]))
+        a = a.astype(a.dtype.newbyteorder("="), copy=False)
+        if page.photometric.name == "RGB" and set(page.extrasamples) & {1, 2}:
+            a = a[:3]                           # without alpha, as of a png
+        if 42113 in page.tags:                  # GDAL's
+            nodata = float(str(page.tags[42113].value).strip("\0 "))
+            a = a.astype(np.result_type(a, np.float32))
+            a[np.isclose(a, nodata, rtol=1e-6, atol=0)] = np.nan
+        return a
+
+
+def read_lines(path):
+    """The lines of a list that are not empty, without spaces around them."""
+    with reading(path, "a list in utf-8"):
+        lines = unicodedata.normalize("NFC", Path(path).read_text("utf-8-sig")).splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    need(lines, f"{path} is empty; expected a name a line")
+    return lines
+
+
+def read_list(path, names):
+    """A list -> those of the names that its lines begin with, in its order.  A line is a name, or
+    its first column is; `RGB/7.jpg<TAB>Label/7.png` is understood, as is SUN RGB-D's
+    `SUNRGBD/kv1/b3dodata/img_0063//image/x.jpg`.
+    """
+    need(os.path.isfile(path), f"no {path}; expected a list with a name a line, or use --split all")
+    lines = {}                                  # by their names
+    for line in read_lines(path):
+        name = named_by(line, names) or named_by(re.split(r"[\s,]", line)[0], names)
+        need(name, f"{path}: no image has the name of the line {line!r}; expected a name a line, "
+             f"such as {next(iter(names), '')!r}")
+        need(name not in lines, f"{path} names {name} twice; expected each once")
+        lines[name] = line
+    return list(lines)
+
+
+def named_by(text, names):
+    frame = re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", text))
+    for name in (text, frame, os.path.splitext(os.path.basename(text))[0]):
+        if name in names:
+            return name
+    return None
+
+
+def refuse(strict, lonely, root, where):
+    need(not (strict and lonely), f"{len(lonely)} samples under {root} stand in {where} (the "
+         f"first: {lonely[:1]}); `python data.py check` lists them; complete or remove them")
+
+
+def listed(folder, names=".*"):
+    """The folders in a folder whose names match, sorted."""
+    need(os.path.isdir(folder), f"no folder {folder}; {TREE}; {SCENES}")
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries
+                      if re.fullmatch(names, entry.name) and entry.is_dir())
 
 
 # ---- from data sets to batches ----
@@ -871,37 +1221,56 @@ def measured(paths, strict=True, most=1000):
 TASKS = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their number of classes
 
 
-def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, **custom):
-    """The data set of a scenario, or of a transfer task, which gives (x1, x2, target).  For custom,
-    root is two folders.  strict=False, for `check`: samples without a partner go into .lonely.
+def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
+               **custom):
+    """The data set of a scenario, or of a transfer task, which gives (x1, x2, target); its labels
+    go to `classes`, by default the task's.  For custom, root is two folders or patterns, and split
+    the file of a list.  strict=False, for `check`: samples without a partner go into .lonely.
     """
     if name == "custom":
-        if split != "all":
-            raise BadInput(f"--split {split}: one's own pairs have no lists; expected all")
-        return Pairs(*root, strict=strict, **custom)
-    if not Path(root).is_dir():
-        raise BadInput(f"no folder {root}; {TREE}; give --data; {SCENES}")
+        return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
+    root = Path(root).expanduser()
+    need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
+    if name in TASKS:
+        classes = classes or TASKS[name]
     if name == "sar-optical":
         data = SSL4EO(root, split, seed, strict)
     elif name == "bigearthnet":
         data = BigEarthNet(root, split, strict)
     elif name in ("rgb-dem", "geonrw"):
-        data = GeoNRW(root, split, name in TASKS, strict)
+        data = GeoNRW(root, split, classes, strict)
     else:
-        data = RGBD(root, size, split, depth_unit, name in TASKS, strict)
-    if not data.ids and not data.lonely:
-        raise BadInput(f"no sample of {name}, split {split}, under {root}; {TREE}")
+        data = RGBD(root, size, split, depth_unit, classes, strict)
+    need(data.ids or data.lonely, f"no sample of {name}, split {split}, under {root}; {TREE}")
     return data
+
+
+class Samples(Dataset):
+    """A data set whose index is (epoch, i), for one loader over all epochs of a run."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.data.epoch, i = index
+        return self.data[i]
 
 
 def collate(samples):
     """Samples -> (x1, x2), each a list of BxCxHxW batches: one for each view that a sample has."""
-    return [[torch.stack(view) for view in zip(*modality)] for modality in zip(*samples)]
+    batches = []
+    for modality in zip(*samples):
+        batches.append([torch.stack(view) for view in zip(*modality)])
+    return batches
 
 
 def both_views(views, device):
     """A batch for each of two views, on the device; a single one stands twice, and moves once."""
-    return ([moved(x, device) for x in views] * 2)[:2]
+    views = [moved(x, device) for x in views]
+    return views if len(views) == 2 else [views[0], views[0]]
 
 
 def moved(x, device):                           # on MPS, a copy not waited for may be torn
@@ -916,192 +1285,227 @@ def epoch_batches(n, batch_size, seed, epoch):
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
 
 
-# ---- augmentations, Sec. 4: batched, on any device, each image with parameters of its own ----
-
-# The paper follows BYOL (Grill et al., 2020, App. B).  BYOL treats its two views unequally (blur 1
-# and 0.1, solarize 0 and 0.2); Algorithm 1 has one augment1 for both: solarize has the mean of the
-# two, blur the authors' 0.5.  Their crops are kept too, (0.5, 1) of the area indoors where BYOL has
-# (0.08, 1): two modalities are cropped independently, and small crops would show different things.
-BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
-# Seen from above no side is up: all four flip both ways (the paper names both for SAR and DEM).
-ABOVE = dict(scale=(0.2, 1.0), vflip=True)
-AUGMENTATIONS = {
-    "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
-    # Paper: brightness, contrast, saturation, hue.  Here: the first two; 13 bands have no hue.
-    "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),
-    "aerial": dict(**ABOVE, **BYOL),
-    "dem": ABOVE,                               # Sec. 4: crop and flips
-    "rgb": dict(scale=(0.5, 1.0), **BYOL),
-    "hha": dict(scale=(0.5, 1.0)),              # Sec. 4: crop and horizontal flip only
-    "depth": dict(scale=(0.5, 1.0)),            # not in the paper: as HHA
-}
+def check_label(path, label, image_size, num_classes):
+    """A mask HxW is as large as its image and holds 0 (unlabelled) to num_classes."""
+    size, image_size = tuple(label.shape[-2:]), tuple(image_size)
+    need(size == image_size, f"{path} is a mask of {size} pixels for an image of {image_size}; "
+         f"expected equal sizes")
+    low, high = int(label.min()), int(label.max())
+    remedy = "; where 255 means unlabelled, write 0 there" if high == 255 else ""
+    need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}; "
+         f"expected 0 (unlabelled) to {num_classes}{remedy}")
 
 
-class Draws:
-    """Uniform random numbers for the images of the global batch, of which a process takes its rows.
+# ---- what the network sees ----
 
-    One CPU generator, seeded anew at each step: what a sample looks like depends on (seed, step)
-    and on its place in the global batch, never on processes, workers, device or restarts.
+def visible(x, modality):
+    """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].
+
+    Colours and HHA as they are; all else stretched from the 2nd to the 98th percentile, of 13 bands
+    B4 B3 B2, of other numbers the first three, or a grey one.
     """
-
-    def __init__(self, seed, batch_size, rows):
-        self.seed, self.batch_size, self.rows = seed, batch_size, rows
-
-    def restart(self, step):
-        self.generator = torch.Generator().manual_seed(mixed(self.seed, step))
-
-    def __call__(self, n):
-        return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]  # Bxn in [0, 1)
-
-
-def mixed(*numbers):
-    """One seed out of several integers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+    bands, mean, std = (MODALITIES[modality][key] for key in ("bands", "mean", "std"))
+    x = (x.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).numpy()
+    grey = modality in ("sar", "dem") or len(bands) < 3
+    channels = [0] if grey else [0, 1, 2]
+    if "B4" in bands:
+        channels = [bands.index(band) for band in ("B4", "B3", "B2")]
+    x = x[channels].transpose(1, 2, 0)          # HxWx3, or 1
+    if grey or len(bands) > 3:
+        low, high = np.percentile(x, (2, 98), axis=(0, 1))
+        x = (x - low) / np.maximum(high - low, 1e-6)
+    return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
 
 
-def augment(x, modality, size, draws):
-    """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
-    has = AUGMENTATIONS[modality]
-    x = random_resized_crop(x, size, has["scale"], draws, vflip=has.get("vflip"))
-    if "gray_p" in has:
-        x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
-                          has["gray_p"], draws)
-    if "blur_p" in has:
-        x = random_blur(x, has["blur_p"], draws)
-    if "solarize_p" in has:
-        x = random_solarize(x, has["solarize_p"], draws)
-    return normalise(x, modality)
+# what x outside the range was clipped to, how much of it is normal, and the likely cause of more
+BEYOND = {
+    "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m: is --depth-unit {{unit:g}} right?"),
+    "sar": ((0, 1), 0.25, "beyond 2 standard deviations: are the files in dB?"),
+    "ms": ((1,), 0.05, "above reflectance 1: are the files reflectance x 10000?"),
+    "custom": ((0, 1), 0.05, "beyond 3 standard deviations: is a `no data` value among them?")}
 
 
-def plain(x, modality, size):
-    """What an encoder sees without augmentation: all of BxCxHxW -> BxCxSxS, normalised."""
-    return normalise(resize(unit(x), (size, size)), modality)
+def ends_of(modality, band):
+    """What x = 0 and x = 1 of a band are in the unit of its range, and that unit."""
+    row = MODALITIES[modality]
+    if row.get("raw_mean"):
+        mean, reach = row["raw_mean"][band], 3 * row["raw_std"][band]
+        return mean - reach, mean + reach, ""
+    if modality == "sar":
+        mean, std = SSL4EO_S1[S1[band]]
+        return mean - 2 * std, mean + 2 * std, "dB"
+    units = {"depth": (0, MAX_DEPTH, "m"), "ms": (0, 1, "reflectance"), "dem": (0, 1, "of a patch")}
+    return units.get(modality, (0, 255, ""))
 
 
-def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
-    """Boxes of `scale` of the area and a log-uniform aspect ratio, half of them mirrored: ten tries
-    for one that fits, as torchvision; then the largest centred one.
-
-    Returns top, left, height, width and mirrored: Bx1 each.
+def what_is_seen(data, indices):
+    """What the network will see of some samples, band by band beside what its normaliser expects.
+    Returns the lines of a table, and a line for each thing that looks wrong.
     """
-    u = draws(23).double()                                              # Bx23
-    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
-    log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
-    w = (area * log_ratio.exp()).sqrt().round()                         # Bx10
-    h = (area / log_ratio.exp()).sqrt().round()                         # Bx10
-    fits = torch.cat([(w <= W) & (h <= H), torch.ones(B, 1, dtype=bool)], 1)
-    first = fits.int().argmax(1, keepdim=True)                          # Bx1
-    w = torch.cat([w, torch.full((B, 1), min(W, round(H * ratio[1])))], 1).gather(1, first)  # Bx1
-    h = torch.cat([h, torch.full((B, 1), min(H, round(W / ratio[0])))], 1).gather(1, first)  # Bx1
-    centred = first == 10
-    left = torch.where(centred, (W - w) // 2, (u[:, 20:21] * (W - w + 1)).floor())
-    top = torch.where(centred, (H - h) // 2, (u[:, 21:22] * (H - h + 1)).floor())
-    return top, left, h, w, u[:, 22:23] < 0.5
+    pixels, warnings = ([], []), []
+    table = ["seen                 1 %     median       99 %  clipped  missing    mean     std  "
+             "normaliser's"]
+    for i in indices:
+        for which, views in enumerate(data[i][:2]):
+            for view in views if isinstance(views, list) else [views]:
+                x = unit(view).flatten(1)
+                pixels[which].append(x[:, ::max(1, x.shape[1] // 2000)])  # some of them
+    for modality, parts in zip(data.modalities, pixels):
+        row, x = MODALITIES[modality], torch.cat(parts, 1).double().numpy()  # CxP
+        kind = "custom" if row.get("raw_mean") else modality
+        ends, normal, cause = BEYOND.get(kind, ((), 0, "are they images of 8 bits?"))
+        clipped = np.isin(x, ends)
+        missing = {"depth": np.float32(row["mean"][0]), "custom": 0.5}.get(kind, -1)
+        for band, name in enumerate(row["bands"]):
+            low, high, unit_name = ends_of(modality, band)
+            values = low + (high - low) * np.percentile(x[band], (1, 50, 99))
+            table.append(f"{modality + ' ' + name:16s} " + " ".join(f"{v:10.4g}" for v in values)
+                         + f" {clipped[band].mean():8.1%} {(x[band] == missing).mean():8.1%} "
+                         f"{x[band].mean():7.3f} {x[band].std():7.3f}  {row['mean'][band]:.3f} "
+                         f"{row['std'][band]:.3f} {unit_name}")
+        cause = cause.format(unit=getattr(data, "depth_unit", 1000))
+        quarter, half, three = np.percentile(x, (25, 50, 75))
+        if clipped.mean() > normal:
+            warnings.append(f"{modality}: {100 * clipped.mean():.0f} % {cause}")
+        elif three - quarter < 0.002 or modality == "depth" and half < 0.03:
+            warnings.append(f"{modality}: half of the values lie from {quarter:.4f} to {three:.4f} "
+                            f"of the range: {cause.rpartition(': ')[2]}")
+    return table, warnings
 
 
-def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
-    """The box of `random_boxes` of each image, resized; with vflip half of them upside down.
+def input_warnings(data, n=16):
+    """One line for each thing that looks wrong in what the network will see, from n samples."""
+    return what_is_seen(data, evenly(range(len(data)), n))[1]
 
-    Resizing with a triangle filter is two matrix products, with weights for each image: `resize`.
+
+def evenly(indices, n):
+    """At most n of them, from the first to the last."""
+    return [indices[i] for i in np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)]
+
+
+# ---- what all five scripts share: files, processes, the command line ----
+
+def write_atomically(path, write):
+    """write(binary file) beside the path, flush, rename: killed, it leaves the old file or the new.
+
+    The file beside it is created exclusively: what a link of that name points to stays as it is.
     """
-    B, C, H, W = x.shape
-    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws, ratio)  # Bx1 each
-    upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
-    parameters = top, left, h, w, upside_down, mirrored
-    if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
-        numbers = torch.cat(parameters, 1).long().tolist()
-        return torch.cat([resized_box(image[None], size, *n) for image, n in zip(x, numbers)])
-    top, left, h, w, upside_down, mirrored = (v.float().to(x.device) for v in parameters)
-    Wx, Wy = triangle_filter(left, w, W, size), triangle_filter(top, h, H, size)  # BxSxW, BxSxH
-    Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
-    Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
-    return separable(unit(x), Wy, Wx)                                   # BxCxSxS
+    part = Path(f"{path}.part")
+    part.unlink(missing_ok=True)
+    try:
+        with open(part, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:    # torch.save says RuntimeError where a write failed
+        part.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and "inline_container" not in str(error):
+            raise
+        raise BadInput(f"{path} cannot be written: is the disk full? What was there before is "
+                       f"whole; make room, then go on") from None
 
 
-def resized_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = resize(unit(image[:, :, top:top + h, left:left + w]), (size, size))
-    return box.flip([2] * upside_down + [3] * mirrored)
+def write_text(path, text):
+    """As utf-8; what a file's name holds and utf-8 does not becomes a backslash and its number."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
-def resize(x, size):
-    return F.interpolate(x, size, mode="bilinear", antialias=True)
+def read_json(path, what):
+    """The object in a json file; `what` it should be is said where it is none."""
+    with reading(path, what):
+        value = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, expected a json object")
+        return value
 
 
-def triangle_filter(start, length, n_in, n_out):
-    """Weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out."""
-    pixel, step = torch.arange(n_in, device=start.device), length / n_out  # n_in, Bx1
-    centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
-    distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
-    weight = (1 - distance).clamp(min=0)
-    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]  # in part, too
-    return (weight / weight.sum(-1, keepdim=True)).float()
+def number(kind, low, high=math.inf):
+    """For argparse's type=: a finite int or float within low..high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {limits}")
+        return value
+    return parse
 
 
-def separable(x, Wy, Wx):
-    """Filter the columns with Wy: BxSyxH and the rows with Wx: BxSxxW.  x: BxCxHxW -> BxCxSyxSx."""
-    return Wy.unsqueeze(-3) @ x @ Wx.unsqueeze(-3).mT
+def cores():
+    """How many this process may use; a cgroup or Slurm may give it less than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def random_colour(x, jitter, jitter_p, gray_p, draws):
-    """Brightness, contrast, saturation and hue jitter, then grayscale, for any number of channels.
+def default_workers(device_type):
+    """--workers for each process: on CUDA at most 8; a CPU, and MPS, read in the main process."""
+    if device_type != "cuda":
+        return 0
+    return min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-    They fold into one affine map of each image.  Brightness b and contrast c are x -> c b x +
-    (1 - c) b m with m the image's mean luma; saturation s blends with the luma; hue turns the
-    colour about the grey axis, which is linear, where HSV's hue is not; grayscale is s = 0.
-    Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold.
+
+def leave_group(worker):
+    """For a loader's worker: Ctrl-C and torchrun signal whole process groups, but the main process
+    wants to end its step and save.  A worker whose main process is gone is ended by torch.
     """
-    C, shape = x.shape[1], x.shape
-    u = draws(6)                                                        # Bx6
-    jittered = (u[:, :1] < jitter_p).float()
-    b, c, s, turn = (jittered * (2 * u[:, 1:5] - 1) * torch.tensor(jitter)).unbind(1)  # B
-    b, c, s = (1 + v.view(-1, 1, 1) for v in (b, c, s))                 # Bx1x1, around 1
-    s = torch.where(u[:, 5].view(-1, 1, 1) < gray_p, 0, s)
-    luma = torch.tensor([0.299, 0.587, 0.114]) if C == 3 else torch.full((C,), 1 / C)
-    A = s * torch.eye(C) + (1 - s) * luma.expand(C, C)                  # BxCxC, grey stays grey
-    if C == 3:
-        A = hue_rotation(2 * np.pi * turn) @ A
-    luma, b, c, A = (v.to(x.device) for v in (luma, b, c, A))
-    mean = (x.mean((2, 3)) @ luma).view(-1, 1, 1)                       # Bx1x1
-    x = torch.baddbmm((1 - c) * b * mean, c * b * A, x.flatten(2))      # BxCxHW, a multiply-add
-    return x.clamp_(0, 1).view(shape)
+    if os.name == "posix":
+        os.setpgrp()
 
 
-def hue_rotation(angle):
-    """Bx3x3: turns colours by `angle` (B, radians) about the grey axis (1, 1, 1), red to green."""
-    grey = torch.full((3, 3), 1 / 3)                                    # projects on the axis
-    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a quarter turn
-    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
-    return grey + cos * (torch.eye(3) - grey) + sin * turn
+class Lines:
+    """Where stderr is no terminal, a bar's file: it is printed line by line."""
+
+    def write(self, text):
+        if text.strip() and sys.stderr is not None:
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self):
+        if sys.stderr is not None:
+            sys.stderr.flush()
 
 
-def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
-    """Gaussian blur of the images that draw it; sigma in pixels of a 224-pixel crop, scaled so."""
-    u, S = draws(2), x.shape[-1]
-    chosen = (u[:, 0] < blur_p).nonzero()[:, 0]
-    width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
-    pixel, chosen, width = torch.arange(S).to(x), chosen.to(x.device), width.to(x)
-    distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
-    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)  # denormals beyond are slow on a CPU
-    G = G / G.sum(-1, keepdim=True)             # cut off at the border and normalised
-    return x.index_copy(0, chosen, separable(x[chosen], G, G))
+def progress(*args, **settings):
+    """tqdm's bar, gone when all is done; where nobody could see it move, a line every 30 s."""
+    settings = dict(leave=False, dynamic_ncols=True) | settings
+    if sys.stderr is None or not sys.stderr.isatty():
+        settings |= dict(file=Lines(), delay=30, mininterval=30, maxinterval=30, miniters=1,
+                         dynamic_ncols=False)
+    return tqdm(*args, **settings)
 
 
-def random_solarize(x, solarize_p, draws):
-    chosen = (draws(1) < solarize_p)[:, 0].nonzero()[:, 0].to(x.device)
-    bright = x[chosen]
-    return x.index_copy(0, chosen, torch.where(bright < 0.5, bright, 1 - bright))
+def guarded(main):
+    """main(), with bad input as one line on stderr and exit code 2."""
+    with contextlib.suppress(AttributeError):   # a notebook's stdout; None where it is closed
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)                           # as a shell has it
+    except (BadInput, OSError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[-1:]  # a worker puts its traceback before it
+        line = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", "".join(line))
+        if "DataLoader worker" in line:
+            line = "a process that reads files was killed: out of memory? Take fewer --workers"
+        elif isinstance(error, RuntimeError):
+            raise
+        if sys.stderr is not None:
+            sys.stderr.write(f"error: {line}\n")
+        sys.exit(2)
 
 
 # ---- made-up scenes: known factors, one in both modalities and one in each alone ----
 
-# Each scene holds objects of three kinds, for both sensors, sensor 1 and sensor 2.  A factor is the
-# shape of one kind.  All shapes have the same area; position, size and rotation are random over
-# clutter and noise, lest a random encoder read them.  Nothing else may tell one scene from another,
-# or views agree on that instead of on shapes: clutter is kept small (0.1 m of relief, and depth's
-# own object was not learned) and the ground has one colour (a tint of 5 %, and the encoder of RGB
-# from the air learned the tint).  Where a sensor's own objects stand does not tell where the
-# other's do: they may lie on each other.  Linear probes on held-out scenes, chance 0.25: supervised
-# encoders 0.98 and more, random ones 0.32 to 0.47 (means of three).
+# A factor is the shape of one kind of object: seen by both sensors, by sensor 1, or by sensor 2.
+# All shapes have the same area; position, size and rotation are random over clutter and noise, lest
+# a random encoder read them.  Nothing else may tell scenes apart, or views agree on that instead:
+# so clutter is small (0.1 m of relief, or a tint of 5 %, and the encoders learned those), and where
+# a sensor's own objects stand does not tell where the other's do.  Linear probes on held-out
+# scenes, chance 0.25: supervised encoders 0.98 and more, random ones 0.32 to 0.47 (of 3 seeds).
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
@@ -1139,10 +1543,8 @@ def place_three(rng, H, W):
 
 
 def scatter_three(rng, S):
-    """The same seen from above, each three times, in cells of a 3x3 grid that begins anywhere.
-
-    Crops may be as small as a fifth of the image there; objects that stand once were seldom in both
-    views, and no modality's own object was learned.
+    """The same seen from above, each three times, in cells of a 3x3 grid that begins anywhere: of a
+    fifth of the image, an object that stands once is seldom in both views.
     """
     masks = np.zeros((3, S, S))
     classes = [int(shape) for shape in rng.integers(len(SHAPES), size=3)]
@@ -1256,32 +1658,43 @@ def write_satellite(root, rngs, scenes, S=48):
 
 def write_aerial(root, rngs, scenes, S=48):
     """GeoNRW's tree: 16 scenes make a tile; those that are not for training lie in a test city."""
-    for number, tile in enumerate(zip(*[iter(rngs)] * 16)):
-        city = root / ("aachen" if 16 * number < scenes else "herne")
+    for start in range(0, len(rngs), 16):
+        city = root / ("aachen" if start < scenes else "herne")
         city.mkdir(parents=True, exist_ok=True)
-        parts = list(zip(*(aerial_scene(rng, S) for rng in tile)))
-        rgb, dem, seg = (np.stack(images).reshape(4, 4, S, S, -1).swapaxes(1, 2)
-                         .reshape(4 * S, 4 * S, -1) for images in parts[:3])
-        stem = f"{280 + number}_5600"
+        made = [aerial_scene(rng, S) for rng in rngs[start:start + 16]]
+        *images, classes = zip(*made)
+        rgb, dem, seg = (tiled(np.stack(patches)) for patches in images)
+        stem = f"{280 + start // 16}_5600"
         Image.fromarray(rgb).save(city / f"{stem}_rgb.jp2")
         tifffile.imwrite(city / f"{stem}_dem.tif", dem[..., 0])
         tifffile.imwrite(city / f"{stem}_seg.tif", seg[..., 0])
-        yield from ((f"{city.name}/{stem}_{k}", classes) for k, classes in enumerate(parts[3], 1))
+        for k in range(16):
+            yield f"{city.name}/{stem}_{k + 1}", classes[k]
+
+
+def tiled(patches):
+    """16 patches of SxS or SxSxC, row by row -> 4Sx4SxC."""
+    S = patches.shape[1]
+    return patches.reshape(4, 4, S, S, -1).swapaxes(1, 2).reshape(4 * S, 4 * S, -1)
 
 
 TOYS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_aerial, 2048, 512),
         "rgbd": (write_indoor, 2048, 512)}      # scenes for training and for tests
 
 
-def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
+def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
     """Writes the scenario's made-up scenes under root, once: they appear as a whole or not at all.
+    Of several processes the first writes them and the others wait.
 
     Beside the layout stand train.txt, test.txt and factors.csv, with the classes as indices of
     SHAPES.  Satellite scenes are packed and aerial ones cropped at once: fast to read.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
+    while rank > 0 and not root.is_dir():
+        time.sleep(0.5)
     if root.is_dir():
         return
+    need(not root.exists(), f"{root} is a file; expected a folder, or a name that is free")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as part:
         write_toy(scenario, Path(part) / root.name, root, scenes, held_out, seed)
@@ -1292,8 +1705,8 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0):
 def write_toy(scenario, part, root, scenes, held_out, seed):
     write, *default = TOYS[scenario]
     scenes, held_out = scenes or default[0], held_out or default[1]
-    rngs = (np.random.default_rng((seed, i)) for i in range(scenes + held_out))
-    rows = list(tqdm(write(part, rngs, scenes), f"making {root}", scenes + held_out, disable=None))
+    rngs = [np.random.default_rng((seed, i)) for i in range(scenes + held_out)]
+    rows = list(progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
     for split, ids in (("train", rows[:scenes]), ("test", rows[scenes:])):
         (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in ids))
     with open(part / "factors.csv", "w", newline="") as file:
@@ -1305,224 +1718,247 @@ def write_toy(scenario, part, root, scenes, held_out, seed):
         crop(part, part / "cropped", 1)
 
 
-# ---- commands: check, pack, crop, hha, toy, bench ----
+# ---- commands: check, pack, crop, hha, toy ----
+
+class Mapped(Dataset):
+    def __init__(self, function, jobs):
+        self.function, self.jobs = function, jobs
+
+    def __len__(self):
+        return len(self.jobs)
+
+    def __getitem__(self, i):
+        return self.function(self.jobs[i])
+
+
+def same(result):
+    return result
+
 
 def in_processes(function, jobs, workers, text):
-    """function of each of the jobs, in order, from several processes, under a progress bar."""
-    bar = functools.partial(tqdm, desc=text, total=len(jobs), disable=None)
-    if workers < 2:
-        yield from bar(map(function, jobs))
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=remember,
-                                                  initargs=(function,))
-    size = min(16, len(jobs) // (4 * workers) + 1)  # of a chunk
-
-    def results():
-        waiting = collections.deque()           # no more of them than are kept up with
-        for start in range(0, len(jobs), size):
-            waiting.append(pool.submit(remembered, jobs[start:start + size]))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        for chunk in waiting:
-            yield from chunk.result()
-
-    try:
-        yield from bar(results())
-    except concurrent.futures.process.BrokenProcessPool:
-        raise BadInput(f"one of {workers} processes was killed: out of memory? Try a smaller "
-                       f"--workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """function of each of the jobs, in order, under a progress bar: a DataLoader is a parallel map
+    that runs little ahead of who takes its results, and whose workers end with their parent.
+    """
+    loader = DataLoader(Mapped(function, jobs), batch_size=None, collate_fn=same,
+                        num_workers=workers if workers > 1 else 0, worker_init_fn=leave_group)
+    return progress(loader, text)
 
 
-def remember(function):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    remembered.function = function              # sent once to a process, not with every job
-
-
-def remembered(jobs):
-    return [remembered.function(job) for job in jobs]
-
-
-def inspect(dataset, classes, i):
-    """One sample as `check` sees it: (band, kind, range, holes) of its files, and what is wrong."""
-    rows, shapes = [], {}
+def inspect(dataset, i):
+    """Reads all of a sample.  Returns W/H of its images, and what is wrong with it or None."""
+    ratios = []
     try:
         for name, a in dataset.raw(i):
-            x = a[np.isfinite(a)].astype(float)
-            shape = a.shape if a.ndim > 2 and len(a) > 1 else a.shape[-2:]
-            kind = f"{a.dtype} {'x'.join(map(str, shape))}"             # CxHxW, of one channel HxW
-            low, high = x.min(initial=np.inf), x.max(initial=-np.inf)
-            rows.append((name, kind, low, high, a.size - x.size))
-            if not x.size:
-                raise BadInput(f"{name} has not one finite value")
-            shapes[name] = a.shape[-2:]
-            if name in ("label", "seg") and (low < 0 or high > classes):
-                raise BadInput(f"the label {low if low < 0 else high:g}; expected 0 (unlabelled) "
-                               f"to {classes}")
-        if "label" in shapes and shapes["label"] != shapes["rgb"]:
-            raise BadInput(f"a mask of {shapes['label']} pixels for an image of {shapes['rgb']}; "
-                           f"expected equal sizes")
+            need(np.isfinite(a).any(), f"{name} has not one finite value")
+            if name in dataset.modalities:
+                ratios.append(a.shape[-1] / a.shape[-2])
         dataset[i]
-    except BadInput as error:
-        return rows, f"{dataset.ids[i]}\t{error}"
-    return rows, None
+        return ratios, None
+    except Exception as error:                  # an odd file raises nearly anything; list it, too
+        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+        return ratios, f"{dataset.ids[i]}\t{kind}{error}"
 
 
-def check(dataset, out, workers, size, classes=None):
-    """Reads every file: table, bad-ids.txt, contact sheet.  Returns how many samples are bad."""
+def check(dataset, out, workers, size):
+    """Reads every file: table, warnings, bad-ids.txt, contact sheet.  Returns how many are bad."""
+    good, bad = [], [f"{name}\tno partner" for name in dataset.lonely]
+    uneven, reasons = [], collections.defaultdict(list)
+    look, jobs = functools.partial(inspect, dataset), range(len(dataset))
+    for i, (ratios, error) in zip(jobs, in_processes(look, jobs, workers, "check")):
+        if error:
+            bad.append(error)
+        else:
+            good.append(i)
+        if len(ratios) == 2 and abs(math.log(ratios[0] / ratios[1])) > 0.05:
+            uneven.append(f"{dataset.ids[i]}: {ratios[0]:.2f} and {ratios[1]:.2f}")
     out.mkdir(parents=True, exist_ok=True)
-    table, good, bad = {}, [], [f"{name}\tno partner" for name in dataset.lonely]
-    look, jobs = functools.partial(inspect, dataset, classes), range(len(dataset))
-    for i, (rows, error) in enumerate(in_processes(look, jobs, workers, "check")):
-        for name, kind, low, high, holes in rows:
-            kinds, *old = table.get(name, (collections.Counter(), low, high, 0))
-            kinds[kind] += 1
-            table[name] = kinds, min(old[0], low), max(old[1], high), old[2] + holes
-        (bad if error else good).append(error or i)
-    print("band          files        min        max not finite  dtype and size, the commonest")
-    for name, (kinds, low, high, holes) in table.items():
-        print(f"{name:10s} {kinds.total():8d} {low:10.4g} {high:10.4g} {holes:10d}  "
-              f"{', '.join(kind for kind, _ in kinds.most_common(4))}{', ...' * (len(kinds) > 4)}")
-    print(f"{len(dataset)} samples read, {len(bad)} bad, "
-          f"of which {len(dataset.lonely)} without a partner")
-    (out / "bad-ids.txt").write_text("".join(f"{line}\n" for line in bad))
-    print(f"the bad ones and what is wrong with them: {out / 'bad-ids.txt'}")
     if good:
+        table, warnings = what_is_seen(dataset, evenly(good, 200))
+        print(*table, *(f"warning: {line}" for line in warnings), sep="\n")
         contact_sheet(dataset, good, out / "contact-sheet.png", size)
         print(f"random pairs as the network will see them: {out / 'contact-sheet.png'}")
+    if uneven:
+        print(f"warning: {len(uneven)} pairs differ in width / height and are squeezed to one "
+              f"shape (the first: {uneven[0]})")
+    print(f"{len(dataset)} samples read, {len(bad)} bad, "
+          f"of which {len(dataset.lonely)} without a partner")
+    write_text(out / "bad-ids.txt", "".join(f"{line}\n" for line in bad))
+    for line in bad:                            # reasons: words that hold no name and no number
+        reasons[re.sub(r"\S*[/\d]\S*", "...", line.split("\t", 1)[1])].append(line)
+    for lines in reasons.values():
+        print(f"{len(lines):6d} bad, such as {lines[0]}".replace("\t", ": "))
+    if bad:
+        print(f"the bad ones and what is wrong with them: {out / 'bad-ids.txt'}")
     return len(bad)
 
 
 def contact_sheet(dataset, good, path, size, pairs=8, seed=0):
     """A row a pair: the two augmented views of modality 1, then those of modality 2."""
     chosen = np.random.default_rng(seed).choice(good, min(pairs, len(good)), replace=False)
-    samples = [[views if isinstance(views, list) else [views] for views in dataset[i][:2]]
-               for i in chosen]
+    samples = []
+    for i in chosen:
+        samples.append([x if isinstance(x, list) else [x] for x in dataset[i][:2]])
     draws = Draws(seed, len(chosen), slice(None))
     draws.restart(0)
-    views = [picture(augment(x, modality, size, draws), modality)
-             for modality, batches in zip(dataset.modalities, collate(samples))
-             for x in both_views(batches, "cpu")]
-    sheet = np.concatenate([np.concatenate(list(view), 0) for view in views], 1)  # BSx4Sx3
-    Image.fromarray(sheet).save(path)
+    columns = []
+    for modality, batches in zip(dataset.modalities, collate(samples)):
+        for x in both_views(batches, "cpu"):
+            views = augment(x, modality, size, draws)
+            columns.append(np.concatenate([visible(view, modality) for view in views], 0))
+    sheet = (255 * np.concatenate(columns, 1)).astype(np.uint8)         # BSx4Sx3
+    write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
 
 
-def picture(x, modality):
-    """Normalised BxCxHxW -> BxHxWx3 uint8 to look at; of 13 bands B4 B3 B2, thrice as bright."""
-    mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
-    x = x.cpu() * std + mean
-    channels = {1: [0, 0, 0], 2: [0, 1, 0], 13: [3, 2, 1]}.get(x.shape[1], [0, 1, 2])
-    x = (x[:, channels] * (3 if x.shape[1] == 13 else 1)).clamp(0, 1)
-    return (255 * x).byte().permute(0, 2, 3, 1).numpy()
+@contextlib.contextmanager
+def built(out):
+    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it.
+
+    A file that only one process can create keeps a second run away, also where locks do not work.
+    """
+    refuse_existing(out)
+    part, lock = Path(f"{out}.part"), Path(f"{out}.lock")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        raise BadInput(f"{lock} says that another run writes {out}; if none does, because it was "
+                       f"killed, delete {lock} and run this again") from None
+    try:
+        yield part
+        os.replace(part, out)
+    finally:
+        lock.unlink(missing_ok=True)
 
 
-def pack(root, out, workers, every=256):
+def refuse_existing(out):
+    need(not Path(out).exists(),
+         f"{out} exists; expected a new --out, or delete it to make it anew")
+
+
+def pack(root, out, workers, flush_every=256):
     """SSL4EO-S12's 60 files a location -> ids.txt and four arrays, season0.npy to season3.npy, with
     a row a location: its 15 bands in 8 bits at native size, 0.5 MB.
     """
     data = SSL4EO(root)
-    part = unfinished(out)
-    ids, done = part / "ids.txt", part / "done"
-    if ids.is_file() and ids.read_text().split() != data.ids:
-        raise BadInput(f"{part} was begun with other locations than {root} has now; delete it")
-    write_text(ids, "\n".join(data.ids) + "\n")
-    start = int(done.read_text()) if done.is_file() else 0
-    shape = len(data), len(packed_rows(data, 0)[0])
-    maps = [np.lib.format.open_memmap(part / f"season{k}.npy", "r+" if start else "w+", np.uint8,
-                                      shape) for k in range(4)]
-    make, jobs = functools.partial(packed_rows, data), range(start, len(data))
-    for rows, i in zip(in_processes(make, jobs, workers, "pack"), jobs):
-        for array, row in zip(maps, rows):
-            array[i] = row
-        if (i + 1) % every == 0 or i + 1 == len(data):
-            for array in maps:
-                array.flush()
-            write_text(done, str(i + 1))
-    done.unlink()
-    os.replace(part, out)
+    with built(out) as part:
+        ids, done = part / "ids.txt", part / "done"
+        need(not ids.is_file() or read_lines(ids) == data.ids,
+             f"{part} was begun with other locations than {root} has now; delete it")
+        write_text(ids, "\n".join(data.ids) + "\n")
+        start = int(done.read_text()) if done.is_file() else 0
+        shape = len(data), len(packed_rows(data, 0)[0])
+        maps = [new_array(part / f"season{k}.npy", shape, start > 0) for k in range(4)]
+        make, jobs = functools.partial(packed_rows, data), range(start, len(data))
+        for i, rows in zip(jobs, in_processes(make, jobs, workers, "pack")):
+            need(len(rows[0]) == shape[1], f"{data.ids[i]} is of another size than {data.ids[0]}; "
+                 f"expected equal sizes: take it out")
+            for array, row in zip(maps, rows):
+                array[i] = row
+            if (i + 1) % flush_every == 0 or i + 1 == len(data):
+                for array in maps:
+                    array.flush()
+                write_text(done, str(i + 1))
+        done.unlink()
 
 
-def refuse_existing(out):
-    if Path(out).exists():
-        raise BadInput(f"{out} exists; expected a new --out, or delete it to make it anew")
-
-
-def unfinished(out):
-    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it."""
-    refuse_existing(out)
-    part = Path(f"{out}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    return part
+def new_array(path, shape, there):
+    """A uint8 array on disk, its space reserved: on a full disk a map's write is a bus error."""
+    array = np.lib.format.open_memmap(path, "r+" if there else "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 def packed_rows(data, i):
-    return [np.concatenate([block.ravel() for block in data.blocks(i, season)])
-            for season in range(4)]
+    return [np.concatenate(list(map(np.ravel, data.season(i, season)))) for season in range(4)]
 
 
 def crop(root, out, workers):
     """GeoNRW's tiles -> 16 patches each, <city>/<tile>_<k>_rgb.png, _dem.tif and _seg.tif."""
-    tiles = sorted({i.rpartition("_")[0] for i in GeoNRW(root, "all").ids})
-    part = unfinished(out)
-    tiles = [tile for tile in tiles if (Path(root) / f"{tile}_rgb.jp2").is_file()]
-    if not tiles:
-        raise BadInput(f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
-    jobs = [tile for tile in tiles if not (part / f"{tile}_16_rgb.png").is_file()]
-    list(in_processes(functools.partial(crop_tile, Path(root), part), jobs, workers, "crop"))
-    os.replace(part, out)
+    root = Path(root)
+    tiles = sorted({name.rpartition("_")[0] for name in GeoNRW(root, "all").ids})
+    tiles = [tile for tile in tiles if (root / f"{tile}_rgb.jp2").is_file()]
+    need(tiles, f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
+    with built(out) as part:
+        jobs = [(root / tile, part / tile, part / f"{tile}_16_rgb.png") for tile in tiles]
+        run_all(crop_tile, jobs, workers, "crop")
 
 
-def crop_tile(root, out, tile):
-    rgb = read_image(root / f"{tile}_rgb.jp2")
-    rest = {name: read_image(root / f"{tile}_{name}.tif") for name in ("dem", "seg")
-            if (root / f"{tile}_{name}.tif").is_file()}
-    (out / tile).parent.mkdir(parents=True, exist_ok=True)
+def run_all(function, jobs, workers, text):
+    """Of those jobs whose last item, a file, is not there yet."""
+    for _ in in_processes(function, [job for job in jobs if not os.path.isfile(job[-1])], workers,
+                          text):
+        pass
+
+
+def crop_tile(job):
+    tile, out, _ = job
+    parts = {"rgb": read_part(tile, "rgb")}
+    for name in ("dem", "seg"):
+        if os.path.isfile(f"{tile}_{name}.tif"):
+            parts[name] = read_part(tile, name)
+    sizes = {name: a.shape[1:] for name, a in parts.items()}
+    need(len(set(sizes.values())) == 1, f"{tile}: {sizes} pixels; expected equal sizes")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rgb = parts.pop("rgb")
     for k in range(1, 17):
-        for name, a in rest.items():
-            tifffile.imwrite(out / f"{tile}_{k}_{name}.tif", patch(a, k)[0])
+        for name, a in parts.items():
+            tifffile.imwrite(f"{out}_{k}_{name}.tif", patch(a, k)[0])
         image = Image.fromarray(patch(rgb, k).transpose(1, 2, 0))
-        atomically(out / f"{tile}_{k}_rgb.png",  # the last one says that the tile is done
-                   lambda path: image.save(path, "png", compress_level=1))
+        save_png(f"{out}_{k}_rgb.png", image, compress_level=1)  # of the 16th: the tile is done
+
+
+def save_png(path, image, **settings):
+    write_atomically(path, lambda file: image.save(file, "png", **settings))
 
 
 def write_hha(root, workers, depth_unit, intrinsics=None):
     """HHA for every frame that has none: HHA/ in folder form, <frame>/hha/ in SUN RGB-D's tree."""
     root = Path(root)
-    if (root / "Depth").is_dir():
-        camera = read_intrinsics(Path(intrinsics or root / "intrinsics.txt"))
-        (root / "HHA").mkdir(exist_ok=True)
-        raw = stems(root / "RawDepth") if (root / "RawDepth").is_dir() else {}
-        jobs = [(path, raw.get(stem, path), depth_unit, camera, root / "HHA" / f"{stem}.png")
-                for stem, path in stems(root / "Depth").items()]
-    else:
+    if not (root / "Depth").is_dir():
+        frames = sunrgbd_frames(root)
+        need(frames, f"no Depth/ and no SUN RGB-D frame under {root}; {TREE}")
         jobs = [(depth, raw, None, read_intrinsics(K), hha_file(image))
-                for image, depth, raw, K in sunrgbd_frames(root).values()]
-    if not jobs:
-        raise BadInput(f"no Depth/ and no SUN RGB-D frame under {root}; {TREE}")
-    jobs = [job for job in jobs if not job[-1].is_file()]
-    list(in_processes(write_one_hha, jobs, workers, "hha"))
+                for image, depth, raw, K in frames.values()]
+        return run_all(write_one_hha, jobs, workers, "hha")
+    camera = read_intrinsics(intrinsics or root / "intrinsics.txt")
+    depth = named_files(root / "Depth")
+    raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
+    missing = [name for name in depth if name not in raw]
+    need(not missing, f"{len(missing)} frames of {root / 'Depth'} are not in RawDepth (the first: "
+         f"{missing[:1]}); complete it, or take RawDepth away")
+    with built(root / "HHA") as part:
+        jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
+                for name, path in depth.items()]
+        run_all(write_one_hha, jobs, workers, "hha")
 
 
 def hha_file(image):
-    return image.parent.parent / "hha" / f"{image.stem}.png"
+    """The HHA of an image of SUN RGB-D's tree."""
+    folder, name = os.path.split(image)
+    return os.path.join(os.path.dirname(folder), "hha", os.path.splitext(name)[0] + ".png")
 
 
 def write_one_hha(job):
     depth, raw, depth_unit, camera, out = job
+    depth_m, raw_m = metres(depth, depth_unit), metres(raw, depth_unit)
+    need(depth_m.shape == raw_m.shape, f"{raw} has {raw_m.shape} pixels, {depth} {depth_m.shape}; "
+         f"expected equal sizes")
     try:
-        depth_m, raw_m = metres(depth, depth_unit), metres(raw, depth_unit)
         image = Image.fromarray(hha(filled(depth_m), raw_m, camera))
     except ValueError as error:
         raise BadInput(f"{depth}: {error}") from None
-    out.parent.mkdir(exist_ok=True)
-    atomically(out, lambda path: image.save(path, "png"))
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    save_png(out, image)
 
 
 def metres(path, depth_unit):
     """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
-    a = np.array(opened(path))
-    return sunrgbd_depth(a) if depth_unit is None else np.where(a < 65535, a / depth_unit, 0)
+    steps = depth_steps(path)
+    if depth_unit is None:
+        return sunrgbd_depth(steps)
+    return np.where(steps < 65535, steps / depth_unit, 0)
 
 
 def filled(z):
@@ -1536,65 +1972,6 @@ def filled(z):
     return np.where(z > 0, z, np.median(z[z > 0]) if (z > 0).any() else 0)
 
 
-def bench(device, size=224, seconds=3.0):
-    """Pairs a second and worker, raw and packed; views a second of the batched augmentations on the
-    device, and of torchvision's on the CPU, image by image.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        list(write_satellite(root, [np.random.default_rng(i) for i in range(16)], 16, S=264))
-        raw = SSL4EO(root)
-        pack(root, root / "packed", 1)
-        packed = SSL4EO(root)
-        rates = [rate(lambda i: data[i % 16], seconds) for data in (raw, packed)]
-        x = {"sar": packed[0][0][0], "ms": packed[0][1][0]}
-    print(f"reading, one worker, files in memory: raw {rates[0]:.0f} pairs/s, packed "
-          f"{rates[1]:.0f} pairs/s, {rates[1] / rates[0]:.1f} times; below, "
-          f"{torch.get_num_threads()} CPU threads")
-    x |= {"aerial": x["ms"][1:4], "dem": x["ms"][:3].float() / 255}
-    for modality, image in x.items():
-        batch, draws = image.expand(32, -1, -1, -1).to(device), Draws(0, 32, slice(None))
-
-        def batched(step):
-            draws.restart(step)
-            augment(batch, modality, size, draws)[0, 0, 0, 0].item()  # waits for the device
-
-        one_by_one = torchvision_pipeline(modality, size)
-        fast, slow = 32 * rate(batched, seconds), rate(lambda i: one_by_one(image), seconds)
-        print(f"{modality:6s} {len(image):2d} x 264 x 264 -> {size}: batched on {device} "
-              f"{fast:.0f} views/s, torchvision one by one {slow:.0f}, {fast / slow:.1f} times")
-
-
-def rate(work, seconds):
-    """Calls a second."""
-    work(0)
-    start, n = time.perf_counter(), 0
-    while time.perf_counter() < start + seconds:
-        work(n)
-        n += 1
-    return n / (time.perf_counter() - start)
-
-
-def torchvision_pipeline(modality, size):
-    """The same by torchvision v2, of which jitter and grayscale are replaced at 2 and 13 bands."""
-    has, row = AUGMENTATIONS[modality], MODALITIES[modality]
-    if len(row["bands"]) == 3:
-        jitter, gray = v2.ColorJitter(*BYOL["jitter"]), v2.Grayscale(3)
-    else:
-        factor = torch.distributions.Uniform(0.6, 1.4).sample
-        jitter = v2.Compose([
-            v2.Lambda(lambda x: (x * factor()).clamp(0, 1)),
-            v2.Lambda(lambda x: x.lerp(x.mean(), 1 - factor()).clamp(0, 1))])
-        gray = v2.Lambda(lambda x: x.mean(-3, keepdim=True).expand_as(x))
-    drawn = (("jitter_p", jitter), ("gray_p", gray), ("blur_p", v2.GaussianBlur(23, (0.1, 2.0))),
-             ("solarize_p", v2.RandomSolarize(0.5, 1)))
-    return v2.Compose([
-        v2.ToDtype(torch.float32, scale=True), v2.RandomResizedCrop(size, has["scale"]),
-        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-        *(v2.RandomApply([step], has[name]) for name, step in drawn if name in has),
-        v2.Normalize(row["mean"], row["std"])])
-
-
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1604,64 +1981,64 @@ def get_args(argv=None):
         for flag, options in flags.items():
             sub.add_argument(f"--{flag.replace('_', '-')}", **options)
 
-    data = dict(metavar="DIR", help="default: the scenario's or the task's, under data/")
-    out = dict(metavar="DIR", type=Path, help="default: in DIR, where it is looked for")
-    unit = dict(type=float, default=1000.0, help="steps of a depth file a metre; default: 1000")
-    own = dict(metavar="DIR", help="of custom")
-    workers = dict(type=int, default=os.cpu_count(), help="processes; default: one a core")
-    command("check", "read every file: table, bad ids, contact sheet; exit code 1 if any is bad",
+    folder = dict(metavar="DIR", type=os.path.expanduser)
+    data = dict(folder, help="default: the scenario's or the task's, under data/")
+    out = dict(folder, help="default: in DIR, where it is looked for")
+    own = dict(folder, help="of custom: a folder, or a pattern such as 'chips/*_S1Hand.tif'")
+    unit = dict(type=number(float, 1e-3, 1e9), default=1000.0,
+                help="steps of a depth file a metre; default: 1000")
+    workers = dict(type=number(int, 0), default=cores(), help="processes; default: one a core")
+    command("check", "read every file: tables, bad ids, contact sheet; exit code 1 if any is bad",
             scenario=dict(choices=[*TOYS, "custom"]),
             task=dict(choices=TASKS, help="a transfer task instead of a scenario"),
-            data=data, data1=own, data2=own,
-            split=dict(help="default: all; of a task train"), depth_unit=unit, workers=workers,
-            size=dict(type=int, default=224, help="crop of the contact sheet; default: 224"),
-            out=dict(metavar="DIR", type=Path, help="default: runs/check-NAME"))
+            data=data, data1=own, data2=own, depth_unit=unit, workers=workers,
+            split=dict(help="default: all; of a task train; of custom the file of a list"),
+            size=dict(type=number(int, 8, 4096), default=224,
+                      help="crop of the contact sheet; default: 224"),
+            out=dict(folder, help="default: runs/check-DATA"))
     command("pack", "SSL4EO-S12 into four arrays, once; pretraining then reads those",
             data=data, out=out, workers=workers)
     command("crop", "GeoNRW's tiles into patches, once; pretraining then reads those",
             data=data, out=out, workers=workers)
     command("hha", "RGB-depth: HHA for every frame that has none", data=data, depth_unit=unit,
             workers=workers, intrinsics=dict(
-                metavar="FILE", help="3x3 camera of the folder form; default: DIR/intrinsics.txt"))
+                folder, metavar="FILE", help="camera of the folder form; default: in DIR"))
     command("toy", "the made-up scenes of a scenario, as --toy makes them",
-            scenario=dict(required=True, choices=TOYS), out=dict(help="default: data/toy-SCENARIO"))
-    command("bench", "how fast files are read and views are made here",
-            device=dict(default="cuda" if torch.cuda.is_available() else "cpu"))
+            scenario=dict(required=True, choices=TOYS), out=dict(folder, help="new folder"))
     return parser.parse_args(argv)
 
 
-def main():
-    args = get_args()
+def open_checked(args):
+    """The data set that `check` is asked for, and the folder for what it finds."""
+    name, own = args.task or args.scenario, (args.data1, args.data2)
+    need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
+    need((name == "custom") == all(own) == any(own) and not (all(own) and args.data),
+         "check: expected --data1 and --data2 with --scenario custom, else --data")
+    root = own if name == "custom" else args.data or f"data/{name}"
+    split = args.split or ("train" if args.task else "all")
+    data = open_pairs(name, root, args.size, split, args.depth_unit, strict=False)
+    return data, Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
+
+
+def main(argv=None):
+    args = get_args(argv)
     if args.command == "check":
-        name = args.task or args.scenario
-        whole = name != "custom" or (args.data1 and args.data2)
-        if bool(args.task) == bool(args.scenario) or not whole:
-            raise BadInput("check: expected --scenario or --task; with custom, --data1 and --data2")
-        root = (args.data1, args.data2) if name == "custom" else args.data or f"data/{name}"
-        split = args.split or ("train" if args.task else "all")
-        dataset = open_pairs(name, root, args.size, split, args.depth_unit, strict=False)
-        out = args.out or Path(f"runs/check-{name}")
-        sys.exit(check(dataset, out, args.workers, args.size, TASKS.get(args.task)) > 0)
-    elif args.command == "pack":
-        root = Path(args.data or "data/sar-optical")
-        pack(root, args.out or root / "packed", args.workers)
+        data, out = open_checked(args)
+        bad = check(data, out, args.workers, args.size)
+        sys.exit(1 if bad else 0)
+    if args.command == "pack":
+        root = args.data or "data/sar-optical"
+        pack(root, args.out or f"{root}/packed", args.workers)
     elif args.command == "crop":
-        root = Path(args.data or "data/rgb-dem")
-        crop(root, args.out or root / "cropped", args.workers)
+        root = args.data or "data/rgb-dem"
+        crop(root, args.out or f"{root}/cropped", args.workers)
     elif args.command == "hha":
         write_hha(args.data or "data/rgbd", args.workers, args.depth_unit, args.intrinsics)
-    elif args.command == "bench":
-        bench(args.device)
     else:
-        refuse_existing(out := args.out or f"data/toy-{args.scenario}")
+        out = args.out or f"data/toy-{args.scenario}"
+        refuse_existing(out)
         make_toy(args.scenario, out)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BadInput, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("stopped; pack, crop and hha go on with the same command")
+    guarded(main)

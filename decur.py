@@ -4,7 +4,8 @@ The method itself, to be read beside Sec. 3 and Algorithm 1 of the paper (arXiv:
 Nothing here knows of data sets, arguments or processes.
 
     Eq. 1-6, Algorithm 1    on_diag off_diag BN loss_c loss_u decur_loss  (torch alone: copy them)
-    the same, without KxK   decur_loss_gram                               (what pretrain.py uses)
+    the same, without KxK   decur_loss_gram                               (cheaper while N << K)
+    for the log             diagonals bounds
     Tables 1-3, compared    barlow_twins_loss vicreg_loss simclr_loss clip_loss
     Fig. 2, App. B          resnet mit projector DeCUR                         (E1, P1, E2, P2)
     starting from weights   read_weights load_encoder
@@ -23,9 +24,7 @@ Nothing here knows of data sets, arguments or processes.
 `python decur.py` times both forms of the loss at the paper's N and K.
 """
 import argparse
-import multiprocessing
 import pickle
-import sys
 import time
 
 import torch
@@ -44,6 +43,8 @@ def on_diag(C):
 
 def off_diag(C):
     K = len(C)                                  # every (K+1)-th element is on the diagonal
+    if K == 0:
+        return C                                # 0x0: an ablation left the block empty
     return C.flatten()[1:].view(K - 1, K + 1)[:, :-1]  # (K-1)xK
 
 
@@ -78,30 +79,27 @@ def decur_loss(z11, z12, z21, z22, Kc,
     Kc               the first Kc dimensions are common, the other K - Kc unique, 0 <= Kc <= K
     intra            False leaves L1 and L2 out (Table 4, "w/o intra"); Kc = K is "w/o decoup."
 
-    Call it outside autocast.  Returns the loss and a dict of detached scalars: terms L1 L2 Lc Lu
-    and mean diagonals C1 C2 Cc Cu, in [-1, 1]; what an ablation leaves empty is left out.
-    Raises ValueError if Kc is not within 0..K.
+    Call it outside autocast.  Returns the loss and, for the log, its terms L1 L2 Lc Lu, detached: 0
+    where an ablation leaves nothing.  Raises ValueError if Kc is not within 0..K.
     """
     N, K = z11.shape
     if not 0 <= Kc <= K:
         raise ValueError(f"Kc = {Kc} common dimensions of K = {K}; expected 0 <= Kc <= K")
-    z11, z12 = BN(z11), BN(z12)                 # NxK
-    z21, z22 = BN(z21), BN(z22)                 # NxK
-    Cm = z11.T @ z21 / N                        # KxK
-    L, C = {}, {}
+    z11, z21 = BN(z11), BN(z21)                 # NxK
+    L1 = L2 = z11.new_zeros(())
     if intra:
-        C["C1"] = z11.T @ z12 / N               # KxK
-        C["C2"] = z21.T @ z22 / N               # KxK
-        L["L1"] = loss_c(C["C1"], lmb1)         # Eq. 4  intra-modal M1
-        L["L2"] = loss_c(C["C2"], lmb2)         # Eq. 5  intra-modal M2
-    if Kc > 0:
-        C["Cc"] = Cm[:Kc, :Kc]                  # KcxKc
-        L["Lc"] = loss_c(C["Cc"], lmbc)         # Eq. 2  cross-modal common
-    if Kc < K:
-        C["Cu"] = Cm[Kc:, Kc:]                  # KuxKu  (common-by-unique blocks: in no term)
-        L["Lu"] = loss_u(C["Cu"], lmbu)         # Eq. 3  cross-modal unique
-    parts = {**L, **{name: on_diag(c).mean() for name, c in C.items()}}
-    return sum(L.values()), {name: part.detach() for name, part in parts.items()}  # Eq. 6
+        z12, z22 = BN(z12), BN(z22)             # NxK
+        C1 = z11.T @ z12 / N                    # KxK
+        C2 = z21.T @ z22 / N                    # KxK
+        L1 = loss_c(C1, lmb1)                   # Eq. 4  intra-modal M1
+        L2 = loss_c(C2, lmb2)                   # Eq. 5  intra-modal M2
+    Cm = z11.T @ z21 / N                        # KxK
+    Cc = Cm[:Kc, :Kc]                           # KcxKc
+    Cu = Cm[Kc:, Kc:]                           # KuxKu  (common-by-unique blocks: in no term)
+    Lc = loss_c(Cc, lmbc)                       # Eq. 2  cross-modal common
+    Lu = loss_u(Cu, lmbu)                       # Eq. 3  cross-modal unique
+    terms = dict(L1=L1.detach(), L2=L2.detach(), Lc=Lc.detach(), Lu=Lu.detach())
+    return L1 + L2 + Lc + Lu, terms             # Eq. 6
 # ---- to here ----
 
 
@@ -112,7 +110,7 @@ def decur_loss_gram(z11, z12, z21, z22, Kc,
     For C = Za.T @ Zb / N,  sum_ij C_ij^2 = tr(Zb.T Za Za.T Zb) / N^2 = <Za Za.T, Zb Zb.T> / N^2, an
     inner product of NxN Gram matrices.  Less the diagonal's squares, the off-diagonal is left.  Six
     Gram matrices serve all four terms: that of all dimensions is the sum of the two blocks'.  Time
-    O(N^2 K), memory O(NK) against O(N K^2), O(K^2): it pays while N < K, and N is 256, K 8192.
+    O(N^2 K), memory O(NK) against O(N K^2), O(K^2): it pays while 2 N <= K (N 256, K 8192).
     """
     N, K = z11.shape
     if not 0 <= Kc <= K:
@@ -120,22 +118,18 @@ def decur_loss_gram(z11, z12, z21, z22, Kc,
     z11, z21 = BN(z11), BN(z21)                                     # NxK
     G11c, G11u = gram(z11[:, :Kc]), gram(z11[:, Kc:])               # NxN
     G21c, G21u = gram(z21[:, :Kc]), gram(z21[:, Kc:])               # NxN
-    cm = (z11 * z21).mean(0)                                        # K    on_diag(Cm)
-    L, C = {}, {}
+    L1 = L2 = z11.new_zeros(())
     if intra:
         z12, z22 = BN(z12), BN(z22)                                 # NxK
-        C["C1"] = (z11 * z12).mean(0)                               # K    on_diag(C1)
-        C["C2"] = (z21 * z22).mean(0)                               # K    on_diag(C2)
-        L["L1"] = loss_gram(C["C1"], 1, G11c + G11u, gram(z12), lmb1)   # Eq. 4
-        L["L2"] = loss_gram(C["C2"], 1, G21c + G21u, gram(z22), lmb2)   # Eq. 5
-    if Kc > 0:
-        C["Cc"] = cm[:Kc]                                           # Kc   on_diag(Cc)
-        L["Lc"] = loss_gram(C["Cc"], 1, G11c, G21c, lmbc)           # Eq. 2
-    if Kc < K:
-        C["Cu"] = cm[Kc:]                                           # Ku   on_diag(Cu)
-        L["Lu"] = loss_gram(C["Cu"], 0, G11u, G21u, lmbu)           # Eq. 3
-    parts = {**L, **{name: c.mean() for name, c in C.items()}}
-    return sum(L.values()), {name: part.detach() for name, part in parts.items()}
+        c1 = (z11 * z12).mean(0)                                    # K    on_diag(C1)
+        c2 = (z21 * z22).mean(0)                                    # K    on_diag(C2)
+        L1 = loss_gram(c1, 1, G11c + G11u, gram(z12), lmb1)         # Eq. 4
+        L2 = loss_gram(c2, 1, G21c + G21u, gram(z22), lmb2)         # Eq. 5
+    cm = (z11 * z21).mean(0)                                        # K    on_diag(Cm)
+    Lc = loss_gram(cm[:Kc], 1, G11c, G21c, lmbc)                    # Eq. 2
+    Lu = loss_gram(cm[Kc:], 0, G11u, G21u, lmbu)                    # Eq. 3
+    terms = dict(L1=L1.detach(), L2=L2.detach(), Lc=Lc.detach(), Lu=Lu.detach())
+    return L1 + L2 + Lc + Lu, terms
 
 
 def gram(z):
@@ -149,17 +143,48 @@ def loss_gram(c, target, Ga, Gb, lmb):
     return l_on + lmb * l_off
 
 
+@torch.no_grad()
+def diagonals(z11, z12, z21, z22, Kc):
+    """Mean diagonals C1 C2 Cc Cu in [-1, 1], for the log: they tell more than the loss, whose scale
+    goes with N and K.  z: NxK, or None for a view that is not encoded.  Empty ones are left out.
+    """
+    means = {}
+    if z12 is not None and z22 is not None:
+        means["C1"] = (BN(z11) * BN(z12)).mean(0).mean()
+        means["C2"] = (BN(z21) * BN(z22)).mean(0).mean()
+    cm = (BN(z11) * BN(z21)).mean(0)                                # K    on_diag(Cm)
+    if Kc > 0:
+        means["Cc"] = cm[:Kc].mean()
+    if Kc < len(cm):
+        means["Cu"] = cm[Kc:].mean()
+    return means
+
+
 def chance_and_floor(N, k, lmb=0.0051, unique=False):
     """`loss_c` (or `loss_u`) of k dimensions by chance, and the least that a batch of N allows.
 
     Chance: C_ij of independent embeddings has mean 0 and variance 1 / (N-1), so the diagonal gives
     k + k / (N-1).  Floor: the rank of C is at most N-1, so by Cauchy-Schwarz sum_ij C_ij^2 >=
-    (tr C)^2 / (N-1); minimise over tr C.  The README tabulates both.  Returns two floats.
+    (tr C)^2 / (N-1); minimise over tr C.  Returns two floats.
     """
     if unique:
         return (k + lmb * k * (k - 1)) / (N - 1), 0.0
     a = lmb * (k / (N - 1) - 1)
     return k + (k + lmb * k * (k - 1)) / (N - 1), max(0.0, k * a / (1 + a))
+
+
+def bounds(N, K, Kc, intra=True):
+    """{term: value} of Eq. 6 by chance, and at the least: two dicts of the terms that there are."""
+    both = {}
+    if intra:
+        both["L1"] = both["L2"] = chance_and_floor(N, K)
+    if Kc > 0:
+        both["Lc"] = chance_and_floor(N, Kc)
+    if Kc < K:
+        both["Lu"] = chance_and_floor(N, K - Kc, unique=True)
+    chance = {name: pair[0] for name, pair in both.items()}
+    floor = {name: pair[1] for name, pair in both.items()}
+    return chance, floor
 
 
 # ---- Tables 1-3: what DeCUR is compared with ----
@@ -169,7 +194,10 @@ def chance_and_floor(N, k, lmb=0.0051, unique=False):
 
 def barlow_twins_loss(zA, zB, lmb=0.0051):
     """Barlow Twins (Zbontar et al., 2021), Eq. 1-2; lambda as DeCUR.  Table 4: w/o intra&decoup."""
+    N, K = zA.shape
     zA, zB = BN(zA), BN(zB)                     # NxK
+    if 2 * N > K:                               # then the KxK matrix is the cheaper one
+        return loss_c(zA.T @ zB / N, lmb)
     return loss_gram((zA * zB).mean(0), 1, gram(zA), gram(zB), lmb)
 
 
@@ -244,7 +272,8 @@ class ResNet(torchvision.models.ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):   # torchvision's way, for the replaced layers too
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.channels, self.dims = channels, [width * block.expansion << s for s in range(4)]
+        self.channels = channels
+        self.dims = [width * block.expansion << s for s in range(4)]
 
     def stages(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -285,17 +314,26 @@ class Attention(nn.Module):
 
     def __init__(self, C, heads, R):
         super().__init__()
-        self.heads, self.reduce = heads, R > 1
-        self.q, self.kv, self.proj = nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(C, C)
-        if self.reduce:
-            self.sr, self.norm = nn.Conv2d(C, C, R, stride=R), nn.LayerNorm(C)
+        self.heads = heads
+        self.q = nn.Linear(C, C)
+        self.kv = nn.Linear(C, 2 * C)
+        self.proj = nn.Linear(C, C)
+        self.sr = None
+        if R > 1:
+            self.sr = nn.Conv2d(C, C, R, stride=R)
+            self.norm = nn.LayerNorm(C)
 
     def forward(self, x):
-        y = self.norm(convolve(self.sr, x)) if self.reduce else x   # NxH/RxW/RxC
-        qkv = (self.q(x), *self.kv(y).chunk(2, dim=-1))
-        q, k, v = (t.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)
+        y = x
+        if self.sr is not None:
+            y = self.norm(convolve(self.sr, x))                     # NxH/RxW/RxC
+        k, v = self.kv(y).chunk(2, dim=-1)
+        q, k, v = self.split(self.q(x)), self.split(k), self.split(v)
         out = F.scaled_dot_product_attention(q, k, v)               # N x heads x HW x C/heads
         return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    def split(self, t):                         # NxHxWxC -> N x heads x HW x C/heads
+        return t.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class MixFFN(nn.Module):
@@ -303,7 +341,9 @@ class MixFFN(nn.Module):
 
     def __init__(self, C):
         super().__init__()
-        self.fc1, self.fc2, self.dwconv = nn.Linear(C, 4 * C), nn.Linear(4 * C, C), nn.Module()
+        self.fc1 = nn.Linear(C, 4 * C)
+        self.fc2 = nn.Linear(4 * C, C)
+        self.dwconv = nn.Module()
         self.dwconv.dwconv = nn.Conv2d(4 * C, 4 * C, 3, padding=1, groups=4 * C)
 
     def forward(self, x):
@@ -313,8 +353,11 @@ class MixFFN(nn.Module):
 class Block(nn.Module):
     def __init__(self, C, heads, R, drop):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(C, eps=1e-6), Attention(C, heads, R)
-        self.norm2, self.mlp, self.drop = nn.LayerNorm(C, eps=1e-6), MixFFN(C), drop
+        self.norm1 = nn.LayerNorm(C, eps=1e-6)
+        self.attn = Attention(C, heads, R)
+        self.norm2 = nn.LayerNorm(C, eps=1e-6)
+        self.mlp = MixFFN(C)
+        self.drop = drop
 
     def forward(self, x):                       # drop path: a sample skips a branch at rate `drop`
         x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop, "row", self.training)
@@ -337,7 +380,8 @@ class MiT(nn.Module):
 
     def __init__(self, name, channels):
         super().__init__()
-        self.channels, (self.dims, depths) = channels, MITS[name]
+        self.channels = channels
+        self.dims, depths = MITS[name]
         drops = [0.1 * n / (sum(depths) - 1) for n in range(sum(depths))]  # by depth in the net
         widths = (channels, *self.dims)
         stages = zip(self.dims, depths, (1, 2, 5, 8), (8, 4, 2, 1))
@@ -354,7 +398,9 @@ class MiT(nn.Module):
         self.to(memory_format=torch.channels_last)  # as the maps are inside, and so the gradients
 
     def stage(self, s, x):                      # s: 1 to 4
-        embed, block, norm = map(self.get_submodule, (f"patch_embed{s}", f"block{s}", f"norm{s}"))
+        embed = getattr(self, f"patch_embed{s}")
+        block = getattr(self, f"block{s}")
+        norm = getattr(self, f"norm{s}")
         x = embed.norm(embed.proj(x).permute(0, 2, 3, 1))           # NxHxWxC
         return norm(block(x)).permute(0, 3, 1, 2)                   # NxCxHxW
 
@@ -402,8 +448,11 @@ class DeCUR(nn.Module):
         self.f2 = branch(backbone, channels2, widths) if any(views[2:]) else None
 
     def forward(self, x11, x12, x21, x22):      # NxK each, not yet normalised
-        fx = zip(self.views, (self.f1, self.f1, self.f2, self.f2), (x11, x12, x21, x22))
-        return tuple(f(x) if view else None for view, f, x in fx)
+        z11 = self.f1(x11) if self.views[0] else None
+        z12 = self.f1(x12) if self.views[1] else None
+        z21 = self.f2(x21) if self.views[2] else None
+        z22 = self.f2(x22) if self.views[3] else None
+        return z11, z12, z21, z22
 
 
 def branch(backbone, channels, widths):
@@ -425,132 +474,110 @@ def read_weights(file, backbone):
 
     file   checkpoint.pt or encoder?.pth of this project, a state dict of torchvision, of SegFormer,
            of the DeCUR authors; or "imagenet" for torchvision's own of `backbone`, downloaded once
-    Raises ValueError where a file holds more than tensors and plain values: it could run code.
+    Raises ValueError where a file holds more than finite tensors by name: it could run code.
     """
     if file == "imagenet":
-        if backbone not in torchvision.models.list_models():
-            raise ValueError(f"torchvision has no ImageNet weights for {backbone}: "
-                             f"give a file instead")
-        weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except OSError as error:
-            raise ValueError(f"no {weights.url} ({error}): "
-                             f"fetch it where there is a network, give the file") from None
-    else:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError):
-            raise ValueError(f"{file} is damaged, or no file of tensors and plain values alone: "
-                             f"it could run code") from None
+        return [imagenet_weights(backbone)]
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError):
+        raise ValueError(f"{file} is damaged, or no file of tensors and plain values alone: "
+                         f"it could run code") from None
     for key in ("model", "state_dict"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, expected a state dict")
+        if isinstance(state, dict) and key in state:
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{file} holds no state dict: expected tensors by their parameters' names")
     state = {key.removeprefix("module."): value for key, value in state.items()}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or not value.isfinite().all():
+            raise ValueError(f"{file}: {key} is not a tensor of finite numbers; take another file")
     beside = (*BRANCHES[0], *BRANCHES[1], *BESIDE)
     rest = {key: value for key, value in state.items() if not key.startswith(beside)}
-    encoders = [{key.removeprefix(start): value for start in starts for key, value in state.items()
-                 if key.startswith(start)} for starts in BRANCHES]
-    return [{**encoder, **rest} for encoder in encoders if encoder] or [rest]
+    encoders = []
+    for prefixes in BRANCHES:
+        encoder = {}
+        for prefix in prefixes:
+            own = [key for key in state if key.startswith(prefix)]
+            encoder |= {key.removeprefix(prefix): state[key] for key in own}
+        if encoder:
+            encoders.append(encoder | rest)
+    return encoders or [rest]
+
+
+def imagenet_weights(backbone):
+    if backbone not in torchvision.models.list_models():
+        raise ValueError(f"torchvision has no ImageNet weights for {backbone}: give a file instead")
+    weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"no {weights.url} ({error}): "
+                         f"fetch it where there is a network, give the file") from None
 
 
 def load_encoder(E, state, bgr=False):
-    """Load a state dict of `read_weights` into the encoder E.  Returns a line: keys matched or not.
+    """Load a state dict of `read_weights` into the encoder E.  Returns a line that says so.
 
     bgr    the weights know images as blue, green, red: reverse the first convolution's input
     Raises ValueError, E untouched, unless all keys of E match and only a classifier is left over.
     """
     own = E.state_dict()
     first = next(iter(own))                     # the first convolution's weight: CxC_inxkxk
-    if first in state and state[first].shape[1] != E.channels:
+    if first in state and state[first].ndim == 4 and state[first].shape[1] != E.channels:
         raise ValueError(f"{first} takes {state[first].shape[1]} input channels, "
                          f"this encoder {E.channels}")
     if bgr and E.channels != 3:
         raise ValueError(f"BGR weights for an encoder of {E.channels} input channels: expected 3")
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    missing = [key for key in own if key not in state
-               and not key.endswith("num_batches_tracked")]         # not before torch 0.4.1
-    unexpected = [key for key in state if key not in own]
-    lists = {"of another shape": shapes, "missing": missing, "unexpected": unexpected}
-    report = f"{len(own.keys() & state.keys()) - len(shapes)} of {len(own)} keys matched" + "".join(
-        f", {len(keys)} {name}: {' '.join(keys[:4])}{' ...' * (len(keys) > 4)}"
-        for name, keys in lists.items() if keys)
-    if shapes or missing or not CLASSIFIER.issuperset(unexpected):
-        raise ValueError(f"{report}; expected all, and nothing beside a classifier: "
-                         f"is it another backbone?")
+    common = [key for key in own if key in state]
+    counters = [key for key in own if key.endswith("num_batches_tracked")]  # new in torch 0.4.1
+    for words, keys in (
+            ("of another shape", [key for key in common if own[key].shape != state[key].shape]),
+            ("missing", [key for key in own if key not in state and key not in counters]),
+            ("unexpected", [key for key in state if key not in own and key not in CLASSIFIER])):
+        if keys:
+            raise ValueError(f"{len(keys)} of {len(own)} keys {words}: {' '.join(keys[:4])}; "
+                             f"expected all, and only a classifier beside: another backbone?")
+    weights = {key: state[key] for key in common}
     if bgr:
-        state = {**state, first: state[first].flip(1)}
-        report += ", input channels reversed"
-    E.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
-    return report
+        weights[first] = weights[first].flip(1)
+    E.load_state_dict(weights, strict=False)
+    return f"{len(common)} of {len(own)} keys matched{', BGR turned to RGB' if bgr else ''}"
 
 
 # ---- python decur.py: both forms of the loss, side by side ----
 
-def measure(loss, N, K, Kc, device, repeats, queue):
-    """Seconds (best of `repeats`) and peak bytes, forward and backward; run in a fresh process."""
+def seconds_of(loss, z, Kc):
+    """Of one forward and backward pass, the best of three; and the loss."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        value = loss(*z, Kc)[0]
+        torch.autograd.grad(value, z)
+        value = value.item()                    # waits for a GPU
+        times.append(time.perf_counter() - start)
+    return min(times), value
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Time of Algorithm 1's loss and of its Gram form, forward and backward.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="the global one")
+    parser.add_argument("--dims", type=int, default=8192, metavar="K", help="of the embedding")
+    args = parser.parse_args(argv)
+    if args.batch_size < 2 or args.dims < 2:
+        parser.error("expected --batch-size and --dims of 2 or more")
+    N, K, Kc = args.batch_size, args.dims, round(0.875 * args.dims)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     shared = torch.randn(N, K, device=device)   # correlated, so that no term is trivial
     z = [(shared + torch.randn(N, K, device=device)).requires_grad_() for _ in range(4)]
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    loss(*[z_[:2, :2] for z_ in z], 1)[0].backward()  # libraries loaded, threads started
-    before = peak(device)
-    seconds = []
-    for _ in range(repeats):
-        sync(), (start := time.perf_counter())
-        value = loss(*z, Kc)[0]
-        gradient = torch.autograd.grad(value, z)
-        sync(), seconds.append(time.perf_counter() - start)
-    norms = [g.norm().item() for g in gradient]
-    queue.put((min(seconds), peak(device) - before, value.item(), norms))
-
-
-def peak(device):
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource                             # POSIX only
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Time and peak memory of Algorithm 1's loss and of its Gram form, "
-                    "forward and backward.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--batch-size", type=int, default=256, metavar="N", help="N, the global batch")
-    add("--dims", type=int, default=8192, metavar="K", help="K, the embedding's dimensions")
-    add("--common", type=float, default=0.875, help="fraction of common dimensions, 0 to 1")
-    add("--repeats", type=int, default=3, help="the best time of so many counts")
-    args = parser.parse_args()
-    if args.batch_size < 2 or args.dims < 1 or not 0 <= args.common <= 1 or args.repeats < 1:
-        parser.error("expected --batch-size >= 2, --dims >= 1, 0 <= --common <= 1 "
-                     "and --repeats >= 1")
-    N, K, Kc = args.batch_size, args.dims, round(args.common * args.dims)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    threads = f"{torch.get_num_threads()} CPU threads"
-    where = torch.cuda.get_device_name() if device == "cuda" else threads
-    print(f"N {N}  K {K}  Kc {Kc}  float32  {where}  torch {torch.__version__}")
-    rows, spawn = [], multiprocessing.get_context("spawn")  # a process each: peaks of their own
-    for loss in (decur_loss, decur_loss_gram):
-        queue = spawn.SimpleQueue()
-        process = spawn.Process(target=measure, args=(loss, N, K, Kc, device, args.repeats, queue))
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(f"{loss.__name__} ended with exit code {process.exitcode}: too little memory? "
-                     f"Try a smaller --dims")
-        rows.append(queue.get())
-        print(f"{loss.__name__:16s} {rows[-1][0]:8.3f} s  {rows[-1][1] / 2**20:8.1f} MiB  "
-              f"loss {rows[-1][2]:.4f}")
-    (time_a, memory_a, loss_a, gradient_a), (time_b, memory_b, loss_b, gradient_b) = rows
-    gradient = max(abs(a - b) / a for a, b in zip(gradient_a, gradient_b))
-    print(f"Gram form: {time_a / time_b:.1f} times faster, "
-          f"{memory_a / max(memory_b, 1):.1f} times less memory, "
-          f"relative difference of the loss {abs(loss_a - loss_b) / loss_a:.1e}, "
-          f"of the gradients' norms {gradient:.1e}")
+    print(f"N {N}  K {K}  Kc {Kc}  float32  {device}  torch {torch.__version__}")
+    slow, loss = seconds_of(decur_loss, z, Kc)
+    fast, same = seconds_of(decur_loss_gram, z, Kc)
+    print(f"decur_loss {slow:.3f} s, decur_loss_gram {fast:.3f} s ({slow / fast:.1f} times as "
+          f"fast), relative difference {abs(loss - same) / loss:.1e}")
 
 
 if __name__ == "__main__":

@@ -5,46 +5,41 @@
     python explain.py --sweep runs/common-*               made-up scenes: Sec. 6 over seeds, Fig. 3a
 
     Algorithm 2   figure                  function                                picture, numbers
-    1             Fig. 4a and 8, Eq. 7    alignment_histogram, retrieval          alignment.png .npz
+    1             Fig. 4a and 8, Eq. 7    alignment_histogram                     alignment.png .npz
     2             Fig. 1 and 9            tsne_vis                                tsne.png      .npz
     3             Fig. 4b and 10          gradcam, gradcam_vis                    gradcam.png   .npz
     4             Fig. 5a                 gradcam_stat                            spatial.png   .npz
     5             Fig. 5b                 integrated_gradients, IG_vis, IG_stat   spectral.png  .npz
     not there     made-up scenes only     linear_probe, sweep                     factors.png   .npz
                   the training's log      picture_curves                          curves.png    .npz
+                  --only embeddings       picture_embeddings                      embeddings    .npz
 
-A sentence on how to read each is printed beside its path.  Two dictionaries run through the file:
-`parts`, from "common" and "unique" to their columns of an embedding, and attributions, from the
-same names to tensors; a method without unique dimensions has no such entry.  Networks are in
+What should be seen, what was measured and whether it is so is printed beside each path.  Names end
+in _c for common and in _u for unique dimensions, as in Algorithm 2; a method without unique
+dimensions has an empty slice of them, whose maps are 0 and are not drawn.  Networks are in
 evaluation mode and see whole images, not augmented.
 """
 import argparse
+import collections
 import csv
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
-from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, open_pairs, plain,
-                  random_resized_crop)
-from decur import BN, DeCUR, branch, chance_and_floor
-from pretrain import (load_checkpoint, measure_statistics, run, settings_of, start_processes,
-                      write_atomically)
-
-PICTURES = ("curves", "alignment", "tsne", "gradcam", "spatial", "spectral", "factors")
-WAVELENGTHS = dict(                             # Sentinel-2: the band's centre; Sentinel-1: C band
-    B1="443 nm", B2="490 nm", B3="560 nm", B4="665 nm", B5="705 nm", B6="740 nm", B7="783 nm",
-    B8="842 nm", B8A="865 nm", B9="945 nm", B10="1375 nm", B11="1610 nm", B12="2190 nm",
-    VV="5.5 cm", VH="5.5 cm")
-progress = partial(tqdm, leave=False, disable=None, dynamic_ncols=True)
+from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, guarded, need, number,
+                  open_pairs, plain, progress, random_resized_crop, read_json, visible,
+                  write_atomically)
+from decur import BN, DeCUR, bounds, branch
+from pretrain import load_checkpoint, measure_statistics, processes, settings_of
 
 
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
@@ -60,16 +55,6 @@ def alignment_histogram(z1, z2, bins=20, top=1.0):
     C_ii = (z1 * z2).mean(0)                    # K    on_diag(z1.T @ z2 / N), but no KxK matrix
     losses = (C_ii - 1).pow(2)                  # K
     return losses, torch.histc(losses, bins, 0, top)
-
-
-def retrieval(z1, z2):
-    """How often a sample's nearest neighbour in the other modality, by cosine, is its partner.
-
-    z1, z2: NxK.  The mean of both directions, 0..1; unrelated embeddings give 1 / N.
-    """
-    near = F.normalize(BN(z1)) @ F.normalize(BN(z2)).T                  # NxN
-    partner = torch.arange(len(near), device=near.device)
-    return sum((near.argmax(dim) == partner).float().mean().item() for dim in (0, 1)) / 2
 
 
 # ---- Algorithm 2, 2: representation visualization ----
@@ -96,17 +81,20 @@ def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
     y = U[:, :2] * S[:2]                                                # nx2
     y = y / y[:, 0].std().clamp(min=1e-12) * 1e-4
     velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
+    near, pull = torch.empty_like(P), torch.empty_like(P)   # used again: each pass over nxn counts
     for step in progress(range(steps), text, unit="step"):
         early = step < steps // 4
-        near, Q = student(y)                                            # nxn
-        pull = ((12 if early else 1) * P - Q) * near                    # nxn  early exaggeration
-        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)       # nx2
+        exaggeration, momentum = (12, 0.5) if early else (1, 0.8)
+        student(y, near)                                                # nxn
+        Q_share = 1 / (exaggeration * near.sum().item())
+        torch.sub(P, near, alpha=Q_share, out=pull).mul_(near)          # nxn  (P - Q) near
+        gradient = 4 * exaggeration * (pull.sum(1, keepdim=True) * y - pull @ y)  # nx2
         downhill = velocity * gradient < 0
         gains = torch.where(downhill, gains + 0.2, gains * 0.8).clamp(min=0.01)
-        velocity = (0.5 if early else 0.8) * velocity - lr * gains * gradient
+        velocity = momentum * velocity - lr * gains * gradient
         y = y + velocity
-    Q = student(y)[1].clamp(min=1e-12)
-    return y, (torch.special.xlogy(P, P) - P * Q.log()).sum().item()
+    Q = student(y, near) / near.sum()
+    return y, (torch.special.xlogy(P, P) - P * Q.clamp(min=1e-12).log()).sum().item()
 
 
 def affinities(x, perplexity):
@@ -115,7 +103,7 @@ def affinities(x, perplexity):
     D = D - D.min(1, keepdim=True).values                               # softmax stays the same
     beta = torch.ones_like(D[:, :1])                                    # nx1  1 / (2 sigma^2)
     low, high = torch.zeros_like(beta), torch.full_like(beta, torch.inf)
-    for _ in range(64):
+    for _ in range(40):
         P = (-beta * D).softmax(1)                                      # nxn
         wide = torch.special.entr(P).sum(1, keepdim=True) > math.log(perplexity)
         low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
@@ -123,30 +111,44 @@ def affinities(x, perplexity):
     return (P + P.T) / (2 * len(x))
 
 
-def student(y):
-    """1 / (1 + |y_i - y_j|^2), its diagonal 0, and Q, the same with sum 1.  y: nx2 -> nxn each."""
-    near = 1 / (1 + distances(y)).fill_diagonal_(torch.inf)
-    return near, near / near.sum()
+def student(y, out):
+    """1 / (1 + |y_i - y_j|^2), its diagonal 0, into out: nxn.  y: nx2.
+
+    One product of nx4 matrices; the digits that cancel are of no moment beside the 1.
+    """
+    length, one = y.pow(2).sum(1, keepdim=True), torch.ones_like(y[:, :1])  # nx1
+    left, right = torch.cat((-2 * y, 1 + length, one), 1), torch.cat((y, one, length), 1)
+    return torch.mm(left, right.T, out=out).reciprocal_().fill_diagonal_(0)
 
 
 def distances(x):
-    # through a product of matrices, digits would cancel
+    """|x_i - x_j|^2, nxn, without a product of matrices, in which digits would cancel."""
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").pow(2)
 
 
 # ---- Algorithm 2, 3: spatial saliency visualization ----
 
-def part_means(f, mean, var, parts):
-    """Sec. 7: "we average the common and unique dimensions as two single values output".
+class TwoValues:
+    """One modality's network with its output prepared: "we average the common and unique
+    dimensions as two single values output" (Sec. 7).  Images NxCxHxW -> out1, Nx2.
 
-    mean, var: K, of the embedding over the samples, from one pass before.  They have to be
-    constants: with those of the batch itself, a normalised feature's sum over the batch is zero
-    whatever x is, and so is its gradient, and every map made of it.  Returns x -> Nx2.
+    f1          encoder and projector
+    mean, var   K, of the embedding over all samples, from one pass before.  They have to be
+                constants: with those of the batch itself, a normalised feature's sum over the batch
+                is zero whatever x is, and so is its gradient, and every map made of it
+    Kc          the first Kc dimensions are common
+    layer       the module of f1 that GradCAM looks at
     """
-    def out(x):
-        z = (f(x) - mean) / (var + 1e-5).sqrt()                         # NxK  BN
-        return torch.stack([z[:, columns].mean(1) for columns in parts.values()], 1)  # Nx2
-    return out
+
+    def __init__(self, f1, mean, var, Kc, layer):
+        self.f1, self.mean, self.var, self.Kc, self.layer = f1, mean, var, Kc, layer
+
+    def __call__(self, x1):
+        z1 = (self.f1(x1) - self.mean) / (self.var + 1e-5).sqrt()       # NxK  BN(f1(x1))
+        z1_c = z1[:, :self.Kc].mean(-1, keepdim=True)                   # Nx1
+        z1_u = z1[:, self.Kc:].mean(-1, keepdim=True)                   # Nx1
+        out1 = torch.cat((z1_c, z1_u), -1)                              # Nx2
+        return out1
 
 
 def gradcam(net, layer, x, target, relu=False):
@@ -158,29 +160,35 @@ def gradcam(net, layer, x, target, relu=False):
     relu          the positive part only, as Selvaraju's Eq. 2; Algorithm 2's LayerGradCam keeps all
     Returns Nx1xhxw.  Samples do not mix as long as net is in evaluation mode.
     """
-    kept = []
+    outputs = []
 
-    def keep(module, inputs, output):
-        kept.append(output.detach().requires_grad_())                   # the graph starts here
-        return kept[-1].clone()                                         # in-place layers may follow
+    def hold(module, inputs, output):
+        outputs.append(output.detach().requires_grad_())                # the graph starts here
+        return outputs[-1].clone()                                      # in-place layers may follow
 
-    hook = layer.register_forward_hook(keep)
+    hook = layer.register_forward_hook(hold)
     try:
         with torch.enable_grad():
             out = net(x)[:, target].sum()
     finally:
         hook.remove()
-    A, (G,) = kept[0].detach(), torch.autograd.grad(out, kept)          # NxCxhxw
+    A = outputs[0].detach()                                             # NxCxhxw
+    G = torch.autograd.grad(out, outputs)[0]                            # NxCxhxw
     if isinstance(layer, nn.LayerNorm):
         A, G = A.permute(0, 3, 1, 2), G.permute(0, 3, 1, 2)
     attribution = (G.mean((2, 3), keepdim=True) * A).sum(1, keepdim=True)  # Nx1xhxw
     return attribution.relu() if relu else attribution
 
 
-def gradcam_vis(net, layer, parts, x):
-    """{part: NxHxW}: GradCAM maps of the outputs of `part_means`, upsampled to the input's size."""
-    return {part: F.interpolate(gradcam(net, layer, x, target), x.shape[-2:], mode="bilinear")[:, 0]
-            for target, part in enumerate(parts)}
+def gradcam_vis(net1, x1, relu=False):
+    """The common and the unique map, NxHxW each, of a `TwoValues`."""
+    attr1_c = gradcam(net1, net1.layer, x1, 0, relu)                    # Nx1xhxw  Nx7x7 in Alg. 2
+    attr1_u = gradcam(net1, net1.layer, x1, 1, relu)                    # Nx1xhxw
+    return upsamp(attr1_c, x1), upsamp(attr1_u, x1)                     # NxHxW, Nx224x224 in Alg. 2
+
+
+def upsamp(attr, x):
+    return F.interpolate(attr, x.shape[-2:], mode="bilinear")[:, 0]     # NxHxW
 
 
 def layers(E):
@@ -188,32 +196,39 @@ def layers(E):
 
     Paper: that in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here: the last, in a ResNet-50
     layer4.2.conv3; --layer layer4.2.conv2 gives the other.
-    ResNet's convolutions in the order they run in; the ends of SegFormer's stages.
+    Of SegFormer the ends of its stages.
     """
     ends = ("norm1", "norm2", "norm3", "norm4")
-    names = {name: module for name, module in E.named_modules() if name in ends}
-    return names or {name: module for name, module in E.named_modules()
-                     if isinstance(module, nn.Conv2d) and "downsample" not in name}
+    stages = {name: module for name, module in E.named_modules() if name in ends}
+    return stages or {name: module for name, module in E.named_modules()
+                      if isinstance(module, nn.Conv2d) and "downsample" not in name}
 
 
 # ---- Algorithm 2, 4: spatial saliency statistics ----
 
-def gradcam_stat(att1, att2):
-    """{part: N}: how far the bright areas of both modalities overlap.  att1, att2: {part: NxHxW}.
+def gradcam_stat(net1, net2, x1, x2):
+    """How far the salient areas of both modalities overlap: two scores in [0, 1] for each pair.
 
-    The mean over the pixels of the product of both maps, each scaled to 0..1, then its logarithm.
-    Paper: "norm" is not defined.  Here: the positive part, then min-max of each map.
+    Paper: "norm" is not defined; Sec. 7 says multiply, take the logarithm, normalize each patch.
+    Here: as the authors' code, the logarithm and min-max of each map, then the mean of the product.
     """
-    return {part: ((norm(att1[part]) * norm(att2[part])).mean((1, 2)) + 1e-8).log()
-            for part in att1}
+    att1_c, att1_u = gradcam_vis(net1, x1, relu=True)                   # NxHxW
+    att2_c, att2_u = gradcam_vis(net2, x2, relu=True)                   # NxHxW
+    mul_c = (norm(att1_c) * norm(att2_c)).mean((1, 2))                  # N
+    mul_u = (norm(att1_u) * norm(att2_u)).mean((1, 2))                  # N
+    return mul_c, mul_u
 
 
 def norm(att):
-    """Positive part of each map, scaled to 0..1; a flat map is 0.  NxHxW -> NxHxW."""
-    att = att.relu()
+    """Logarithm of each map's positive part, scaled to 0..1; 0 where nothing is positive.  NxHxW"""
+    return scaled((att.relu() + 1e-20).log10())
+
+
+def scaled(att):
+    """Each map of NxHxW from its minimum to its maximum, to 0..1; a flat one is 0."""
     low, high = att.amin((1, 2), keepdim=True), att.amax((1, 2), keepdim=True)
     span = high - low                           # of a 1x1 map, upsampled: rounding alone
-    return torch.where(span > 1e-5 * high, (att - low) / span, 0)
+    return torch.where(span > 1e-5 * high.abs(), (att - low) / span, 0)
 
 
 # ---- Algorithm 2, 5: spectral saliency statistics ----
@@ -236,31 +251,191 @@ def integrated_gradients(net, x, x0=None, target=0, steps=32):
     return (x - x0) * total / steps
 
 
-def IG_vis(net, parts, steps, x):
-    """{"common": NxCxHxW, "unique": NxCxHxW}: integrated gradients of what `part_means` gives."""
-    return {part: integrated_gradients(net, x, None, target, steps)
-            for target, part in enumerate(parts)}
+def IG_vis(net1, x1, steps):
+    """Integrated gradients of both values of a `TwoValues`, NxCxHxW each."""
+    att1_c = integrated_gradients(net1, x1, None, 0, steps)
+    att1_u = integrated_gradients(net1, x1, None, 1, steps)
+    return att1_c, att1_u
 
 
-def IG_stat(att):
-    """{part: NxC}, the importance of each band: the signed mean over pixels of {part: NxCxHxW}.
+def IG_stat(net1, x1, steps):
+    """The importance of each band, NxC: the signed mean over the pixels.
 
     Paper: Algorithm 2 averages over images too, Fig. 5b counts them.  Here: a value for each image.
     """
-    return {part: a.mean((2, 3)) for part, a in att.items()}
+    att1_c, att1_u = IG_vis(net1, x1, steps)    # NxCxHxW
+    imp_c = att1_c.mean((2, 3))                 # NxC
+    imp_u = att1_u.mean((2, 3))                 # NxC
+    return imp_c, imp_u
+
+
+# ---- what is explained ----
+
+@torch.no_grad()
+def embed(net, loader, count):
+    """One pass over the samples.  Returns z1 and z2, NxK on the CPU, of the first `count`, and for
+    each modality mean and biased variance over all samples, K each."""
+    z, n, sums = ([], []), 0, [0, 0]
+    for x in loader:
+        for m, f in enumerate((net.f1, net.f2)):
+            z_batch = f(x[m]).cpu()             # BxK
+            if n < count:
+                z[m].append(z_batch)
+            sums[m] += torch.stack((z_batch.double(), z_batch.double().pow(2))).sum(1)  # 2xK
+        n += len(x[0])
+    moments = []
+    for mean, square in (total / n for total in sums):
+        var = (square - mean.pow(2)).clamp(min=0)
+        moments.append((mean.float().to(x[0].device), var.float().to(x[0].device)))
+    return torch.cat(z[0])[:count], torch.cat(z[1])[:count], moments
+
+
+class Explained:
+    """What every picture needs.
+
+    net, settings         of the checkpoint; N its batch size, K and Kc its dimensions
+    data, samples         the data set, and which of its samples are explained
+    z1, z2, batch_rows    embeddings of 4 N samples, as far as there are, and each batch's slice
+    net1, net2            `TwoValues` of the two modalities
+    compared              z1 and z2 of --compare, or None
+    """
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.net, settings = open_net(args.checkpoint, device)
+        self.settings, self.modalities = settings, settings["modalities"]
+        self.K, self.Kc = settings["K"], settings["Kc"]
+        self.root = args.data or trained_on(args.checkpoint, settings)
+        self.data = open_data(settings, self.root, args.split or settings["split"])
+        n = len(self.data)
+        usual = min(max(512, 4 * settings["batch_size"]), n)
+        if args.only == ["embeddings"]:
+            usual = n
+        count = args.samples or usual
+        need(count <= n, f"--samples {count}: expected at most the {n} pairs under {self.root[0]}")
+        rng = np.random.default_rng(args.seed)
+        self.samples = rng.permutation(n)[:count]
+        self.dimensions = np.sort(rng.permutation(self.K)[:args.tsne_dims])
+        N = min(settings["batch_size"], count)  # in Alg. 2, 1 and 2: as in training
+        self.batch_rows = [slice(i, i + N) for i in range(0, count - N + 1, N)][:4]  # Fig. 8 and 9
+        layers1, layers2 = layers(self.net.f1.E), layers(self.net.f2.E)
+        layer = args.layer or list(layers1)[-1]
+        need(layer in layers1, f"--layer {layer}: no such layer; there are {' '.join(layers1)}")
+        self.compared = None
+        if args.compare:
+            other, others = open_net(args.compare, device)
+            need_equal(others, settings, ("scenario", "modalities", "channels", "size"),
+                       args.compare)
+        print(f"{count} of {n} pairs of {' and '.join(self.modalities)} from "
+              f"{' '.join(self.root)}; N {N}  K {self.K}  Kc {self.Kc}; {device.type}")
+        first = len(self.batch_rows) * N
+        self.z1, self.z2, moments = embed(self.net, self.batches("embeddings"), first)
+        self.net1 = TwoValues(self.net.f1, *moments[0], self.Kc, layers1[layer])
+        self.net2 = TwoValues(self.net.f2, *moments[1], self.Kc, layers2[layer])
+        example = torch.zeros(1, settings["channels"][0], settings["size"], settings["size"])
+        h, w = gradcam(self.net1, self.net1.layer, example.to(device), 0).shape[-2:]
+        if max(h, w) <= 2:
+            print(f"warning: GradCAM's maps are {h}x{w} pixels, too coarse to tell places apart; "
+                  f"give an earlier --layer, or pretrain with a larger --size")
+        if args.compare:
+            self.compared = embed(other, self.batches("to compare"), first)[:2]
+
+    def batches(self, text):
+        return batches(self.data, self.samples, self.settings["size"], self.args.batch_size,
+                       self.args.workers, self.device, text)
+
+    def parts(self, common, unique):
+        """{"common": ..., "unique": ...}, without the one that has no dimensions."""
+        both, sizes = {"common": common, "unique": unique}, (self.Kc, self.K - self.Kc)
+        return {part: value for (part, value), size in zip(both.items(), sizes) if size > 0}
+
+
+def open_net(path, device):
+    """The pretrained network, in evaluation mode and frozen, and its settings, with the step."""
+    checkpoint = load_checkpoint(path)
+    try:
+        settings = settings_of(checkpoint) | dict(step=checkpoint["step"])
+        kinds = dict(scenario=str, size=int, K=int, Kc=int, depth_unit=(int, float),
+                     modalities=(list, tuple))
+        for name, kind in kinds.items():
+            need(isinstance(settings[name], kind), f"{name} is {settings[name]}")
+        net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
+        net.load_state_dict(checkpoint["model"])
+        return net.to(device).eval().requires_grad_(False), settings
+    except (BadInput, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} cannot be explained ({repr(error)[:150]}); expected the checkpoint "
+                       f"of a whole pretraining, with both encoders; give another") from None
+
+
+def need_equal(settings, first, names, path):
+    for name in names:
+        need(settings[name] == first[name], f"{path}: {name} is {settings[name]}, but "
+             f"{first[name]} in the first run; expected runs that see the same")
+
+
+def trained_on(path, settings):
+    """Where the run that wrote checkpoint `path` read its data: a list, of two for custom."""
+    record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
+    if record.is_file():
+        root = read_json(record, "the record of a run by pretrain.py").get("data")
+    need(isinstance(root, (str, list)), f"{record} does not name the data; expected one or two "
+                                        f"folders; give --data")
+    return [root] if isinstance(root, str) else [str(folder) for folder in root]
+
+
+def open_data(settings, root, split):
+    """The data set, or BadInput if it is not of the kind that the checkpoint knows."""
+    custom = dict(rows=settings["inputs"]) if settings["scenario"] == "custom" else {}
+    need(len(root) == (2 if custom else 1),
+         f"--data {' '.join(root)}: expected two folders or patterns for custom, one otherwise")
+    data = open_pairs(settings["scenario"], root if custom else root[0], settings["size"], split,
+                      settings["depth_unit"], settings["seed"], **custom)
+    shown = [[name, len(views[0])] for name, views in zip(data.modalities, data[0])]
+    trained = [list(pair) for pair in zip(settings["modalities"], settings["channels"])]
+    need(shown == trained, f"{root[0]} holds {shown}, the checkpoint knows {trained}; give --data")
+    return data
+
+
+def batches(data, samples, size, batch_size, workers, device, text):
+    """Batches [x1, x2] of what the networks see, BxCxSxS, under a progress bar."""
+    loader = DataLoader(Subset(data, samples), batch_size, collate_fn=collate, num_workers=workers)
+    for views in progress(loader, text, unit="batch"):
+        yield [plain(x[0].to(device), m, size) for x, m in zip(views, data.modalities)]
+
+
+def main(argv=None):
+    args = get_args(argv)
+    rank, _, device = processes()
+    if rank > 0:                                # under torchrun the first process does it all
+        return
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {args.out} cannot be made ({error}); give another") from None
+    if args.sweep:
+        sweep(args, device)
+        return
+    e = Explained(args, device)
+    stopped = e.settings["stopped"] or f"at step {e.settings['step']}"  # "at step 100 of 200"
+    caption = f"{args.checkpoint.resolve().parent.name} {stopped}"
+    for name in args.only:
+        image, numbers, sentence = PICTURES[name](e)
+        save_picture(args.out, name, image, numbers, sentence, caption)
 
 
 # ---- made-up scenes: what a linear probe reads ----
 
-def linear_probe(x, y, x_test, y_test, decay=1e-2):
-    """Accuracy on unseen samples of logistic regression.  x: NxD features, y: N classes.
+FEATURES = ("common", "unique", "backbone")
+YARDSTICKS = ("random encoder", "supervised encoder")
 
-    decay    of the squared weights, on features of standard deviation 1
-    """
+
+def linear_probe(x, y, x_test, y_test, decay=1e-2):
+    """Accuracy on unseen samples of logistic regression, with a decay of the squared weights of
+    features of standard deviation 1.  x: NxD features, y: N classes."""
     mean, std = x.mean(0), x.std(0) + 1e-5
     x, x_test = (x - mean) / std, (x_test - mean) / std
+    # (D+1)xM, its last row the biases
     W = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)
-    # (D+1)xM; its last row are the biases
     optimizer = torch.optim.LBFGS([W], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss():
@@ -283,10 +458,10 @@ def supervised(E, x, y, seed, epochs=12):
     E.train()
     for step in progress(range(steps), "supervised encoder", unit="step"):
         epoch, i = divmod(step, len(x) // N)
-        rows = epoch_batches(len(x), N, seed, epoch)[i]
+        batch = epoch_batches(len(x), N, seed, epoch)[i]
         draws.restart(step)
-        scores = head(E(random_resized_crop(x[rows], x.shape[-1], (0.5, 1.0), draws)))
-        loss = F.cross_entropy(scores.unflatten(1, (-1, classes)).mT, y[rows])
+        scores = head(E(random_resized_crop(x[batch], x.shape[-1], (0.5, 1.0), draws)))
+        loss = F.cross_entropy(scores.unflatten(1, (-1, classes)).mT, y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -300,69 +475,389 @@ def features(f, x):
     return torch.cat([f(chunk) for chunk in x.split(256)])              # NxD
 
 
-def probe_all(rows, y, y_test):
-    """{name: accuracies, one a factor} of {name: (train features NxD, test features)}; y: NxF."""
-    return {name: [linear_probe(a, y[:, i], b, y_test[:, i]) for i in range(y.shape[1])]
-            for name, (a, b) in rows.items()}
+def read_features(settings, m, f, seed, x, y, x_test, y_test):
+    """{features: accuracies, one a factor} of modality m's branch f.  x: NxCxSxS, y: NxF.
 
-
-def read_factors(f, parts, x, y, x_test, y_test):
-    """Of one modality's branch f of a net: {features: accuracies, one a factor}.
-
-    x: NxCxSxS normalised; y: NxF classes.
+    With a seed also of a backbone that knows nothing, and of one that is told all.
     """
-    z, z_test = features(f, x), features(f, x_test)                     # NxK
-    rows = {part: (z[:, columns], z_test[:, columns]) for part, columns in parts.items()}
-    return probe_all(rows | dict(backbone=(features(f.E, x), features(f.E, x_test))), y, y_test)
+    Kc, z, z_test = settings["Kc"], features(f, x), features(f, x_test)  # NxK
+    inputs = dict(common=(z[:, :Kc], z_test[:, :Kc]), unique=(z[:, Kc:], z_test[:, Kc:]))
+    encoders = {"backbone": f.E}
+    if seed is not None:
+        torch.manual_seed(seed)
+        for name in YARDSTICKS:
+            encoders[name] = branch(settings["backbone"], settings["channels"][m], ()).E.to(x)
+        measure_statistics(encoders["random encoder"], ([chunk] for chunk in x.split(256)))
+        supervised(encoders["supervised encoder"], x, y, seed)
+    for name, E in encoders.items():
+        inputs[name] = features(E, x), features(E, x_test)
+    accuracies = {}
+    for name, (train, test) in inputs.items():
+        if train.shape[1] > 0:
+            accuracies[name] = [linear_probe(train, y[:, factor], test, y_test[:, factor])
+                                for factor in range(y.shape[1])]
+    return accuracies
 
 
-def read_yardsticks(fresh, x, y, x_test, y_test, seed):
-    """The same of an encoder that knows nothing and of one that was told all.  fresh: makes one."""
-    torch.manual_seed(seed)
-    random, taught = fresh().to(x.device), fresh().to(x.device)
-    measure_statistics(random, ([chunk] for chunk in x.split(256)))
-    supervised(taught, x, y, seed)
-    rows = {name: (features(E, x), features(E, x_test))
-            for name, E in (("random encoder", random), ("supervised encoder", taught))}
-    return probe_all(rows, y, y_test)
+def read_runs(runs, root, args, device):
+    """{(label, m, features): accuracies, seeds x factors} of made-up scenes, of which the factors
+    are known; None if there are none under root.  runs: (label, net, settings) each."""
+    settings, path = runs[0][2], Path(root[0]) / "factors.csv"
+    if not path.is_file():
+        return None
+    x, y, classes = [], [], {}
+    try:
+        for line in csv.reader(path.read_text(encoding="utf-8").splitlines()[1:]):
+            classes[line[0]] = [int(value) for value in line[1:]]
+        for split in ("train", "test"):
+            data = open_data(settings, root, split)
+            y.append(torch.tensor([classes[i] for i in data.ids], device=device))
+            loader = batches(data, range(len(data)), settings["size"], 256, args.workers, device,
+                             split)
+            x.append([torch.cat(images) for images in zip(*loader)])    # NxCxSxS each
+    except (IndexError, KeyError, ValueError, csv.Error) as error:
+        raise BadInput(f"{path} is damaged ({error!r}); expected a line for each scene, id and "
+                       f"three numbers; make the folder again: data.py toy") from None
+    accuracies, seeds = collections.defaultdict(list), set()
+    for label, net, settings in progress(runs, "runs", unit="run"):
+        seed = None if settings["seed"] in seeds else settings["seed"]  # yardsticks: once a seed
+        seeds.add(seed)
+        for m, f in enumerate((net.f1, net.f2)):
+            table = read_features(settings, m, f, seed, x[0][m], y[0], x[1][m], y[1])
+            for name, values in table.items():
+                key = (name, m, "backbone") if name in YARDSTICKS else (label, m, name)
+                accuracies[key].append(values)
+    return {key: np.array(values) for key, values in accuracies.items()}
 
 
-def read_net(net, settings, parts, scenes, y, seed=None):
-    """{(m, features): accuracies} of both modalities m, with a seed those of the yardsticks, too.
+def sweep(args, device):
+    """Sec. 6 on made-up scenes: Table 4, Fig. 3a and the like from many runs, over their seeds.
 
-    scenes: [x1, x2] of train and test scenes, NxCxSxS each; y: their classes, NxF each.
+    Runs whose folders have one name but for -SEED at its end are one line of the table.
     """
-    table = {}
-    for m, f in enumerate((net.f1, net.f2)):
-        known = scenes[0][m], y[0], scenes[1][m], y[1]
-        found = read_factors(f, parts, *known)
-        if seed is not None:
-            found |= read_yardsticks(lambda: branch(settings["backbone"], settings["channels"][m],
-                                                    ()).E, *known, seed)
-        table |= {(m, name): accuracies for name, accuracies in found.items()}
-    return table
+    runs = []
+    for folder in args.sweep:
+        net, settings = open_net(folder / "checkpoint.pt", device)
+        label = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
+        runs.append((label, net, settings))
+        need_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}")
+    root = args.data or trained_on(args.sweep[0] / "checkpoint.pt", runs[0][2])
+    accuracies = read_runs(runs, root, args, device)
+    need(accuracies, f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
+    picture = picture_accuracies(accuracies, runs[0][2]["modalities"])
+    save_picture(args.out, "sweep", *picture, f"{len(runs)} runs")
 
 
-# ---- figures, with Pillow: one font, one margin, colours that colour-blind readers tell apart ----
+# ---- the pictures: each returns an image, its numbers, and a sentence ----
 
-INK, GREY, PAPER = "#000000", "#8c8c8c", "#ffffff"
-RED, BLUE = "#d55e00", "#0072b2"                # of Okabe and Ito, for the two modalities of Fig. 1
-COLOURS = dict(common="#009e73", unique="#e69f00")
+# Of Okabe and Ito: colour-blind readers tell them apart.
+INK, GREY, PAPER, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
+COLOURS = dict(common="#009e73", unique="#e69f00", backbone=INK)
+TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=COLOURS["common"], Lu=COLOURS["unique"])
+MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # common, then unique
+
+
+def claim(words, numbers, less):
+    """What should be, what was measured, and whether numbers[less] is the smaller of the two."""
+    measured = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+    if len(numbers) < 2:
+        return f"{words}: {measured}"
+    so = numbers[less] < max(numbers.values())
+    return f"{words}: {measured}: {'so' if so else 'not so here'}"
+
+
+def picture_curves(e):
+    """The terms of Eq. 6 and the mean diagonals as they were logged."""
+    path = e.args.checkpoint.with_name("log.jsonl")
+    if e.settings["method"] != "decur" or not path.is_file():
+        return None, {}, f"no {path} of DeCUR's terms, so curves.png is left out"
+    log = read_log(path)
+    limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
+    chance, floor = (sum(values.values()) for values in limits)
+    steps, names = log["step"], [name for name in TERMS if any(log.get(name, ()))]  # 0: ablated
+    image, pen = page(944, TOP + 300 + M, f"Pretraining: the loss and its terms; grey: chance "
+                      f"{chance:.1f}, floor {floor:.1f}; right: C1, C2, Cc, Cu",
+                      [(name, TERMS[name]) for name in names])
+    lines = {name: log[name] for name in names}
+    lines |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
+    logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in lines.items()}  # a loss can be 0
+    ends = np.array(list(logs.values()))
+    at = axes(pen, panel(0, 2, 448, 300), (0, steps[-1]),
+              (math.floor(ends.min()), ends.max() + 0.1), "", "step", "loss", powers=True)
+    for name, a in logs.items():
+        curve(pen, at, steps, a, TERMS.get(name, GREY))
+    at = axes(pen, panel(1, 2, 448, 300), (0, steps[-1]), (-0.2, 1), "", "step", "mean diagonal")
+    means = {name: log[name] for name in ("C1", "C2", "Cc", "Cu") if name in log}
+    for name, a in means.items():
+        curve(pen, at, steps, a, TERMS[name.replace("C", "L")])
+    last = {name: a[-1] for name, a in means.items() if name in ("Cc", "Cu")}
+    return image, log, claim(f"Loss {log['loss'][-1]:.4g} at step {steps[-1]} (chance "
+                             f"{chance:.4g}, floor {floor:.4g}); the mean diagonal Cc should rise "
+                             f"to 1 and Cu stay at 0, below it", last, "Cu")
+
+
+def read_log(path):
+    """{name: values} of a run's log.jsonl."""
+    log = {}
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for name in lines[0]:
+            log[name] = [line[name] for line in lines]
+        np.array(list(log.values()), float)     # numbers, all of them
+        return log
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is damaged ({error!r}); expected the numbers of a step on each "
+                       f"line; mend it, or leave curves out of --only") from None
+
+
+def picture_alignment(e):
+    """Fig. 4a, 8."""
+    pairs = e.parts((e.z1[:, :e.Kc], e.z2[:, :e.Kc]), (e.z1[:, e.Kc:], e.z2[:, e.Kc:]))
+    parts, n, sizes = list(pairs), len(e.batch_rows), dict.fromkeys(pairs, e.K)
+    legend = [(f"{part} dimensions", COLOURS[part]) for part in pairs]
+    if e.compared:
+        pairs["compared"], sizes["compared"] = e.compared, e.compared[0].shape[1]
+        legend.append(("all of the compared run", INK, "outline"))
+    losses = {}                                 # batches x dimensions each
+    for part, (z1, z2) in pairs.items():
+        losses[part] = torch.stack([alignment_histogram(z1[batch], z2[batch])[0]
+                                    for batch in e.batch_rows])
+    top = max(1.5, *(a.max().item() for a in losses.values()))  # up to 4, not Algorithm 2's 1
+    image, pen = page(944, TOP + -(-n // 2) * (250 + M), "Cross-modal alignment: dimensions by "
+                      "their loss, Eq. 7; bars of common and unique ones are stacked", legend)
+    for i in range(n):
+        heights = {part: torch.histc(a[i], 40, 0, top).numpy() * 100 / sizes[part]
+                   for part, a in losses.items()}
+        highest, base = sum(a.max() for a in heights.values()), np.zeros(40)
+        at = axes(pen, panel(i, 2, 448, 250), (0, top), (0, highest), f"batch {i + 1}",
+                  "loss: 0 aligned, 1 unrelated, above 1 opposed", "% of K dimensions")
+        for part in parts:
+            bars(pen, at, np.linspace(0, top, 41), heights[part], base, COLOURS[part])
+            base = base + heights[part]
+        if e.compared:
+            bars(pen, at, np.linspace(0, top, 41), heights["compared"], np.zeros(40), None, INK)
+        pen.line((*at(1, 0), *at(1, highest)), GREY)
+    means = {part: losses[part].mean().item() for part in parts}
+    return image, losses, claim("Common dimensions should stand at 0, unique ones around 1; mean "
+                                "loss", means, "common")
+
+
+def picture_tsne(e):
+    """Fig. 1, 9."""
+    results, n, k = [], len(e.batch_rows), len(e.dimensions)
+    for i, batch in enumerate(e.batch_rows):
+        z1, z2 = (z[batch][:, e.dimensions].to(e.device) for z in (e.z1, e.z2))
+        results.append(tsne_vis(z1, z2, f"t-SNE {i + 1} of {n}"))
+    points = np.stack([y.cpu().numpy() for y, _ in results])            # batches x 2k x 2
+    unique = e.dimensions >= e.Kc               # k
+    side, shares = 448, collections.defaultdict(list)
+    legend = [(f"{e.modalities[m]} {part}", *MARKS[first + m])
+              for part, first in e.parts(0, 2).items() for m in (0, 1)]
+    image, pen = page(944, TOP + -(-n // 2) * (side + M),
+                      "t-SNE: a mark is a dimension, a panel a batch", legend)
+    for i, y in enumerate(points):
+        box = panel(i, 2, side, side)
+        pen.rectangle(box, None, GREY)
+        middle, radius = (y.min(0) + y.max(0)) / 2, max(np.ptp(y, axis=0).max() / 2, 1e-12)
+        pixels = (y - middle) / radius * (side / 2 - M) + np.reshape(box, (2, 2)).mean(0)
+        nearest = distances(torch.from_numpy(y)).fill_diagonal_(torch.inf).argmin(1)
+        for j, (px, py) in enumerate(pixels):
+            m, dimension = divmod(j, k)
+            mark(pen, px, py, *MARKS[2 * unique[dimension] + m])
+            part = "unique" if unique[dimension] else "common"
+            shares[part].append(float(nearest[j] == (j + k) % (2 * k)))
+    kl = " ".join(f"{divergence:.3f}" for _, divergence in results)
+    return image, dict(points=points, dimensions=e.dimensions, Kc=e.Kc), claim(
+        f"KL of each batch {kl}.  Common dimensions should lie on their partners of the other "
+        f"modality, unique ones apart; share whose nearest is the partner",
+        {part: np.mean(a) for part, a in shares.items()}, "unique")
+
+
+def picture_gradcam(e):
+    """Fig. 4b, 10."""
+    side, empty, pairs, numbers = 144, 0, [], collections.defaultdict(list)
+    for x in batches(e.data, e.samples[:e.args.pairs], e.settings["size"], 1, 0, e.device, "pairs"):
+        tiles = []
+        for m, (name, net) in enumerate(zip(e.modalities, (e.net1, e.net2))):
+            picture = visible(x[m][0], name)
+            tiles.append((name, picture, ""))
+            for part, att in e.parts(*gradcam_vis(net, x[m])).items():
+                colours = viridis(scaled(att.relu())[0].cpu().numpy()) / 255
+                note = "" if att.max() > 0 else "no positive pixel"
+                tiles.append((f"{name}, {part}", 0.45 * picture + 0.55 * colours, note))
+                empty += note != ""
+                numbers[f"modality{m + 1}_{part}"].append(att[0].cpu().numpy())
+        pairs.append(tiles)
+    image, pen = page(2 * M + len(tiles) * (side + 4), TOP + len(pairs) * (side + 4) + M,
+                      "GradCAM: what raises the mean of common, of unique dimensions (violet: "
+                      "nothing, yellow: most)")
+    for row, tiles in enumerate(pairs):
+        for column, (words, tile, note) in enumerate(tiles):
+            x, y = M + column * (side + 4), TOP + row * (side + 4)
+            tile = Image.fromarray((tile * 255).astype(np.uint8)).resize((side, side))
+            image.paste(tile, (x, y))
+            pen.text((x + side / 2, y + side / 2), note, PAPER, FONT, "mm")
+            if row == 0:
+                pen.text((x, y - LINE - 2), words, INK, FONT)
+    return image, numbers, ("A row is a pair: common maps should lie on what both modalities show, "
+                            f"unique ones on what one alone shows; {empty} maps have no positive "
+                            f"pixel")
+
+
+def picture_spatial(e):
+    """Fig. 5a."""
+    stats = [gradcam_stat(e.net1, e.net2, x1, x2) for x1, x2 in e.batches("GradCAM statistics")]
+    mul_c, mul_u = (torch.cat(scores).cpu().numpy() for scores in zip(*stats))
+    scores = e.parts(mul_c, mul_u)
+    means = {part: a.mean() for part, a in scores.items()}
+    image, pen = page(560, TOP + len(scores) * (220 + M), "Overlap of the two modalities' GradCAM "
+                      "maps, Fig. 5a; line: mean", [(part, COLOURS[part]) for part in scores])
+    for i, (part, a) in enumerate(scores.items()):
+        counts, edges = np.histogram(a, 40, (0, 1))
+        highest = 1.05 * counts.max()
+        at = axes(pen, panel(i, 1, 528, 220), (0, 1), (0, highest), f"mean {means[part]:.3f}",
+                  "score: 0 no overlap, 1 the same places", "pairs")
+        bars(pen, at, edges, counts, np.zeros(40), COLOURS[part])
+        pen.line((*at(means[part], 0), *at(means[part], highest)), INK, 2)
+    return image, scores, claim("Unique scores should stand further left (the paper: a slight "
+                                "trend); mean", means, "unique")
+
+
+def picture_spectral(e):
+    """Fig. 5b."""
+    stats, errors = ([], []), []
+    for x in e.batches("integrated gradients"):
+        for m, net in enumerate((e.net1, e.net2)):
+            imp = torch.stack(IG_stat(net, x[m], e.args.steps), 1)      # Nx2xC
+            stats[m].append(imp.cpu())
+            with torch.no_grad():
+                gain = net(x[m]) - net(torch.zeros_like(x[m]))          # Nx2
+            error = imp.sum(2) * x[m][0, 0].numel() - gain              # Nx2  completeness
+            errors.append(torch.stack((error, gain)).abs().nanmean((1, 2)).cpu())
+    error, gain = torch.stack(errors).mean(0).tolist()
+    numbers, sentences = {}, [f"Completeness error {error:.2g} of {gain:.2g}, {e.args.steps} steps"]
+    image, pen = page(944, TOP + 2 * (240 + M), "Integrated gradients, Fig. 5b: how far each band "
+                      "moves the mean of common, of unique dimensions",
+                      [(part, COLOURS[part]) for part in e.parts(0, 1)])
+    for m, name in enumerate(e.modalities):
+        imp_c, imp_u = torch.cat(stats[m]).unbind(1)                    # NxC
+        # Paper: "we normalize the scores".  Here: by the largest magnitude in the modality, common
+        # and unique together.
+        scores = e.parts(imp_c.numpy(), imp_u.numpy())
+        largest = max(1e-12, *(np.abs(a).max() for a in scores.values()))
+        numbers |= {f"modality{m + 1}_{part}": a / largest for part, a in scores.items()}
+        means = {part: np.abs(a / largest).mean(0) for part, a in scores.items()}  # C
+        grouped_bars(pen, panel(m, 1, 912, 240), means, MODALITIES[name]["bands"], name,
+                     "mean magnitude of the score")
+        sentences.append(claim(f"{name}: the paper's optical moves unique ones more; mean",
+                               {part: a.mean() for part, a in means.items()}, "common"))
+    return image, numbers, "\n  ".join(sentences)
+
+
+def picture_factors(e):
+    """How well a linear probe reads each factor of the made-up scenes."""
+    run = ("this run", e.net, e.settings | dict(seed=e.args.seed))
+    accuracies = read_runs([run], e.root, e.args, e.device)
+    if not accuracies:
+        return None, {}, "only made-up scenes have known factors, so factors.png is left out"
+    image, _, sentence = picture_accuracies(accuracies, e.modalities)
+    names = [f"{e.modalities[m]}, {name if label == 'this run' else label}"
+             for label, m, name in accuracies]
+    return image, dict(rows=names, accuracy=[a[0] for a in accuracies.values()]), sentence
+
+
+def picture_accuracies(accuracies, modalities):
+    """Prints a table with mean and standard deviation over the seeds, and draws the means: which
+    features tell what both modalities see, and what it alone sees."""
+    labels = dict.fromkeys(label for label, _, _ in accuracies)
+    labels = sorted(labels, key=YARDSTICKS.__contains__)                # those come last
+    lines, titles = {label: [] for label in labels}, []
+    image, pen = page(944, TOP + 4 * (200 + M), "Accuracy of a linear probe on unseen scenes, mean "
+                      "over seeds", [(name, COLOURS[name]) for name in FEATURES])
+    for i, (m, factor) in enumerate(((0, 0), (0, 1), (1, 0), (1, 2))):
+        titles.append(f"{modalities[m]}: what {'it alone sees' if factor else 'both see'}")
+        means = {name: [] for name in FEATURES}
+        for label in labels:
+            cells = []
+            for name in FEATURES:
+                values = accuracies.get((label, m, name), np.zeros((0, 3)))[:, factor]
+                means[name].append(values.sum() / max(1, len(values)))
+                cells.append(f"{means[name][-1]:.2f}" if len(values) else "-")
+                if len(values) > 1:
+                    cells[-1] += f"±{values.std(ddof=1):.2f}"
+            lines[label].append(" / ".join(cells))
+        grouped_bars(pen, panel(i, 1, 912, 200), means, labels, titles[-1], "accuracy")
+    print(f"| {' / '.join(FEATURES)} (seeds) | {' | '.join(titles)} |\n" + "|---" * 5 + "|")
+    for label, cells in lines.items():
+        print(f"| {label} ({len(accuracies[label, 0, 'backbone'])}) | {' | '.join(cells)} |")
+    first, sentences = labels[0], []
+    for m, factor, less in ((0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common")):
+        parts = {name: accuracies[first, m, name][:, factor].mean() for name in FEATURES[:2]
+                 if (first, m, name) in accuracies}
+        sentences.append(claim(f"{first}: {titles[len(sentences)]}, less in {less}", parts, less))
+    numbers = {f"{label} {modalities[m]} {name}": a for (label, m, name), a in accuracies.items()}
+    return image, numbers, "\n  ".join(sentences)
+
+
+def picture_embeddings(e):
+    """No picture, but every sample's embeddings and features, for programs of one's own."""
+    columns = dict(z1=[], z2=[], features1=[], features2=[])            # MxK, MxK, Mxd, Mxd
+    for x in e.batches("embeddings and features"):
+        for m, f in enumerate((e.net.f1, e.net.f2)):
+            backbone = features(f.E, x[m])
+            columns[f"features{m + 1}"].append(backbone.cpu())
+            columns[f"z{m + 1}"].append(features(f.P, backbone).cpu())
+    numbers = {name: torch.cat(batches).numpy() for name, batches in columns.items()}
+    numbers |= dict(names=[e.data.ids[i] for i in e.samples], Kc=e.Kc)
+    return None, numbers, "z1 and z2 are not normalised; their first Kc columns are common"
+
+
+PICTURES = dict(curves=picture_curves, alignment=picture_alignment, tsne=picture_tsne,
+                gradcam=picture_gradcam, spatial=picture_spatial, spectral=picture_spectral,
+                factors=picture_factors, embeddings=picture_embeddings)
+
+
+def save_picture(out, name, image, numbers, sentence, caption):
+    """The picture, whose run it shows, and its numbers.  Prints how to read it."""
+    if image:
+        image = ImageOps.expand(image, (0, 0, 0, LINE), PAPER)
+        corner = image.width - M, image.height - M
+        ImageDraw.Draw(image).text(corner, caption, GREY, FONT, "rs")
+        write_atomically(out / f"{name}.png", partial(image.save, format="PNG"))
+    if numbers:
+        write_atomically(out / f"{name}.npz", lambda file: np.savez(file, **numbers))
+        print(f"{out / name}{'.png and .npz' if image else '.npz'}")
+    print(f"  {sentence}")
+
+
+# ---- a plot kit, with Pillow: one font, one margin ----
+
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 FONT, LINE, M = ImageFont.load_default(14), 20, 16  # a line's height and the margin, in pixels
 TOP = 2 * M + 2 * LINE                          # where panels begin, below title and legend
 
 
 def page(width, height, title, legend=()):
-    """A blank figure with its title and a legend of (words, colour).  Returns image and pen."""
+    """A blank figure with its title and a legend of (words, colour, shape).  Returns image, pen."""
     image = Image.new("RGB", (width, height), PAPER)
     pen, x = ImageDraw.Draw(image), M
     pen.text((M, M), title, INK, FONT)
-    for words, colour in legend:
-        pen.rectangle((x, M + LINE + 6, x + 11, M + LINE + 17), colour)
+    for words, *look in legend:
+        mark(pen, x + 5, M + LINE + 12, *look)
         pen.text((x + 17, M + LINE + 4), words, INK, FONT)
         x += 17 + FONT.getlength(words) + 2 * M
     return image, pen
+
+
+def mark(pen, x, y, colour, shape="box"):
+    box = (x - 4, y - 4, x + 4, y + 4)
+    if shape == "cross":
+        pen.line(box, colour)
+        pen.line((x - 4, y + 4, x + 4, y - 4), colour)
+    elif shape == "dot":
+        pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+    else:
+        pen.rectangle(box, colour if shape == "box" else None, colour)
 
 
 def panel(i, columns, width, height):
@@ -371,22 +866,25 @@ def panel(i, columns, width, height):
     return x, y, x + width, y + height
 
 
-def axes(pen, box, xs, ys, title, xlabel, powers=False):
+def axes(pen, box, xs, ys, title, xlabel, ylabel, powers=False, words=None):
     """Axes over xs[0]..xs[1] and ys[0]..ys[1], with ticks and words.  Returns (x, y) -> pixel.
 
-    powers: y is a logarithm to the base of 10.
+    powers   y is a logarithm to the base of 10
+    words    stand at 0.5, 1.5, ... in place of numbers
     """
-    left, top, right, bottom = box[0] + 32, box[1] + LINE + 8, box[2] - 8, box[3] - 2 * LINE
+    left, top, right, bottom = box[0] + 36, box[1] + LINE + 8, box[2] - 8, box[3] - 2 * LINE
 
     def at(x, y):
         return (round(left + (x - xs[0]) / (xs[1] - xs[0]) * (right - left)),
                 round(bottom - (y - ys[0]) / (ys[1] - ys[0]) * (bottom - top)))
 
-    pen.text(box[:2], title, INK, FONT)
+    pen.text(box[:2], ylabel, INK, FONT)
+    pen.text((right, box[1]), title, INK, FONT, "ra")
     pen.text(((left + right) / 2, bottom + LINE + 2), xlabel, INK, FONT, "ma")
-    for x in ticks(*xs):
+    labels = {i + 0.5: word for i, word in enumerate(words or ())}
+    for x, label in (labels or {x: f"{x:g}" for x in ticks(*xs)}).items():
         pen.line((at(x, 0)[0], bottom, at(x, 0)[0], bottom + 4), GREY)
-        pen.text((at(x, 0)[0], bottom + 6), f"{x:g}", INK, FONT, "ma")
+        pen.text((at(x, 0)[0], bottom + 6), label, INK, FONT, "ma", align="center")
     for y in ticks(*ys):
         pen.line((left - 4, at(0, y)[1], left, at(0, y)[1]), GREY)
         pen.text((left - 6, at(0, y)[1]), f"{10 ** y if powers else y:.4g}", INK, FONT, "rm")
@@ -418,572 +916,53 @@ def bars(pen, at, edges, heights, base, colour, outline=None):
             pen.rectangle((x0, y1, x1 - 2, y0 - 1), colour, outline, 2)
 
 
+def grouped_bars(pen, box, groups, words, title, ylabel):
+    """Bars side by side above each of the words.  groups: {a key of COLOURS: heights}."""
+    highest = max(1e-12, *(max(heights) for heights in groups.values()))
+    at = axes(pen, box, (0, len(words)), (0, 1.05 * highest), title, "", ylabel, words=words)
+    for i, (name, heights) in enumerate(groups.items()):
+        for j, height in enumerate(heights):
+            left, width = j + 0.1 + 0.8 * i / len(groups), 0.8 / len(groups)
+            bars(pen, at, (left, left + width), [height], [0], COLOURS[name])
+
+
 def viridis(value):
     """0..1 -> colour, 0..255, along a last dimension of 3."""
     levels = np.linspace(0, 1, len(VIRIDIS))
     return np.stack([np.interp(value, levels, channel) for channel in VIRIDIS.T], -1)
 
 
-def visible(x, modality):
-    """A normalised image, CxHxW, as one can look at it: HxWx3 in [0, 1].
-
-    Multispectral: true colour, stretched from the 2nd to the 98th percentile; SAR and DEM: grey,
-    stretched likewise; colour, depth and HHA: as they are.
-    """
-    bands, mean, std = (MODALITIES[modality][key] for key in ("bands", "mean", "std"))
-    x = (x.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).numpy()
-    grey = modality in ("sar", "dem") or len(bands) < 3
-    chosen = [0] if grey else [0, 1, 2]
-    if "B4" in bands:
-        chosen = [bands.index(band) for band in ("B4", "B3", "B2")]
-    x = x[chosen].transpose(1, 2, 0)            # HxWx3, or 1
-    if modality in ("sar", "dem") or len(bands) > 3:
-        low, high = np.percentile(x, (2, 98), axis=(0, 1))
-        x = (x - low) / np.maximum(high - low, 1e-6)
-    return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
-
-
-# ---- the pictures: what to draw, its numbers, how to read it ----
-
-def picture_curves(save, log, N, K, Kc, intra):
-    """The terms of Eq. 6 and the mean diagonals as they were logged.  log: {name: values}."""
-    terms = [name for name in ("loss", "L1", "L2", "Lc", "Lu") if name in log]
-    diagonals = [name for name in ("C1", "C2", "Cc", "Cu") if name in log]
-    sizes = [(K, False)] * 2 * intra + [(Kc, False)] * (Kc > 0) + [(K - Kc, True)] * (Kc < K)
-    chance, floor = (sum(bounds) for bounds in zip(*(
-        chance_and_floor(N, k, unique=unique) for k, unique in sizes)))
-    colours = dict(zip(("loss", "L1", "L2", "Lc", "Lu"), (INK, RED, BLUE, *COLOURS.values())))
-    image, pen = page(944, TOP + 300 + M, "Pretraining: the loss and its terms, the mean diagonals "
-                      "of their correlation matrices",
-                      [(f"{term} {'C' + term[1:] if term != 'loss' else ''}", colours[term])
-                       for term in terms])
-    steps, least = log["step"], min(min(log[name]) for name in terms)
-    least = max(1e-3, min(least, floor or least))  # a floor of 0 has no place on the axis
-    low, high = (math.floor(math.log10(least / 1.2)),
-                 math.log10(1.2 * max(chance, max(log["loss"]))))
-    at = axes(pen, panel(0, 2, 448, 300), (0, steps[-1]), (low, high),
-              f"loss (lines: chance {chance:.1f}, floor {floor:.1f})", "step", powers=True)
-    for bound in filter(None, (chance, floor)):
-        pen.line((*at(0, math.log10(bound)), *at(steps[-1], math.log10(bound))), GREY)
-    for name in terms:
-        curve(pen, at, steps, np.log10(np.maximum(log[name], 10.0 ** low)), colours[name])
-    at = axes(pen, panel(1, 2, 448, 300), (0, steps[-1]), (-0.2, 1),
-              "mean of the diagonal: 1 agreement, 0 none", "step")
-    pen.line((*at(0, 0), *at(steps[-1], 0)), GREY)
-    for name in diagonals:
-        curve(pen, at, steps, log[name], colours["L" + name[1:]])
-    save("curves", image, "Both intra-modal terms and Lc should fall from chance towards the floor "
-         "and C1, C2, Cc rise towards 1, while Cu stays at 0.", **log)
-
-
-def picture_alignment(save, z, parts, others):
-    """Fig. 4a, 8.  z: batches (z1, z2), NxK; others: those of --compare, or none."""
-    top, width = 4, 0.05                        # a loss can be up to 4, not only Algorithm 2's 1
-    histogram = partial(alignment_histogram, bins=round(top / width), top=top)
-    found = [{part: histogram(z1[:, columns], z2[:, columns]) for part, columns in parts.items()}
-             for z1, z2 in z]
-    losses = {part: torch.stack([batch[part][0] for batch in found]) for part in parts}
-    others = [histogram(z1, z2) for z1, z2 in others]
-    losses |= {"compared": torch.stack([loss for loss, _ in others])} if others else {}
-    for part, a in losses.items():
-        beyond = (a > 1).sum(1).float().mean()
-        print(f"{part}: mean loss {a.mean():.3f}; of {a.shape[1]} dimensions {beyond:.1f} lie "
-              f"beyond 1, where Algorithm 2's range ends")
-    drawn = max(30, int(max(a.max() for a in losses.values()) / width) + 1)  # bins
-    edges = np.arange(drawn + 1) * width
-    legend = [(f"{part} dimensions", COLOURS[part]) for part in parts]
-    legend += [("all of the compared run (outlined)", INK)] if others else []
-    image, pen = page(944, TOP + -(-len(z) // 2) * (250 + M),
-                      "Cross-modal alignment: percentage of the dimensions by their loss, Eq. 7",
-                      legend)
-    for i, batch in enumerate(found):
-        shares = {part: counts[:drawn].numpy() * 100 / z[i][0].shape[1]
-                  for part, (_, counts) in batch.items()}
-        other = others[i][1][:drawn].numpy() * 100 / len(others[i][0]) if others else np.zeros(1)
-        highest = 1.05 * max(sum(shares.values()).max(), other.max())
-        box = panel(i, 2, 448 if len(z) > 1 else 912, 250)
-        at = axes(pen, box, (0, edges[-1]), (0, highest), f"batch {i + 1}",
-                  "loss: 0 aligned, 1 unrelated, above 1 opposed")
-        base = np.zeros(drawn)
-        for part, share in shares.items():
-            bars(pen, at, edges, share, base, COLOURS[part])
-            base = base + share
-        if others:
-            bars(pen, at, edges, other, np.zeros(drawn), None, INK)
-        pen.line((*at(1, 0), *at(1, highest)), GREY)
-    save("alignment", image, "Every dimension's loss between the modalities: common ones should "
-         "stand at 0, unique ones around 1.", **losses)
-
-
-def picture_tsne(save, z, chosen, Kc, modalities, device):
-    """Fig. 1, 9.  z: batches (z1, z2), NxK; chosen: the dimensions drawn, below Kc common ones."""
-    results = [tsne_vis(*(a[:, chosen].to(device) for a in pair), f"t-SNE {i + 1} of {len(z)}")
-               for i, pair in enumerate(z)]
-    points = np.stack([y.cpu().numpy() for y, _ in results])            # batches x 2k x 2
-    print("t-SNE: KL of each batch", " ".join(f"{kl:.3f}" for _, kl in results))
-    side, columns = 456, min(2, len(z))
-    image, pen = page(M + columns * (side + M), TOP + -(-len(z) // 2) * (side + M),
-                      "t-SNE of the dimensions: crosses and squares are common, dots unique",
-                      list(zip(modalities, (RED, BLUE))))
-    for i, y in enumerate(points):
-        box = panel(i, columns, side, side)
-        pen.rectangle(box, None, GREY)
-        middle, radius = (y.min(0) + y.max(0)) / 2, max(np.ptp(y, axis=0).max() / 2, 1e-12)
-        y = (y - middle) / radius * (side / 2 - M) + np.reshape(box, (2, 2)).mean(0)  # pixels
-        for j, (px, py) in enumerate(y):
-            colour, mark = (RED, BLUE)[j // len(chosen)], (px - 4, py - 4, px + 4, py + 4)
-            if chosen[j % len(chosen)] >= Kc:
-                pen.ellipse((px - 2, py - 2, px + 2, py + 2), colour)
-            elif colour == BLUE:
-                pen.rectangle(mark, None, colour)
-            else:
-                pen.line(mark, colour), pen.line((px - 4, py + 4, px + 4, py - 4), colour)
-    save("tsne", image, "A mark is a dimension, a panel a batch: aligned common dimensions are red "
-         "crosses within blue squares, unique ones keep apart by colour.",
-         points=points, dimensions=chosen, Kc=Kc)
-
-
-def picture_gradcam(save, loader, cams, modalities):
-    """Fig. 4b, 10.  cams: `gradcam_vis` of each modality's network."""
-    side, numbers, rows = 144, {}, []
-    for x in loader:                            # one pair at a time
-        tiles = []
-        for m, name in enumerate(modalities):
-            picture = visible(x[m][0], name)
-            tiles.append((name, picture))
-            for part, a in cams[m](x[m]).items():
-                colours = viridis(norm(a)[0].cpu().numpy()) / 255
-                tiles.append((f"{name}, {part}", 0.45 * picture + 0.55 * colours))
-                numbers.setdefault(f"modality{m + 1}_{part}", []).append(a[0].cpu().numpy())
-        rows.append(tiles)
-    image, pen = page(M + len(tiles) * (side + 4) + 2 * M, TOP + len(rows) * (side + 4) + M,
-                      "GradCAM: what raises the mean of common, of unique dimensions (violet: "
-                      "nothing, yellow: most)")
-    for row, tiles in enumerate(rows):
-        for column, (words, tile) in enumerate(tiles):
-            x, y = M + column * (side + 4) + M * (2 * column >= len(tiles)), TOP + row * (side + 4)
-            tile = Image.fromarray((tile * 255).astype(np.uint8))
-            image.paste(tile.resize((side, side), Image.Resampling.BICUBIC), (x, y))
-            if row == 0:
-                pen.text((x, y - LINE - 2), words, INK, FONT)
-    save("gradcam", image, "A row is a pair: common maps should lie on what both modalities show, "
-         "unique ones on what one alone shows.", **numbers)
-
-
-def picture_spatial(save, loader, cams):
-    """Fig. 5a.  cams: `gradcam_vis` of each modality's network."""
-    stats = [gradcam_stat(cams[0](x1), cams[1](x2)) for x1, x2 in loader]
-    logs = {part: torch.cat([stat[part] for stat in stats]).cpu().numpy() for part in stats[0]}
-    # Paper: "normalize the results of each patch to 0 to 1".  Here: min-max over all pairs, since
-    # one number has no range of its own, and over common and unique together, to compare them.
-    low, high = min(a.min() for a in logs.values()), max(a.max() for a in logs.values())
-    scores = {part: (a - low) / max(high - low, 1e-12) for part, a in logs.items()}
-    image, pen = page(560, TOP + len(scores) * (220 + M),
-                      "Overlap of the two modalities' GradCAM maps: number of pairs",
-                      [(f"{part}, mean {a.mean():.3f} (line)", COLOURS[part])
-                       for part, a in scores.items()])
-    for i, (part, a) in enumerate(scores.items()):
-        nothing = np.mean(logs[part] < math.log(2e-8))
-        print(f"overlap of GradCAM maps, {part}: mean {a.mean():.3f}; {nothing:.0%} of the pairs "
-              f"share no bright pixel")
-        counts, edges = np.histogram(a, 40, (0, 1))
-        highest = 1.05 * counts.max()
-        at = axes(pen, panel(i, 1, 528, 220), (0, 1), (0, highest), part,
-                  "score: 0 least overlap of the set, 1 most")
-        bars(pen, at, edges, counts, np.zeros(40), COLOURS[part])
-        pen.line((*at(a.mean(), 0), *at(a.mean(), highest)), INK, 2)
-    save("spatial", image, "How far the two modalities look at the same places: unique should "
-         "stand further left than common (the paper: a slight trend).", **scores)
-
-
-def picture_spectral(save, loader, nets, parts, steps, modalities):
-    """Fig. 5b.  nets: `part_means` of each modality."""
-    stats, errors = ([], []), []
-    for x in loader:
-        for m, net in enumerate(nets):
-            att = IG_vis(net, parts, steps, x[m])
-            stats[m].append({part: a.cpu() for part, a in IG_stat(att).items()})
-            with torch.no_grad():
-                gain = net(x[m]) - net(torch.zeros_like(x[m]))          # Nx2
-            total = torch.stack([a.sum((1, 2, 3)) for a in att.values()], 1)
-            errors.append(torch.stack(((total - gain).abs(), gain.abs())).mean((1, 2)).cpu())
-    error, gain = torch.stack(errors).mean(0).tolist()
-    print(f"integrated gradients, {steps} steps: completeness error {error:.2g}, mean "
-          f"|f(x) - f(x0)| {gain:.2g}")
-    scores = [{part: torch.cat([stat[part] for stat in stats[m]]).numpy() for part in parts}
-              for m in (0, 1)]                  # NxC
-    # Paper: "we normalize the scores".  Here: by the largest magnitude in the modality, common and
-    # unique together.
-    for both in scores:
-        largest = max(1e-12, *(np.abs(a).max() for a in both.values()))
-        both.update({part: a / largest for part, a in both.items()})
-    bands = [(m, c, band) for m, name in enumerate(modalities)
-             for c, band in enumerate(MODALITIES[name]["bands"])]
-    step, left, middle, right = 46, 200, 560, 928
-    longest = max(np.abs(a).mean(0).max() for both in scores for a in both.values())
-    image, pen = page(right + M, TOP + LINE + len(bands) * step + M,
-                      "Integrated gradients: what each band adds to the mean of common, of unique "
-                      "dimensions",
-                      [(part, COLOURS[part]) for part in parts])
-    pen.text((left, TOP - 8), "mean magnitude", INK, FONT)
-    pen.text((middle, TOP - 8), "images by signed score, from -1 to 1", INK, FONT)
-    for row, (m, c, band) in enumerate(bands):
-        y = TOP + LINE + row * step
-        words = f"{modalities[m]} {band}  {WAVELENGTHS.get(band, '')}"
-        words = band if band == modalities[m] else words
-        pen.text((M, y + 17), words, INK, FONT, "lm")
-        for i, part in enumerate(parts):
-            a, y_bar = scores[m][part][:, c], y + 18 * i
-            end = left + np.abs(a).mean() / longest * (middle - left - 80)
-            pen.rectangle((left, y_bar, end, y_bar + 15), COLOURS[part])
-            pen.text((end + 6, y_bar + 8), f"{np.abs(a).mean():.3f}", INK, FONT, "lm")
-            counts = np.histogram(a, 31, (-1, 1))[0]
-            xs = np.linspace(middle, right, 31)
-            pen.line([(x, y + 34 - n / counts.max() * 32) for x, n in zip(xs, counts)],
-                     COLOURS[part], 2)
-        pen.line((middle, y + 35, right, y + 35), GREY)
-        pen.line(((middle + right) / 2, y, (middle + right) / 2, y + 38), GREY)
-    save("spectral", image, "How much each band moves the mean of the common, of the unique "
-         "dimensions, relative to the modality's largest score.",
-         **{f"modality{m + 1}_{part}": a for m in (0, 1) for part, a in scores[m].items()})
-
-
-def picture_factors(save, table, names, chance):
-    """table: of `read_net`; names: of the modalities."""
-    table = {f"{names[m]}, {name}": accuracies for (m, name), accuracies in table.items()}
-    columns = ("seen by both", f"by {names[0]} alone", f"by {names[1]} alone")
-    width, height, left = 150, 32, 220
-    image, pen = page(2 * M + left + 3 * width, TOP + len(table) * height + M,
-                      f"Accuracy of a linear probe on unseen scenes (chance {chance:.2f})")
-    for i, words in enumerate(columns):
-        pen.text((M + left + (i + 0.5) * width, TOP - LINE - 2), words, INK, FONT, "ma")
-    for row, (name, accuracies) in enumerate(table.items()):
-        print(f"{name:28s}" + "".join(f"  {words} {accuracy:.2f}"
-                                      for words, accuracy in zip(columns, accuracies)))
-        y = TOP + row * height
-        pen.text((M, y + height / 2), name, INK, FONT, "lm")
-        for i, accuracy in enumerate(accuracies):
-            x, level = M + left + i * width, max(0, (accuracy - chance) / (1 - chance))
-            pen.rectangle((x, y, x + width - 2, y + height - 2), tuple(viridis(level).astype(int)))
-            ink = PAPER if level < 0.5 else INK
-            pen.text((x + width / 2, y + height / 2), f"{accuracy:.2f}", ink, FONT, "mm")
-    save("factors", image, "How well each factor of the made-up scenes can be read: common "
-         "dimensions should hold what both modalities see, unique ones what one alone sees.",
-         rows=list(table), accuracy=list(table.values()))
-
-
-def picture_sweep(save, found, names, axis, chance):
-    """Fig. 3a and 3b on made-up scenes.  found: of `sweep`; axis: the setting that differs."""
-    rows = {run[axis]: table for run, table in found if run}
-    xs, colours = sorted(rows), dict(COLOURS, backbone=INK)
-    image, pen = page(944, TOP + 2 * (280 + M), f"Accuracy of a linear probe by {axis}; grey: "
-                      f"random encoder, chance",
-                      list(colours.items()))
-    yardsticks = next(table for run, table in found if not run)
-    for i, (m, factor) in enumerate(((0, 0), (0, 1), (1, 0), (1, 2))):
-        what = "what both see" if factor == 0 else f"what {names[m]} alone sees"
-        at = axes(pen, panel(i, 2, 448, 280), (xs[0], xs[-1]), (0, 1), f"{names[m]}: {what}", axis)
-        for level in (chance, yardsticks[m, "random encoder"][:, factor].mean()):
-            pen.line((*at(xs[0], level), *at(xs[-1], level)), GREY)
-        for name, colour in colours.items():
-            points = [(x, rows[x][m, name][:, factor]) for x in xs if (m, name) in rows[x]]
-            for x, a in points:                 # the range of the seeds
-                pen.line((*at(x, a.min()), *at(x, a.max())), colour)
-            if points:                          # without decoupling there are no unique ones
-                curve(pen, at, *zip(*((x, a.mean()) for x, a in points)), colour)
-    save("sweep", image, f"How {axis} moves what common and unique dimensions and backbones hold; "
-         f"bars span the seeds.", **{f"{x} {names[m]} {name}": a for x in xs
-                                     for (m, name), a in rows[x].items()})
-
-
-def open_out(out):
-    """Makes the folder.  Returns `save_picture` into it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "writable", Path.touch), (out / "writable").unlink()
-    except OSError as error:
-        raise BadInput(f"--out {out} cannot be written ({error.strerror}); give another") from None
-    return partial(save_picture, out)
-
-
-def save_picture(out, name, image, sentence, **numbers):
-    """The picture and its numbers, and how to read it, printed."""
-    def write_npz(part):
-        with open(part, "wb") as file:
-            np.savez(file, **numbers)
-
-    write_atomically(out / f"{name}.png", partial(image.save, format="PNG"))
-    write_atomically(out / f"{name}.npz", write_npz)
-    print(f"{out / name}.png and .npz\n  {sentence}")
-
-
-# ---- what is explained ----
-
-def open_net(path, device):
-    """The pretrained network, in evaluation mode and frozen, and its settings."""
-    checkpoint = load_checkpoint(path)
-    settings, state = settings_of(checkpoint), checkpoint["model"]
-    if settings["stopped"]:
-        print(f"{path} is of a run that was stopped {settings['stopped']}")
-    if not all(any(key.startswith(f"{f}.E.") for key in state) for f in ("f1", "f2")):
-        raise BadInput(f"{path} holds one encoder alone; expected those of two modalities")
-    net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
-    net.load_state_dict(state)
-    return net.to(device).eval().requires_grad_(False), settings
-
-
-def open_data(settings, root, split):
-    """The data set, or BadInput if it is not of the kind that the checkpoint knows."""
-    custom = dict(rows=settings["inputs"]) if settings["scenario"] == "custom" else {}
-    if bool(custom) != (len(root) == 2):
-        raise BadInput(f"--data {' '.join(root)}: expected two folders for custom, one otherwise")
-    try:
-        data = open_pairs(settings["scenario"], root if custom else root[0], settings["size"],
-                          split, settings["depth_unit"], settings["seed"], **custom)
-    except BadInput as error:
-        raise BadInput(f"the checkpoint is of {settings['scenario']}; {error}") from None
-    got = [f"{name} ({len(views[0])} channels)" for name, views in zip(data.modalities, data[0])]
-    expected = [f"{name} ({channels} channels)"
-                for name, channels in zip(settings["modalities"], settings["channels"])]
-    if got != expected:
-        raise BadInput(f"{root[0]} holds {' and '.join(got)}, the checkpoint knows "
-                       f"{' and '.join(expected)}; give --data")
-    return data
-
-
-def batches(data, rows, size, batch_size, workers, device, text):
-    """Batches [x1, x2] of what the networks see, BxCxSxS, under a progress bar."""
-    loader = DataLoader(Subset(data, rows), batch_size, collate_fn=collate, num_workers=workers)
-    for views in progress(loader, text, unit="batch"):
-        yield [plain(x[0].to(device), m, size) for x, m in zip(views, data.modalities)]
-
-
-@torch.no_grad()
-def embed(net, loader, N, kept):
-    """One pass over the samples.  Returns the embeddings of the first `kept`, in batches (z1, z2),
-    NxK on the CPU, and of each modality mean and biased variance over all samples, K each."""
-    z, n, sums = ([], []), 0, [0, 0]
-    for x in loader:
-        for m, f in enumerate((net.f1, net.f2)):
-            a = f(x[m]).cpu()                   # BxK
-            z[m].extend([a] if n < kept else [])
-            sums[m] += torch.stack((a.double(), a.double().pow(2))).sum(1)  # 2xK
-        n += len(a)
-    moments = [(mean.float(), (square - mean.pow(2)).clamp(min=0).float())
-               for mean, square in (s / n for s in sums)]
-    return list(zip(*(torch.cat(a)[:kept].split(N) for a in z))), moments
-
-
-def read_scenes(settings, root, workers, device):
-    """All made-up scenes and what is in them: [x1, x2] NxCxSxS and NxF classes, for train, test.
-
-    None where the data are not made up, so that the factors are not known.
-    """
-    factors = Path(root[0]) / "factors.csv"
-    if not factors.is_file():
-        return None
-    with open(factors, newline="") as file:
-        classes = {row.pop("id"): [int(value) for value in row.values()]
-                   for row in csv.DictReader(file)}
-    scenes, y = [], []
-    for split in ("train", "test"):
-        part = open_data(settings, root, split)
-        seen = batches(part, range(len(part)), settings["size"], 256, workers, device, split)
-        scenes.append([torch.cat(x) for x in zip(*seen)])
-        y.append(torch.tensor([classes[i] for i in part.ids], device=device))
-    return scenes, y
-
-
-def sweep(runs, root, out, workers, device):
-    """Sec. 6 on made-up scenes: Table 4, Fig. 3a and the like from many runs, over their seeds.
-
-    Prints a table: for each kind of run and modality the mean accuracy, and its standard deviation
-    over the seeds, with which common / unique / backbone features tell what both modalities see and
-    what it alone sees.  Draws sweep.png if the runs differ in a single number.
-    """
-    nets = [open_net(run / "checkpoint.pt", device) for run in runs]
-    every = [settings for _, settings in nets]
-    first = every[0]
-    for settings, run in zip(every, runs):
-        for name in ("scenario", "size", "backbone"):
-            if settings[name] != first[name]:
-                raise BadInput(f"--sweep: {name} is {settings[name]} in {run}, but {first[name]} "
-                               f"in {runs[0]}; expected runs that see the same")
-    root = root or trained_on(runs[0] / "checkpoint.pt", first)
-    known = read_scenes(first, root, workers, device)
-    if not known:
-        raise BadInput(f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
-    save = open_out(out)
-    differ = [name for name in first if name not in ("seed", "K", "Kc", "widths")
-              and any(settings.get(name) != first[name] for settings in every)]
-    # {what differs: {(m, features): [accuracies of each seed]}}, under None random and supervised
-    found, seeds = {}, set()
-    for net, settings in progress(nets, "runs", unit="run"):
-        table = read_net(net, settings, parts_of(settings), *known,
-                         settings["seed"] if settings["seed"] not in seeds else None)
-        seeds.add(settings["seed"])
-        for key, accuracies in table.items():
-            run = None if "encoder" in key[1] else tuple(
-                " ".join(v) if isinstance(v := settings.get(name), list) else v for name in differ)
-            found.setdefault(run, {}).setdefault(key, []).append(accuracies)
-    found = [(run if run is None else dict(zip(differ, run)),
-              {key: np.array(a) for key, a in table.items()})           # seeds x factors
-             for run, table in found.items()]
-    names = first["modalities"]
-
-    def cell(a):
-        return f"{a.mean():.2f}" + (f"±{a.std(ddof=1):.2f}" if len(a) > 1 else "")
-
-    print("| run (seeds) | " + " | ".join(f"{name}: {what}" for name in names
-                                          for what in ("what both see", "what it alone sees"))
-          + " |")
-    print("|---" * 5 + "|")
-    for run, table in sorted(found, key=lambda row: row[0] is None):
-        lines = {"random encoder": ["random encoder"], "supervised encoder": ["supervised encoder"]}
-        if run is not None:
-            words = [name.replace("_", "-") if value is True else f"{name} {value}"
-                     for name, value in run.items() if value is not False and value is not None]
-            lines = {" ".join(words) or first["method"]: ["common", "unique", "backbone"]}
-        for words, wanted in lines.items():
-            n = len(next(iter(table.values())))
-            print(f"| {words} ({n}) | " + " | ".join(
-                " / ".join(cell(table[m, name][:, factor]) if (m, name) in table else "-"
-                           for name in wanted)
-                for m in (0, 1) for factor in (0, m + 1)) + " |")
-    if len(differ) == 1 and all(type(run[differ[0]]) in (int, float) for run, _ in found if run):
-        picture_sweep(save, found, names, differ[0], 1 / (int(known[1][0].max()) + 1))
-
-
-def parts_of(settings):
-    """{"common": its columns of an embedding, "unique": ...}, those that there are."""
-    K, Kc = settings["K"], settings["Kc"]
-    return {part: columns for part, columns in (("common", slice(0, Kc)), ("unique", slice(Kc, K)))
-            if columns.start < columns.stop}
-
-
-def trained_on(path, settings):
-    """The folders where the run that wrote checkpoint `path` read its data."""
-    record = path.with_name("args.json")
-    recorded = json.loads(record.read_text()) if record.is_file() else {}
-    root = recorded.get("data", f"data/{settings['scenario']}")
-    return [root] if isinstance(root, str) else root
+def path(text):
+    return Path(text).expanduser()
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Algorithm 2, the pictures of Sec. 7 and App. D.",
                                      allow_abbrev=False)
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", type=Path, help="that pretrain.py wrote")
-    group.add_argument("--sweep", nargs="+", type=Path, metavar="RUN",
+    add, group = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--checkpoint", type=path, help="that pretrain.py wrote")
+    group.add_argument("--sweep", nargs="+", type=path, metavar="RUN",
                        help="folders of runs on made-up scenes: what their encoders know")
-    parser.add_argument("--compare", type=Path, help="another one, in the alignment histograms")
-    parser.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES,
-                        help="pictures to make; default: all")
-    parser.add_argument("--out", type=Path,
-                        help="default: explain/ beside the checkpoint, with --sweep explain/")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", metavar="DIR",
-                       help="two for custom; default: what the checkpoint was trained on")
-    group.add_argument("--split", help="default: what the checkpoint was trained on")
-    group.add_argument("--samples", type=int,
-                       help="pairs, drawn at random; default: 512, or all if there are fewer")
-    group.add_argument("--seed", type=int, default=0, help="of the draw, the probes; default: 0")
-    group.add_argument("--workers", type=int, default=0, help="that read files; default: 0")
-    group = parser.add_argument_group("methods")
-    group.add_argument("--tsne-dims", type=int, default=1024,
-                       help="of each modality, at most; default: 1024")
-    group.add_argument("--layer", help="of GradCAM; default: the last convolution, or MiT stage")
-    group.add_argument("--pairs", type=int, default=6, help="on the GradCAM page; default: 6")
-    group.add_argument("--steps", type=int, default=64, help="of integrated gradients; default: 64")
-    group.add_argument("--batch-size", type=int, default=64,
-                       help="for memory, no result depends on it; default: 64")
+    add("--compare", type=path, help="another one, in the alignment histograms")
+    add("--only", nargs="+", choices=PICTURES, default=list(PICTURES)[:-1],
+        help="pictures to make; default: all, but not embeddings")
+    add("--out", type=path, help="default: explain/ beside the checkpoint, with --sweep explain/")
+    add("--data", nargs="+", metavar="DIR",
+        help="for custom two folders or patterns; default: what the checkpoint was trained on")
+    add("--split", help="default: what the checkpoint was trained on")
+    add("--samples", type=number(int, 8),
+        help="pairs, drawn at random; default: 512 or 4 N, whichever is more, if there are so many")
+    add("--seed", type=number(int, 0), default=0, help="of the draw, the probes; default: 0")
+    add("--workers", type=number(int, 0), default=0, help="that read files; default: 0")
+    add("--tsne-dims", type=number(int, 4), default=1024, help="of each modality; default: 1024")
+    add("--layer", help="of GradCAM; default: the last convolution, or MiT stage")
+    add("--pairs", type=number(int, 1), default=6, help="on the GradCAM page; default: 6")
+    add("--steps", type=number(int, 1), default=64, help="of integrated gradients; default: 64")
+    add("--batch-size", type=number(int, 1), default=64, help="for memory alone; default: 64")
     args = parser.parse_args(argv)
-    for name, least in (("samples", 8), ("seed", 0), ("workers", 0), ("tsne_dims", 4), ("pairs", 1),
-                        ("steps", 1), ("batch_size", 1)):
-        value, flag = getattr(args, name), name.replace("_", "-")
-        if value is not None and value < least:
-            raise BadInput(f"--{flag} {value}: expected {least} or more")
+    args.out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
     return args
 
 
-def main():
-    args = get_args()
-    rank, _, device = start_processes()
-    if rank > 0:                                # under torchrun the first process does it all
-        return
-    out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
-    if args.sweep:
-        return sweep(args.sweep, args.data, out, args.workers, device)
-    net, settings = open_net(args.checkpoint, device)
-    root = args.data or trained_on(args.checkpoint, settings)
-    data = open_data(settings, root, args.split or settings["split"])
-    samples = args.samples or min(512, len(data))
-    if samples > len(data):
-        raise BadInput(f"--samples {samples} is more than the {len(data)} pairs under {root[0]}; "
-                       f"at most {len(data)}")
-    found = [layers(f.E) for f in (net.f1, net.f2)]
-    layer = args.layer or list(found[0])[-1]
-    if layer not in found[0]:
-        raise BadInput(f"--layer {layer}: no such layer; there are {' '.join(found[0])}")
-    if args.compare:
-        other, theirs = open_net(args.compare, device)
-        for name in ("scenario", "modalities", "channels", "size"):
-            if theirs[name] != settings[name]:
-                raise BadInput(f"--compare: {name} is {theirs[name]} in {args.compare}, but "
-                               f"{settings[name]} in {args.checkpoint}; give a run of that data")
-    save, wanted = open_out(out), args.only
-
-    K, Kc, names = settings["K"], settings["Kc"], settings["modalities"]
-    parts = parts_of(settings)
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    rows = rng.permutation(len(data))[:samples]
-    load = partial(batches, data, rows, settings["size"], args.batch_size, args.workers, device)
-    N = min(settings["batch_size"], samples)                            # in 1 and 2, as in training
-    kept = min(4 * N, samples)                                          # Fig. 8 and 9: 4 batches
-    print(f"{samples} of {len(data)} pairs of {' and '.join(names)} from {' '.join(root)}; N {N}  "
-          f"K {K}  Kc {Kc}; {device.type}")
-    z, moments = embed(net, load("embeddings"), N, kept)
-    every = [torch.cat(a) for a in zip(*z)]
-    z = [pair for pair in z if len(pair[0]) == N]
-    nets = [part_means(f, mean.to(device), var.to(device), parts)
-            for f, (mean, var) in zip((net.f1, net.f2), moments)]
-    cams = [partial(gradcam_vis, f, named[layer], parts) for f, named in zip(nets, found)]
-
-    log = args.checkpoint.with_name("log.jsonl")
-    if "curves" in wanted and settings["method"] == "decur" and log.is_file():
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        picture_curves(save, {name: [line[name] for line in lines] for name in lines[0]},
-                       settings["batch_size"], K, Kc, not settings["no_intra"])
-    elif "curves" in wanted:
-        print(f"no {log} of DeCUR's terms, so curves.png is left out")
-    if "alignment" in wanted:
-        first = {part: retrieval(*(a[:, columns] for a in every))
-                 for part, columns in (parts | {"all": slice(None)}).items()}
-        print(f"the nearest of {kept} in the other modality is the partner (chance "
-              f"{1 / kept:.3f}):",
-              ", ".join(f"{part} {a:.3f}" for part, a in first.items()))
-        others = []
-        if args.compare:
-            others = embed(other, load("embeddings to compare"), N, len(z) * N)[0]
-        picture_alignment(save, z, parts, others)
-    if "tsne" in wanted:
-        picture_tsne(save, z, np.sort(rng.permutation(K)[:args.tsne_dims]), Kc, names, device)
-    if "gradcam" in wanted:
-        pairs = batches(data, rows[:args.pairs], settings["size"], 1, 0, device, "GradCAM")
-        picture_gradcam(save, pairs, cams, names)
-    if "spatial" in wanted:
-        picture_spatial(save, load("GradCAM statistics"), cams)
-    if "spectral" in wanted:
-        picture_spectral(save, load("integrated gradients"), nets, parts, args.steps, names)
-    if "factors" in wanted:
-        known = read_scenes(settings, root, args.workers, device)
-        if known:
-            picture_factors(save, read_net(net, settings, parts, *known, args.seed), names,
-                            1 / (int(known[1][0].max()) + 1))
-        else:
-            print("only made-up scenes have known factors, so factors.png is left out")
-
-
 if __name__ == "__main__":
-    run(main)
+    guarded(main)

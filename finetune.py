@@ -5,16 +5,19 @@
     torchrun --nproc_per_node=4 finetune.py --task bigearthnet --linear --labels 0.01 \\
                        --weights runs/sar-optical-decur/checkpoint.pt       Table 1, first column
     python finetune.py --task geonrw --weights none          Supervised; with --linear Rand. Init.
+    python finetune.py --task custom --data1 A --data2 B --target masks \\
+                       --weights runs/custom-decur/checkpoint.pt            your own labels
     python finetune.py --table runs/*                        beside the paper's numbers
 
-Writes into --out: results.json (task, split, weights and their sha256, settings, metric, seed,
-time), ids.txt (the training samples), checkpoint.pt (all that --resume needs), log.jsonl,
+Writes into --out: results.json (metrics, scores of each class, settings, weights and their sha256,
+seed, time), ids.txt (the training samples), checkpoint.pt (all that --resume needs), log.jsonl,
 args.json.  Metrics are of the whole test split after the last step, never of the best one.
 """
 import argparse
-import hashlib
+import colorsys
+import copy
+import csv
 import json
-import signal
 import statistics
 import sys
 import time
@@ -28,24 +31,21 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, TensorDataset
 
-from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, Draws, epoch_batches, make_toy, mixed,
-                  moved, normalise, open_pairs, picture, random_boxes, read_label, separable,
-                  triangle_filter, unit)
+from data import (CLASSES19, SCENE_CLASSES, SHAPES, SSL4EO_S1, BadInput, check_label,
+                  default_workers, guarded, leave_group, make_toy, moved, named_files, need,
+                  normalise, number, open_pairs, progress, random_boxes, read_json, read_label,
+                  read_lines, read_list, resize, separable, triangle_filter, unit, visible,
+                  write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (agreed, defaults, go_on, leave_group, load_checkpoint, measure_statistics,
-                      mixed_precision, open_folder, processes, run, save_checkpoint, settings_of,
-                      signals_to_come, start_from, start_processes, write_atomically)
+from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
+                      load_checkpoint, measure_statistics, mixed_precision, processes, settings_of,
+                      sha256_of, start_from, summed)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
           "roads", "buildings")
-# The data set's own colormap, red green blue: the classes in their order.
-GEONRW_COLOURS = ((44, 160, 44), (31, 119, 180), (140, 86, 75), (127, 127, 127), (188, 189, 34),
-                  (255, 127, 14), (148, 103, 189), (23, 190, 207), (170, 170, 170), (214, 39, 40))
 NYU40 = ("wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds "
          "desk shelves curtain dresser pillow mirror floor_mat clothes ceiling books fridge tv "
          "paper towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub "
@@ -57,46 +57,317 @@ TASKS = {
     "geonrw": dict(scenario="rgb-dem", data="data/rgb-dem", classes=GEONRW, model="fcn"),
     "sunrgbd": dict(scenario="rgbd", data="data/rgbd", classes=tuple(NYU40[:37]), model="fcn"),
     "nyuv2": dict(scenario="rgbd", data="data/nyuv2", classes=tuple(NYU40), model="fcn"),
+    "custom": dict(scenario="custom", data=None, classes=None, model=None),
 }
-# App. B, Transfer learning.  size: the training crop's height; lr_linear: with --linear.  A comment
-# beside a value: its source, where the paper is silent.
-FCN_RGBD = dict(
-    backbone="resnet50", modality=1, batch_size=8, steps=40000, optimizer="sgd", lr=0.01,
-    weight_decay=1e-5,
-    momentum=0.9, schedule="poly",              # MMSegmentation's of 40k, without its least rate
-    size=480, scale=(0.5, 1.0))                 # 480x480 of CMX's 480x640; as in pretraining
-# "the same settings of CMX": its published configuration for NYUv2, 500 epochs of 100 steps.
+# Each recipe: [(settings, their source)].  size: the height of a training crop, which covers
+# `scale` of the frame's area; modality 0: both.
+FCN_RGBD = [
+    (dict(backbone="resnet50", modality=1, batch_size=8, steps=40000, optimizer="sgd", lr=0.01,
+          weight_decay=1e-5, schedule="poly"), "paper, App. B"),
+    (dict(momentum=0.9), "MMSegmentation, 40k"),  # and the power of "poly", without its least rate
+    (dict(size=480), "CMX, NYUv2"),             # the height of its 480x640
+    (dict(scale=(0.5, 1.0)), "here: as pretraining")]
+# "the same settings of CMX": what it published, for NYUv2 alone: 500 epochs of 100 steps.
 # scale None: CMX's own crops, see `cmx_boxes`; test_scales: each with its mirror image.
-CMX_NYU = dict(
-    backbone="mit_b2", modality=0, batch_size=8, steps=50000, optimizer="adamw", lr=6e-5,
-    weight_decay=0.01, schedule="warm poly", size=480, scale=None, test_scales=(0.75, 1.0, 1.25))
+CMX_NYU = dict(modality=0, batch_size=8, optimizer="adamw", lr=6e-5, weight_decay=0.01,
+               schedule="warm poly", size=480, scale=None, test_scales=(0.75, 1.0, 1.25))
+OWN = dict(modality=0, batch_size=32, epochs=50, optimizer="adamw", lr=1e-4, weight_decay=0.01,
+           schedule="poly", scale=(0.5, 1.0), split=None, test_split=None, test_share=0.2,
+           ignore=255)
 RECIPES = {
-    ("bigearthnet", "late"): dict(
-        backbone="resnet50", modality=0, batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
-        lr_linear=0.5, weight_decay=0.0, momentum=0.9, schedule="steps", size=224, scale=(0.8, 1.0),
-        test_crop=224 / 256),                   # the authors': the middle 224 of 256
-    ("geonrw", "fcn"): dict(
-        backbone="resnet50", modality=0, batch_size=256, epochs=30, optimizer="adamw", lr=1e-4,
-        weight_decay=0.01, size=224, scale=(0.2, 1.0),
-        schedule="constant"),                   # as the authors' in its 30 epochs
-    ("sunrgbd", "fcn"): FCN_RGBD, ("nyuv2", "fcn"): FCN_RGBD,
-    ("sunrgbd", "cmx"): CMX_NYU | dict(steps=None, epochs=500),  # published for NYUv2 alone
-    ("nyuv2", "cmx"): CMX_NYU | dict(backbone="mit_b5"),  # Table 3: B2 on SUN RGB-D, B5 on NYUv2
+    ("bigearthnet", "late"): [
+        (dict(backbone="resnet50", modality=0, batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
+              weight_decay=0.0, momentum=0.9, schedule="steps", scale=(0.8, 1.0)), "paper, App. B"),
+        (dict(size=224, test_crop=224 / 256), "authors")],  # tested on the middle 224 of 256
+    ("geonrw", "fcn"): [
+        (dict(backbone="resnet50", modality=0, batch_size=256, epochs=30, optimizer="adamw",
+              lr=1e-4, weight_decay=0.01, scale=(0.2, 1.0)), "paper, App. B"),
+        (dict(size=224, schedule="constant"), "authors")],
+    ("sunrgbd", "fcn"): FCN_RGBD,
+    ("nyuv2", "fcn"): FCN_RGBD,
+    ("sunrgbd", "cmx"): [(dict(backbone="mit_b2"), "paper, Table 3"),
+                         (CMX_NYU | dict(epochs=500), "as CMX, NYUv2")],
+    ("nyuv2", "cmx"): [(dict(backbone="mit_b5"), "paper, Table 3"),
+                       (CMX_NYU | dict(steps=50000), "CMX, NYUv2")],
+    ("custom", "late"): [(OWN, "here")],
+    ("custom", "fcn"): [(OWN, "here")],
 }
+LINEAR = {"bigearthnet": (dict(lr=0.5), "paper, App. B"), "custom": (dict(lr=1e-2), "here")}
 # --toy: every model goes with every task.
 TOYS = {
     "late": dict(backbone="resnet-toy", modality=0, batch_size=64, epochs=20, steps=None,
-                 optimizer="sgd", lr=0.05, lr_linear=0.5, weight_decay=0.0, momentum=0.9,
-                 schedule="steps", size=48, scale=(0.8, 1.0), test_crop=1.0),
+                 optimizer="sgd", lr=0.05, weight_decay=0.0, momentum=0.9, schedule="steps",
+                 size=48, scale=(0.8, 1.0), test_crop=1.0),
     "fcn": dict(backbone="resnet-toy", modality=0, batch_size=32, epochs=8, steps=None,
-                optimizer="adamw", lr=1e-3, lr_linear=1e-2, weight_decay=0.01, schedule="poly",
-                size=48, scale=(0.5, 1.0)),
-    "cmx": dict(backbone="mit_b0", batch_size=16, epochs=4, steps=None, lr=1e-3, size=48, embed=64),
+                optimizer="adamw", lr=1e-3, weight_decay=0.01, schedule="poly", size=48,
+                scale=(0.5, 1.0)),
+    "cmx": CMX_NYU | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3, size=48, embed=64),
 }
-REST = dict(seed=0, labels=1.0, epochs=None, steps=None, lr_linear=None, momentum=0.9,
+TOY_LINEAR = {"late": dict(lr=0.5), "fcn": dict(lr=1e-2), "cmx": {}}
+REST = dict(backbone="resnet50", size=224, seed=0, labels=1.0, epochs=None, steps=None,
             test_crop=None, test_scales=(1.0,), embed=512, split="train", test_split="test",
-            depth_unit=1000.0, save_every=30.0, save_images=0)
-RUN_ONLY = ("data", "out", "resume", "save_every", "workers", "toy", "save_images", "table")
+            depth_unit=1000.0, save_every=10.0, save_images=0)
+RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
+            "toy", "save_images", "table", "pretraining")  # may differ at --resume
+
+
+# ---- the protocol ----
+
+def train(run, net, model, args, modalities):
+    """App. B, transfer.  Frozen encoders stay in evaluation mode, batch statistics included."""
+    precision = mixed_precision(run.device)
+    if args.model == "cmx":
+        precision = nullcontext()               # float32, as published
+    for batch in run.batches():
+        net.train()
+        if args.linear:
+            for E in net.encoders:
+                E.eval()
+        x, target = prepared(batch, args, modalities, run.device, run.draws)
+        with precision:
+            logits = model(*x)                                      # NxC, or NxCxHxW
+        loss = loss_of(logits, target, run.world)
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        run.log(summed(loss.detach()) / run.world)
+
+
+def loss_of(logits, target, world):
+    """MultiLabelSoftMarginLoss, or CrossEntropyLoss over what all processes have labelled."""
+    if target.is_floating_point():              # NxC, 0 or 1
+        return F.multilabel_soft_margin_loss(logits.float(), target)
+    labelled = summed((target >= 0).sum().float()).clamp(min=1)
+    total = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum")
+    return total * world / labelled             # DistributedDataParallel will divide by `world`
+
+
+@torch.no_grad()
+def test(net, data, args, device, rank=0, world=1):
+    """Metrics of the whole split and the scores of each class.  Every sample counts once: each
+    process has a share of them, and counts and rankings are joined before anything is divided.
+    """
+    if world > 1 and device.type == "cpu":      # each process has statistics of its own
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+    net.eval()
+    n, C = len(data), len(data.classes)
+    first, last = rank * n // world, (rank + 1) * n // world
+    matrix = torch.zeros(C, C, dtype=torch.int64, device=device)    # row: label, column: prediction
+    ranking = torch.zeros(2, n, C, device=device)  # scores and labels; 0 where another process is
+    for x, target in batches_of(data, np.arange(first, last), args, device, world, "test"):
+        s = scores(net, x, args.test_scales)                        # NxC, or NxCxHxW
+        if data.kind == "multi-label":
+            ranking[:, first:first + len(s)] = torch.stack((s, target))
+        else:
+            matrix += confusion(s.argmax(1), target, C, -1)
+        for k in range(min(len(s), args.save_images - first)):
+            save_picture(args, data, first + k, [images[k] for images in x], target[k], s[k])
+        first += len(s)
+    ranking, matrix = summed(ranking).cpu(), summed(matrix)
+    if data.kind == "multi-label":
+        metrics, each = ranking_metrics(*ranking)
+    else:
+        metrics, each = counting_metrics(matrix, data.kind)
+    return dict(metrics=metrics, classes=dict(zip(data.classes, each)))
+
+
+def scores(net, x, scales):
+    """Logits; or CMX's evaluation: exp(logits + the mirror image's) of each scale, added.
+
+    CMX: frames above 480x640, those at scale 1.25, by sliding windows.  Here: whole.
+    """
+    if tuple(scales) == (1.0,):
+        return net(*x).float()
+    size, both = x[0].shape[-2:], []
+    for scale in scales:
+        scaled_size = [round(scale * n) for n in size]
+        scaled = [F.interpolate(images, scaled_size, mode="bilinear") for images in x]
+        mirrored = [images.flip(-1) for images in scaled]
+        both.append(net(*scaled).float() + net(*mirrored).flip(-1).float())
+    top = torch.stack([b.amax((1, 2, 3), keepdim=True) for b in both]).amax(0)  # Nx1x1x1
+    excess = (top - 80).clamp(min=0)            # exp(89) would be infinite; the order stays
+    return sum(F.interpolate((b - excess).exp(), size, mode="bilinear") for b in both)
+
+
+def schedule(name, step, steps):
+    """The learning rate at a step, as a fraction of its base."""
+    if name == "steps":                         # "by factor 10 at 60 and 80 epochs", of 100
+        return 0.1 ** sum(10 * step >= part * steps for part in (6, 8))
+    if name == "constant":
+        return 1.0
+    warm = steps // 50 if name == "warm poly" else 0  # CMX: 10 of 500 epochs, linearly from 0
+    return step / warm if step < warm else (1 - step / steps) ** 0.9
+
+
+def make_optimizer(net, args):
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [dict(params=trained)]
+    if args.model == "cmx":                     # no weight decay on biases and norms
+        groups = [dict(params=[p for p in trained if p.ndim > 1]),
+                  dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+
+
+# ---- models ----
+
+class LateFusion(nn.Module):
+    """App. B, SAR-optical: pooled features concatenated, one linear layer.
+
+    encoders: modules NxCxHxW -> Nxd, of which `part` is taken, d in `dims`.
+    Call: NxCxHxW for each encoder -> NxC logits.
+    """
+
+    def __init__(self, encoders, dims, num_classes, part=slice(None)):
+        super().__init__()
+        self.encoders, self.part = nn.ModuleList(encoders), part
+        self.fc = nn.Linear(sum(dims), num_classes)
+        nn.init.normal_(self.fc.weight, std=0.01)  # not in the paper: the authors'
+        nn.init.zeros_(self.fc.bias)
+
+    def features(self, *images):
+        return torch.cat([E(x)[:, self.part] for E, x in zip(self.encoders, images)], 1)
+
+    def forward(self, *images):
+        return self.fc(self.features(*images))
+
+
+class FCN(nn.Module):
+    """App. B, RGB-DEM: the last three stages of all encoders concatenated, 1x1 convolutions,
+    bilinear to input size, added.  Call: NxCxHxW for each encoder -> NxCxHxW logits.
+
+    Paper: the maps are upsampled, then convolved; with two ResNet-50 that is 7168 channels of
+    224x224, 1.4 GB an image.  Here: convolved, then upsampled.  Both are linear, one across
+    channels and one across pixels, and bilinear weights sum to 1, so that also the bias stays: it
+    is the same function.
+    """
+
+    def __init__(self, encoders, num_classes):
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.score = nn.ModuleList()
+        for s in (1, 2, 3):
+            self.score.append(nn.Conv2d(sum(E.dims[s] for E in encoders), num_classes, 1))
+
+    def forward(self, *images):
+        maps = [E.stages(x) for E, x in zip(self.encoders, images)]
+        logits = 0
+        for s, score in zip((1, 2, 3), self.score):
+            joint = torch.cat([stages[s] for stages in maps], 1)
+            logits = logits + F.interpolate(score(joint), images[0].shape[-2:], mode="bilinear")
+        return logits
+
+
+# CMX (Zhang et al., 2022) with the published parameter names: checkpoints load here and there.
+
+class FRM(nn.Module):
+    """Feature rectification, its Eq. 1-5: a stream takes from the other what two weights let by."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.channel_weights = nn.ModuleDict({"mlp": nn.Sequential(
+            nn.Linear(4 * C, 4 * C), nn.ReLU(), nn.Linear(4 * C, 2 * C))})
+        self.spatial_weights = nn.ModuleDict({"mlp": nn.Sequential(
+            nn.Conv2d(2 * C, C, 1), nn.ReLU(), nn.Conv2d(C, 2, 1))})
+
+    def forward(self, a, b):                    # NxCxHxW each
+        ab = torch.cat((a, b), 1)                                   # Nx2CxHxW
+        pooled = torch.cat((ab.mean((2, 3)), ab.amax((2, 3))), 1)   # Nx4C
+        channel = self.channel_weights["mlp"](pooled).sigmoid()[..., None, None]
+        spatial = self.spatial_weights["mlp"](ab).sigmoid()
+        channel_a, channel_b = channel.chunk(2, 1)                  # NxCx1x1
+        spatial_a, spatial_b = spatial.chunk(2, 1)                  # Nx1xHxW
+        return a + (channel_b + spatial_b) / 2 * b, b + (channel_a + spatial_a) / 2 * a
+
+
+class FFM(nn.Module):
+    """Feature fusion, its Eq. 6-9: cross attention, then a residual mix of channels."""
+
+    def __init__(self, C, heads):
+        super().__init__()
+        self.heads = heads
+        self.cross = nn.ModuleDict()
+        for i in (1, 2):
+            self.cross[f"channel_proj{i}"] = nn.Linear(C, 2 * C)
+            self.cross[f"end_proj{i}"] = nn.Linear(2 * C, C)
+            self.cross[f"norm{i}"] = nn.LayerNorm(C)
+        self.cross["cross_attn"] = nn.ModuleDict({f"kv{i}": nn.Linear(C, 2 * C, bias=False)
+                                                  for i in (1, 2)})
+        self.channel_emb = nn.ModuleDict({
+            "residual": nn.Conv2d(2 * C, C, 1, bias=False),
+            "channel_embed": nn.Sequential(
+                nn.Conv2d(2 * C, C, 1), nn.Conv2d(C, C, 3, padding=1, groups=C), nn.ReLU(),
+                nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)),
+            "norm": nn.BatchNorm2d(C)})
+
+    def forward(self, a, b):                    # NxCxHxW each
+        H, W = a.shape[-2:]
+        a, b = a.flatten(2).mT, b.flatten(2).mT                     # NxHWxC
+        ya, ua = F.relu(self.cross["channel_proj1"](a)).chunk(2, -1)  # NxHWxC each
+        yb, ub = F.relu(self.cross["channel_proj2"](b)).chunk(2, -1)
+        Ga, Gb = self.context("kv1", ua), self.context("kv2", ub)
+        ta = (self.split(ua) @ Gb).transpose(1, 2).flatten(2)       # NxHWxC, the other's context
+        tb = (self.split(ub) @ Ga).transpose(1, 2).flatten(2)
+        a = self.cross["norm1"](a + self.cross["end_proj1"](torch.cat((ya, ta), -1)))
+        b = self.cross["norm2"](b + self.cross["end_proj2"](torch.cat((yb, tb), -1)))
+        m = torch.cat((a, b), -1).mT.unflatten(2, (H, W))           # Nx2CxHxW
+        mixed = self.channel_emb["residual"](m) + self.channel_emb["channel_embed"](m)
+        return self.channel_emb["norm"](mixed)                      # NxCxHxW
+
+    def context(self, name, u):
+        k, v = self.cross["cross_attn"][name](u).chunk(2, -1)
+        k, v = self.split(k), self.split(v)
+        return (k.mT @ v * k.shape[-1] ** -0.5).softmax(-2)  # N x heads x C/heads x C/heads
+
+    def split(self, t):
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # N x heads x HW x C/heads
+
+
+class CMX(nn.Module):
+    """CMX with its MLP decoder.  Call: rgb NxCxHxW, x NxCxHxW -> Nxnum_classesxHxW logits.
+
+    name: a key of MITS, for both streams; channels: of the two inputs; embed: width of the
+    decoder.  Its batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation).
+    """
+
+    def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
+        super().__init__()
+        self.encoders = tuple(mit(name, c) for c in channels)      # a tuple: registered below
+        self.dropout = dropout
+        dims = self.encoders[0].dims
+        self.backbone = nn.Module()
+        for prefix, E in zip(("", "extra_"), self.encoders):
+            for part, module in E.named_children():
+                self.backbone.add_module(prefix + part, module)
+        self.backbone.FRMs = nn.ModuleList(FRM(C) for C in dims)
+        self.backbone.FFMs = nn.ModuleList(FFM(C, heads) for C, heads in zip(dims, (1, 2, 5, 8)))
+        start_as_segformer(self.backbone.FRMs)
+        start_as_segformer(self.backbone.FFMs)
+        self.decode_head = head = nn.ModuleDict()
+        for s in (4, 3, 2, 1):
+            head[f"linear_c{s}"] = nn.ModuleDict({"proj": nn.Linear(dims[s - 1], embed)})
+        head["linear_fuse"] = nn.Sequential(
+            nn.Conv2d(4 * embed, embed, 1), nn.BatchNorm2d(embed), nn.ReLU())
+        head["linear_pred"] = nn.Conv2d(embed, num_classes, 1)
+        for conv in (head["linear_fuse"][0], head["linear_pred"]):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+
+    def forward(self, rgb, x):
+        size, fused = rgb.shape[-2:], []
+        E1, E2 = self.encoders
+        for s in (1, 2, 3, 4):
+            # the rectified maps go on to the next stage, the fused one to the decoder
+            rgb, x = self.backbone.FRMs[s - 1](E1.stage(s, rgb), E2.stage(s, x))
+            fused.append(self.backbone.FFMs[s - 1](rgb, x))
+        head, maps = self.decode_head, []
+        for s in (4, 3, 2, 1):
+            m = head[f"linear_c{s}"]["proj"](fused[s - 1].movedim(1, -1)).movedim(-1, 1)
+            maps.append(F.interpolate(m, fused[0].shape[-2:], mode="bilinear"))
+        m = head["linear_fuse"](torch.cat(maps, 1))
+        m = head["linear_pred"](F.dropout2d(m, self.dropout, self.training))
+        return F.interpolate(m, size, mode="bilinear")
 
 
 # ---- metrics: of the data set, not means over batches ----
@@ -121,351 +392,214 @@ def average_precision(scores, labels):
     return (hits.diff(prepend=hits.new_zeros(1)) / hits[-1] * hits / above).sum().item()
 
 
-def macro_average_precision(scores, labels):
-    """The mean over the classes with a positive label; None without any."""
-    each = [average_precision(s, l) for s, l in zip(scores.T, labels.T)]
-    defined = [a for a in each if a is not None]
-    return statistics.fmean(defined) if defined else None
+def ranking_metrics(scores, labels):
+    """NxC each -> mAP, and the AP of each class; macro: the mean over those with a positive."""
+    each = [average_precision(s, y) for s, y in zip(scores.T, labels.T)]
+    defined = [value for value in each if value is not None]
+    macro = statistics.fmean(defined) if defined else None
+    return {"mAP micro": average_precision(scores, labels), "mAP macro": macro}, each
 
 
 def confusion(pred, gt, num_classes, ignore):
-    """CxC counts, row: label, column: prediction; pixels labelled `ignore` are left out."""
+    """CxC counts, row: label, column: prediction; what is labelled `ignore` is left out."""
     valid = gt != ignore
     counts = (num_classes * gt[valid] + pred[valid]).bincount(minlength=num_classes ** 2)
     return counts.view(num_classes, num_classes)
 
 
-def iou_and_accuracy(pred, gt, num_classes, ignore):
-    """mIoU and pixel accuracy.  pred, gt: classes 0..num_classes-1, any shape; gt also `ignore`.
+def counting_metrics(matrix, kind):
+    """Confusion matrix -> metrics, and of each class its IoU or, of whole images, its accuracy.
 
     A class that is neither predicted nor labelled has no IoU and takes no part in the mean.
-    Without a labelled pixel both are None: undefined.
+    Without any label all is None: undefined.
     """
-    return scores_of(confusion(pred, gt, num_classes, ignore))
-
-
-def scores_of(matrix):
-    if not matrix.any():
-        return None, None
     matrix = matrix.cpu().double()              # MPS has no float64
-    hit, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-    return (hit / union)[union > 0].mean().item(), (hit.sum() / matrix.sum()).item()
+    hit, labelled = matrix.diagonal(), matrix.sum(1)
+    total = labelled if kind == "single-label" else matrix.sum(0) + labelled - hit
+    each = [(h / t).item() if t else None for h, t in zip(hit, total)]
+    mean, accuracy = None, None
+    if matrix.any():
+        mean = (hit / total)[total > 0].mean().item()
+        accuracy = (hit.sum() / matrix.sum()).item()
+    name = "mean accuracy" if kind == "single-label" else "mIoU"
+    return {name: mean, "accuracy": accuracy}, each
 
 
-# ---- models: `features` of the encoders, then `head`, so that a probe can keep the features ----
-
-class LateFusion(nn.Module):
-    """App. B, SAR-optical: pooled features concatenated, one linear layer.
-
-    encoders: modules NxCxHxW -> Nxd, d in `dims`.  Call: NxCxHxW for each encoder -> NxC logits.
-    """
-
-    def __init__(self, encoders, dims, num_classes):
-        super().__init__()
-        self.encoders, self.fc = nn.ModuleList(encoders), nn.Linear(sum(dims), num_classes)
-        nn.init.normal_(self.fc.weight, std=0.01)  # not in the paper: the authors'
-        nn.init.zeros_(self.fc.bias)
-
-    def features(self, *x):
-        return [torch.cat([E(x_) for E, x_ in zip(self.encoders, x)], 1)]  # Nx2d
-
-    def head(self, size, feature):
-        return self.fc(feature)
-
-    def forward(self, *x):
-        return self.head(x[0].shape[-2:], *self.features(*x))
-
-
-class FCN(nn.Module):
-    """App. B, RGB-DEM: the last three stages of all encoders concatenated, 1x1 convolutions,
-    bilinear to input size, added.  Call: NxCxHxW for each encoder -> NxCxHxW logits.
-
-    Paper: the maps are upsampled, then convolved; with two ResNet-50 that is 7168 channels of
-    224x224, 1.4 GB an image.  Here: convolved, then upsampled.  Both are linear, one across
-    channels and one across pixels, and bilinear weights sum to 1, so that also the bias stays: it
-    is the same function.
-    """
-
-    def __init__(self, encoders, num_classes):
-        super().__init__()
-        self.encoders = nn.ModuleList(encoders)
-        self.score = nn.ModuleList(nn.Conv2d(sum(E.dims[s] for E in encoders), num_classes, 1)
-                                   for s in (1, 2, 3))
-
-    def features(self, *x):
-        maps = [E.stages(x_)[1:] for E, x_ in zip(self.encoders, x)]
-        return [torch.cat(stage, 1) for stage in zip(*maps)]
-
-    def head(self, size, *maps):
-        return sum(F.interpolate(score(m), size, mode="bilinear")
-                   for score, m in zip(self.score, maps))
-
-    def forward(self, *x):
-        return self.head(x[0].shape[-2:], *self.features(*x))
-
-
-# CMX (Zhang et al., 2022) with the published parameter names: checkpoints load here and there.
-
-class FRM(nn.Module):
-    """Feature rectification, its Eq. 1-5: a stream takes from the other what two weights let by."""
-
-    def __init__(self, C):
-        super().__init__()
-        self.channel_weights = nn.ModuleDict({"mlp": nn.Sequential(
-            nn.Linear(4 * C, 4 * C), nn.ReLU(), nn.Linear(4 * C, 2 * C))})
-        self.spatial_weights = nn.ModuleDict({"mlp": nn.Sequential(
-            nn.Conv2d(2 * C, C, 1), nn.ReLU(), nn.Conv2d(C, 2, 1))})
-
-    def forward(self, a, b):                    # NxCxHxW each
-        ab = torch.cat((a, b), 1)                                   # Nx2CxHxW
-        pooled = torch.cat((ab.mean((2, 3)), ab.amax((2, 3))), 1)   # Nx4C
-        wc = self.channel_weights["mlp"](pooled).sigmoid()[..., None, None]
-        ws = self.spatial_weights["mlp"](ab).sigmoid()
-        (wca, wcb), (wsa, wsb) = wc.chunk(2, 1), ws.chunk(2, 1)     # NxCx1x1, Nx1xHxW
-        return a + (wcb + wsb) / 2 * b, b + (wca + wsa) / 2 * a
-
-
-class FFM(nn.Module):
-    """Feature fusion, its Eq. 6-9: cross attention, then a residual mix of channels."""
-
-    def __init__(self, C, heads):
-        super().__init__()
-        self.heads = heads
-        self.cross = nn.ModuleDict()
-        for i in (1, 2):
-            self.cross[f"channel_proj{i}"] = nn.Linear(C, 2 * C)
-            self.cross[f"end_proj{i}"] = nn.Linear(2 * C, C)
-            self.cross[f"norm{i}"] = nn.LayerNorm(C)
-        self.cross["cross_attn"] = nn.ModuleDict({f"kv{i}": nn.Linear(C, 2 * C, bias=False)
-                                                  for i in (1, 2)})
-        self.channel_emb = nn.ModuleDict({
-            "residual": nn.Conv2d(2 * C, C, 1, bias=False),
-            "channel_embed": nn.Sequential(
-                nn.Conv2d(2 * C, C, 1), nn.Conv2d(C, C, 3, padding=1, groups=C), nn.ReLU(),
-                nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)),
-            "norm": nn.BatchNorm2d(C)})
-
-    def forward(self, a, b):                    # NxCxHxW each
-        cross, (H, W) = self.cross, a.shape[-2:]
-        tokens = [m.flatten(2).mT for m in (a, b)]                  # NxHWxC
-        y, u = zip(*[F.relu(cross[f"channel_proj{i}"](t)).chunk(2, -1)  # NxHWxC each
-                     for i, t in enumerate(tokens, 1)])
-        q = [self.split(u_) for u_ in u]                            # N x heads x HW x C/heads
-        G = []
-        for i, u_ in enumerate(u, 1):
-            k, v = (self.split(t) for t in cross["cross_attn"][f"kv{i}"](u_).chunk(2, -1))
-            # the context: N x heads x C/heads x C/heads
-            G.append((k.mT @ v * k.shape[-1] ** -0.5).softmax(-2))
-        # each with the other's context
-        t = [(q_ @ G_).transpose(1, 2).flatten(2) for q_, G_ in zip(q, reversed(G))]
-        yt = [torch.cat(pair, -1) for pair in zip(y, t)]            # NxHWx2C
-        out = [cross[f"norm{i + 1}"](tokens[i] + cross[f"end_proj{i + 1}"](yt[i])) for i in (0, 1)]
-        m = torch.cat(out, -1).mT.unflatten(2, (H, W))              # Nx2CxHxW
-        emb = self.channel_emb
-        return emb["norm"](emb["residual"](m) + emb["channel_embed"](m))
-
-    def split(self, t):
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # N x heads x HW x C/heads
-
-
-class CMX(nn.Module):
-    """CMX with its MLP decoder.  Call: rgb NxCxHxW, x NxCxHxW -> Nxnum_classesxHxW logits.
-
-    name: a key of MITS, for both streams; channels: of the two inputs; embed: width of the
-    decoder.  Its batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation).
-    """
-
-    def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
-        super().__init__()
-        self.encoders = tuple(mit(name, c) for c in channels)      # a tuple: registered below
-        dims = self.encoders[0].dims
-        self.backbone = nn.Module()
-        for prefix, E in zip(("", "extra_"), self.encoders):
-            for part, module in E.named_children():
-                self.backbone.add_module(prefix + part, module)
-        self.backbone.FRMs = nn.ModuleList(FRM(C) for C in dims)
-        self.backbone.FFMs = nn.ModuleList(FFM(C, heads) for C, heads in zip(dims, (1, 2, 5, 8)))
-        start_as_segformer(self.backbone.FRMs), start_as_segformer(self.backbone.FFMs)
-        self.decode_head = head = nn.ModuleDict(
-            {f"linear_c{s}": nn.ModuleDict({"proj": nn.Linear(dims[s - 1], embed)})
-             for s in (4, 3, 2, 1)})
-        head["linear_fuse"] = nn.Sequential(
-            nn.Conv2d(4 * embed, embed, 1), nn.BatchNorm2d(embed), nn.ReLU())
-        head["linear_pred"] = nn.Conv2d(embed, num_classes, 1)
-        for conv in (head["linear_fuse"][0], head["linear_pred"]):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        self.dropout = dropout
-
-    def forward(self, rgb, x):
-        size, fused = rgb.shape[-2:], []
-        for s, (E1, E2) in enumerate([self.encoders] * 4):
-            # the rectified maps go on to the next stage, the fused one to the decoder
-            rgb, x = self.backbone.FRMs[s](E1.stage(s + 1, rgb), E2.stage(s + 1, x))
-            fused.append(self.backbone.FFMs[s](rgb, x))
-        head, maps = self.decode_head, []
-        for s in (4, 3, 2, 1):
-            m = head[f"linear_c{s}"]["proj"](fused[s - 1].movedim(1, -1)).movedim(-1, 1)
-            maps.append(F.interpolate(m, fused[0].shape[-2:], mode="bilinear"))
-        m = head["linear_fuse"](torch.cat(maps, 1))
-        m = head["linear_pred"](F.dropout2d(m, self.dropout, self.training))
-        return F.interpolate(m, size, mode="bilinear")
-
-
-class Embedding(nn.Module):
-    """An encoder with its projector, of whose K dimensions a part is given."""
-
-    def __init__(self, f, dimensions):
-        super().__init__()
-        self.f, self.dimensions, self.dim = f, dimensions, dimensions.stop - dimensions.start
-
-    def forward(self, x):
-        return self.f(x)[:, self.dimensions]
+def iou_and_accuracy(pred, gt, num_classes, ignore):
+    """mIoU and pixel accuracy.  pred, gt: classes 0..num_classes-1, any shape; gt also `ignore`."""
+    metrics, _ = counting_metrics(confusion(pred, gt, num_classes, ignore), "segmentation")
+    return metrics["mIoU"], metrics["accuracy"]
 
 
 # ---- the model of a run, and weights into it ----
 
-def build(args, channels, num_classes):
-    """The model of the settings, its encoders, and a line for each of the --weights they got."""
-    channels = [channels[args.modality - 1]] if args.modality else channels
-    file = args.weights[0]
+def build(args, channels, num_classes, modalities):
+    """The model of the settings, and a line for each of the --weights that its encoders got."""
     if args.part:
-        encoders, line = embeddings(args, channels)
-        return LateFusion(encoders, [E.dim for E in encoders], num_classes), encoders, [line]
+        return with_projectors(args, channels, num_classes)
+    make = mit if args.backbone in MITS else resnet
     if args.model == "cmx":
         net = CMX(args.backbone, num_classes, channels, args.embed)
-        encoders = net.encoders
+    elif args.model == "fcn":
+        net = FCN([make(args.backbone, c) for c in channels], num_classes)
     else:
-        encoders = [(mit if args.backbone in MITS else resnet)(args.backbone, c) for c in channels]
-        net = FCN(encoders, num_classes) if args.model == "fcn" else \
-            LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
+        encoders = [make(args.backbone, c) for c in channels]
+        net = LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
     if args.weights == ["none"]:
-        return net, encoders, ["random weights"]
-    if args.model == "cmx" and len(args.weights) == 1 and Path(file).is_file():
-        state = read_weights(file, "")[0]
-        if any(key.startswith("backbone.") for key in state):       # a whole CMX
-            for key in state if args.bgr else ():   # the published know images as blue, green, red
-                if key.endswith("patch_embed1.proj.weight"):
-                    state[key] = state[key].flip(1)
-            load(net, state, file, f"a CMX of {args.backbone} and the task's classes")
-            return net, encoders, [f"{file}: all {len(state)} keys of CMX matched"]
-    return net, encoders, list(start_from(args.weights, encoders, args))
+        return net, ["random weights"]
+    if args.model == "cmx" and len(args.weights) == 1 and load_whole_cmx(net, args):
+        return net, [f"{args.weights[0]}: all keys of CMX matched"]
+    return net, start_from(args.weights, net.encoders, args, modalities)
 
 
-def load(net, state, file, expected):
+def load_whole_cmx(net, args):
+    """Whether --weights is a whole CMX.  bgr: it knows images as blue, green, red, as published."""
     try:
+        state = read_weights(args.weights[0], args.backbone)[0]
+        if not any(key.startswith("backbone.") for key in state):
+            return False
+        for key in state:
+            if args.bgr and key.endswith("patch_embed1.proj.weight"):
+                state[key] = state[key].flip(1)
         net.load_state_dict(state)
-    except RuntimeError as error:
+        return True
+    except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"--weights {file}: {reason}; expected {expected}") from None
+        raise BadInput(f"--weights {args.weights[0]}: {reason}") from None
 
 
-def embeddings(args, channels):
-    """Encoders with projectors from a checkpoint.pt, cut to --part, and a line about them."""
-    file, which = args.weights[0], args.part
-    checkpoint = load_checkpoint(Path(file))
-    s, state = checkpoint["settings"], checkpoint["model"]
-    if "Kc" not in s or len(args.weights) != 1:
-        raise BadInput(f"--part {which}: expected --weights with one checkpoint.pt of pretrain.py, "
-                       "which has the projector")
-    Kc, K = s["Kc"], s["K"]
-    start, stop = dict(common=(0, Kc), unique=(Kc, K), all=(0, K))[which]
-    if start == stop:
-        raise BadInput(f"--part {which}: {file} has {Kc} common of {K} dimensions")
-    encoders = []
-    for m, c in zip([args.modality] if args.modality else (1, 2), channels):
-        f, prefix = branch(s["backbone"], c, s["widths"]), f"f{m}."
-        load(f, {key.removeprefix(prefix): value for key, value in state.items()
-                 if key.startswith(prefix)}, file, f"{c} input channels of modality {m}")
-        encoders.append(Embedding(f, slice(start, stop)))
-    return encoders, f"{file}: {stop - start} {which} dimensions of each modality's {K}"
+def with_projectors(args, channels, num_classes):
+    """--part: late fusion of a part of the embeddings, not of the encoders' features."""
+    file, part, p = args.weights[0], args.part, args.pretraining
+    need(file.endswith(".pt") and p, f"--part {part}: expected --weights with a checkpoint.pt of "
+         f"pretrain.py, which has the projector")
+    start, stop = {"common": (0, p["Kc"]), "unique": (p["Kc"], p["K"]), "all": (0, p["K"])}[part]
+    modalities = [args.modality] if args.modality else [1, 2]
+    need(start < stop and channels == [p["channels"][m - 1] for m in modalities],
+         f"--part {part}: {file} has {p['Kc']} common of {p['K']} dimensions, and branches for "
+         f"{p['channels']} channels; the data have {channels}")
+    branches = nn.ModuleDict()
+    for m, c in zip(modalities, channels):
+        branches[f"f{m}"] = branch(p["backbone"], c, p["widths"])
+    branches.load_state_dict(load_checkpoint(file)["model"], strict=False)  # the other's is beside
+    dims = [stop - start] * len(branches)
+    net = LateFusion(branches.values(), dims, num_classes, slice(start, stop))
+    return net, [f"{file}: {stop - start} {part} dimensions of each modality's {p['K']}"]
 
 
-def origin(files):
-    """sha256 of each file, and where they are known the settings of the pretraining behind it."""
-    paths = [Path(file) for file in files if file not in ("none", "imagenet")]
-    settings = None
-    if paths and paths[0].name.endswith(".pth") and paths[0].with_suffix(".json").is_file():
-        settings = json.loads(paths[0].with_suffix(".json").read_text()).get("settings")
-    elif paths:
-        about = torch.load(paths[0], map_location="cpu", weights_only=True)
-        settings = about.get("settings") if isinstance(about, dict) else None
-        settings = settings_of(about) if settings and "method" in settings else settings
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths], settings
-
-
-def fingerprint(modules):
-    """sha256 of every parameter and buffer."""
-    digest = hashlib.sha256()
-    for t in (t for module in modules for t in module.state_dict().values()):
-        digest.update(t.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def pretraining_of(files):
+    """The settings of the pretraining behind --weights; {} where they are not known."""
+    beside = Path(files[0]).with_suffix(".json")
+    if files[0].endswith(".pth") and beside.is_file():
+        return read_json(beside, "what pretrain.py wrote beside an encoder").get("settings", {})
+    try:
+        return settings_of(load_checkpoint(files[0]))
+    except BadInput:                            # of others; `start_from` refuses what is damaged
+        return {}
 
 
 # ---- samples ----
 
 class Labelled:
-    """A task's data set with every target checked: (x1, x2, target), the target C zeros and ones or
-    HxW, 0 unlabelled, 1..C.
+    """Samples of a task: (x1, x2, target), x: CxHxW as in its file.  kind: "multi-label", the
+    target is C zeros and ones; "single-label", a class; "segmentation", HxW classes, -1: no label.
 
-    factors: of the made-up scenes, where the target is which of the objects are there.
-    Raises BadInput that names the file of a mask of another size, or with a value beyond C.
+    target_of: name -> target, unless the data set gives it.  ids: some of the data set's, or all.
     """
 
-    def __init__(self, data, num_classes, root, factors=None):
-        self.data, self.modalities, self.num_classes = data, data.modalities, num_classes
-        self.root, self.factors = Path(root), factors
+    def __init__(self, data, classes, kind, target_of=None, ids=None):
+        self.data, self.classes, self.kind, self.target_of = data, classes, kind, target_of
+        self.ids, self.modalities, self.epoch = ids or data.ids, data.modalities, 0
+        self.place = {name: i for i, name in enumerate(data.ids)}
 
     def __len__(self):
-        return len(self.data)
+        return len(self.ids)
 
     def __getitem__(self, i):
-        name = self.data.ids[i]
-        x1, x2, *target = self.data[i]
-        # made-up satellite scenes come as views
-        x1, x2 = (x[0] if isinstance(x, list) else x for x in (x1, x2))
-        if self.factors:
-            target = torch.zeros(self.num_classes)
-            target[self.factors[name]] = 1
-            return x1, x2, target
-        file = self.mask_file(name)
-        target = target[0] if target else torch.from_numpy(read_label(file))
-        if target.ndim == 1:
-            return x1, x2, target
-        image, mask = x1.shape[-2:], target.shape
-        if files := getattr(self.data, "files1", None):             # on the canvas all are equal
-            image, mask = (Image.open(path).size[::-1] for path in (files[name], file))
-        if image != mask:
-            raise BadInput(f"{file} is a mask of {tuple(mask)} pixels for an image of "
-                           f"{tuple(image)}; expected equal sizes")
-        low, high = target.min(), target.max()
-        if low < 0 or high > self.num_classes:
-            raise BadInput(f"{file} has the label {low if low < 0 else high}; expected 0 "
-                           f"(unlabelled) to {self.num_classes}")
+        name = self.ids[i]
+        self.data.epoch = self.epoch            # seasons of made-up satellite scenes
+        x1, x2, *target = self.data[self.place[name]]
+        if isinstance(x1, list):                # data sets of pretraining give views
+            x1, x2 = x1[0], x2[0]
+        if x1.shape[-2:] != x2.shape[-2:]:      # one's own: one box will be cut out of both
+            x2 = resize(unit(x2)[None], x1.shape[-2:])[0]
+        target = self.target_of(name) if self.target_of else target[0]
+        if self.kind == "segmentation":
+            check_label(name, target, x1.shape[-2:], len(self.classes))
+            target = target - 1                 # 0: no label
         return x1, x2, target
 
-    def mask_file(self, name):
-        if isinstance(labels := getattr(self.data, "labels", None), dict):
-            return labels[name]
-        return self.root / "Label" / f"{name}.png" if self.modalities[0] == "sar" else f"{name}_seg"
+
+def open_task(args, rank):
+    """The data sets of both splits, and lines about them."""
+    if args.task == "custom":
+        return open_own(args)
+    task, name, target_of = TASKS[args.task], args.task, None
+    classes, size, labels = task["classes"], args.size, None
+    if task["scenario"] == "rgbd":
+        size = -(-2 * size // 3)                # its canvas is 3/2 as high
+    if args.toy:
+        make_toy(task["scenario"], args.data, rank)
+        classes, labels = SCENE_CLASSES, len(SCENE_CLASSES)
+        if args.model == "late":
+            classes, target_of = SCENE_CLASSES[1:], read_factors(args.data).get
+        elif name == "bigearthnet":
+            files = named_files(f"{args.data}/Label")
+            target_of = partial(mask_target, files, range(1, labels + 1))
+        if name == "bigearthnet":
+            name = task["scenario"]             # its scenes lie as those of pretraining
+    kind = "multi-label" if args.model == "late" else "segmentation"
+    both = []
+    for split in (args.split, args.test_split):
+        data = open_pairs(name, args.data, size, split, args.depth_unit, classes=labels)
+        both.append(Labelled(data, classes, kind, target_of))
+    return both, []
 
 
-def open_task(args, split, classes):
-    """The data set of a split."""
-    scenario, name, factors = TASKS[args.task]["scenario"], args.task, None
-    if args.toy and name == "bigearthnet":
-        name = scenario                         # its scenes lie as those of pretraining
-    if args.toy and args.model == "late":       # 0..11: which object, then its shape
-        rows = (Path(args.data) / "factors.csv").read_text().split()[1:]
-        factors = {scene: [int(shape) + len(SHAPES) * k for k, shape in enumerate(shapes)]
-                   for scene, *shapes in (row.split(",") for row in rows)}
-    size = args.size * 2 // 3 if scenario == "rgbd" else args.size  # its canvas is 3/2 as high
-    data = open_pairs(name, args.data, size, split, args.depth_unit)
-    return Labelled(data, len(classes), args.data, factors)
+def read_factors(root):
+    """{scene: which objects are there, 12 zeros and ones}, of made-up scenes."""
+    factors = {}
+    for scene, *shapes in list(csv.reader(read_lines(f"{root}/factors.csv")))[1:]:
+        need(len(shapes) == 3 and set(shapes) <= set("0123"), f"{root}/factors.csv is damaged; "
+             f"delete {root}, and --toy makes it anew")
+        shapes = torch.tensor([int(shape) for shape in shapes])
+        factors[scene] = F.one_hot(shapes, len(SHAPES)).flatten().float()
+    return factors
+
+
+def mask_target(files, values, name):
+    """The mask of a name: k + 1 where it has the k-th of the values, otherwise 0."""
+    mask = torch.from_numpy(read_label(files[name]))
+    target = torch.zeros_like(mask)
+    for k, value in enumerate(values):
+        target[mask == value] = k + 1
+    return target
 
 
 def subset(n, fraction, seed):
     """--labels: a prefix of a seeded permutation of 0..n-1: smaller subsets lie in larger ones."""
     return np.random.default_rng(seed).permutation(n)[:max(1, round(fraction * n))]
+
+
+def batches_of(data, indices, args, device, world, text):
+    """The samples once, in their order, in pieces of nearly equal size; not augmented."""
+    pieces = np.array_split(indices, max(1, -(-len(indices) // max(1, args.batch_size // world))))
+    loader = DataLoader(data, batch_sampler=[piece.tolist() for piece in pieces if len(piece)],
+                        num_workers=args.workers, worker_init_fn=leave_group,
+                        pin_memory=device.type == "cuda")
+    for batch in progress(loader, desc=text):
+        yield prepared(batch, args, data.modalities, device)
+
+
+@torch.no_grad()
+def cached_features(net, data, indices, args, device):
+    """--cached: each training sample's features, once and not augmented, as a data set."""
+    net.eval()
+    features, targets = [], []
+    for x, target in batches_of(data, indices, args, device, 1, "features"):
+        features.append(net.features(*x).cpu())
+        targets.append(target.cpu())
+    return TensorDataset(torch.cat(features), torch.cat(targets))
 
 
 # ---- augmentation: one box for both modalities and the mask ----
@@ -476,38 +610,44 @@ def cmx_boxes(B, H, W, draws):
     """
     u = draws(4).double()
     s = torch.tensor([0.5, 0.75, 1, 1.25, 1.5, 1.75], dtype=u.dtype)[(6 * u[:, :1]).long()]  # Bx1
+    top, left = cmx_start(s, H, u[:, 1:2]), cmx_start(s, W, u[:, 2:3])
+    return top, left, H / s, W / s, u[:, 3:] < 0.5
 
-    def start(u, n):
-        spare = (s * n).round() - n                                 # Bx1, in scaled pixels
-        return torch.where(spare >= 0, (u * (spare + 1)).floor(), -(-spare / 2).floor()) / s
 
-    return start(u[:, 1:2], H), start(u[:, 2:3], W), H / s, W / s, u[:, 3:] < 0.5
+def cmx_start(s, n, u):
+    spare = (s * n).round() - n                                     # Bx1, in scaled pixels
+    return torch.where(spare >= 0, (u * (spare + 1)).floor(), -(-spare / 2).floor()) / s
 
 
 def middle_boxes(B, H, W, fraction):
     boxes = ((1 - fraction) / 2 * H, (1 - fraction) / 2 * W, fraction * H, fraction * W, 0)
-    return [torch.full((B, 1), float(number)) for number in boxes]
+    return [torch.full((B, 1), float(value)) for value in boxes]
 
 
 def resample(x, boxes, size):
     """Each box resized to `size`, mirrored where it says so; outside the frame is 0.
 
-    x: BxCxHxW float, by a triangle filter, as in pretraining; or BxHxW integers, the nearest pixel.
+    x: BxCxHxW float, by a triangle filter, as in pretraining; or BxHxW classes, the nearest pixel,
+    outside -1.
     """
-    top, left, h, w, mirrored = (v.float().to(x.device) for v in boxes)  # Bx1 each
+    top, left, h, w, mirrored = [v.float().to(x.device) for v in boxes]  # Bx1 each
     if not x.is_floating_point():
-        y, x_ = ((start + (torch.arange(n, device=x.device) + 0.5) * length / n).floor().long()
-                 for start, length, n in ((top, h, size[0]), (left, w, size[1])))  # BxH', BxW'
-        x_ = torch.where(mirrored > 0, x_.flip(1), x_)
-        y, x_ = y[:, :, None], x_[:, None]
-        H, W = x.shape[1:]
-        inside = (y >= 0) & (y < H) & (x_ >= 0) & (x_ < W)          # BxH'xW'
-        found = x[torch.arange(len(x), device=x.device)[:, None, None], y.clamp(0, H - 1),
-                  x_.clamp(0, W - 1)]
-        return torch.where(inside, found, 0)
+        return nearest(x, top, left, h, w, mirrored, size)
     Wy = triangle_filter(top, h, x.shape[2], size[0]).nan_to_num(0)  # nan: a row outside
     Wx = triangle_filter(left, w, x.shape[3], size[1]).nan_to_num(0)
     return separable(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
+
+
+def nearest(labels, top, left, h, w, mirrored, size):
+    B, H, W = labels.shape
+    pixel = torch.arange(max(size), device=labels.device) + 0.5
+    y = (top + pixel[:size[0]] * h / size[0]).floor().long()        # BxH'
+    x = (left + pixel[:size[1]] * w / size[1]).floor().long()       # BxW'
+    x = torch.where(mirrored > 0, x.flip(1), x)
+    y, x = y[:, :, None], x[:, None]
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)                # BxH'xW'
+    image = torch.arange(B, device=labels.device)[:, None, None]
+    return torch.where(inside, labels[image, y.clamp(0, H - 1), x.clamp(0, W - 1)], -1)
 
 
 def prepared(batch, args, modalities, device, draws=None):
@@ -515,9 +655,12 @@ def prepared(batch, args, modalities, device, draws=None):
 
     With draws it is augmented; without, it is the frame, or its middle where the task crops.
     """
-    *x, target = (moved(t, device) for t in batch)
-    x = [normalise(unit(x_), modality) for x_, modality in zip(x, modalities)]
-    x = [x[args.modality - 1]] if args.modality else x
+    *x, target = [moved(t, device) for t in batch]
+    if args.cached and draws:                   # a batch of features
+        return x, target
+    x = [normalise(unit(images), modality) for images, modality in zip(x, modalities)]
+    if args.modality:
+        x = [x[args.modality - 1]]
     B, _, H, W = x[0].shape
     size = (args.size, args.size)
     if draws and args.scale:
@@ -528,143 +671,238 @@ def prepared(batch, args, modalities, device, draws=None):
         boxes = middle_boxes(B, H, W, args.test_crop)
     else:
         return x, target
-    x = [resample(x_, boxes, size) for x_ in x]
-    return x, target if target.ndim == 2 else resample(target, boxes, size)
+    x = [resample(images, boxes, size) for images in x]
+    if target.ndim == 3:
+        target = resample(target, boxes, size)
+    return x, target
 
 
-# ---- training and evaluation ----
+# ---- --task custom: one's own pairs and labels ----
 
-def schedule(name, step, steps):
-    """The learning rate at a step, as a fraction of its base."""
-    if name == "steps":                         # "by factor 10 at 60 and 80 epochs", of 100
-        return 0.1 ** sum(10 * step >= part * steps for part in (6, 8))
-    if name == "constant":
-        return 1.0
-    warm = steps // 50 if name == "warm poly" else 0  # CMX: 10 of 500 epochs, linearly from 0
-    return step / warm if step < warm else (1 - step / steps) ** 0.9
+# What 0 and 1 are to a scenario's encoders, as data.py has it for one's own files: mean -+ 3 std.
+# S1: dB, mean -+ 2 std of SSL4EO-S12, without its 2 % cut; S2: reflectance x 10000.
+RANGES = {"ms": ([5000.0] * 13, [10000 / 6] * 13),
+          "sar": ([mean for mean, _ in SSL4EO_S1.values()],
+                  [2 / 3 * std for _, std in SSL4EO_S1.values()])}
 
 
-def summed(t):
-    """Over the processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(t)
-    return t
+def open_own(args):
+    """The training and the test samples, and lines about them."""
+    pairs, lines = own_pairs(args)
+    masks = not args.target.endswith(".csv")
+    files = named_files(args.target, (".png", ".tif", ".tiff")) if masks else {}
+    labels = values_in(files, args.ignore) if masks else read_table(args.target)
+    values = sorted(set().union(*labels.values()))                  # in masks; or a table's words
+    classes = [str(value) for value in values]
+    if args.classes:
+        classes = read_lines(Path(args.classes).expanduser())
+        values = list(range(len(classes))) if masks else classes
+    need(len(classes) > 1, f"--target {args.target} has one class, {classes}; expected two or more")
+    for name, own in labels.items():
+        need(own <= set(values), f"the label of {name} has {own - set(values)}; expected those of "
+             f"--classes, {values}, or in a mask --ignore {args.ignore}: no label")
+    strangers = sorted(labels.keys() - set(pairs.ids))
+    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair of "
+         f"images; names of pairs are like {pairs.ids[0]}")
+    kind, target_of = "segmentation", partial(mask_target, files, values)
+    if not masks:
+        targets = {}
+        for name, own in labels.items():
+            targets[name] = torch.tensor([float(value in own) for value in values])
+        kind, target_of = "multi-label", targets.get
+        if all(len(own) == 1 for own in labels.values()):
+            kind = "single-label"
+            target_of = {name: target.argmax() for name, target in targets.items()}.get
+    splits = own_splits(args, [name for name in pairs.ids if name in labels])
+    lines.append(f"{len(labels)} of {len(pairs)} pairs have labels: {kind}, {len(values)} classes")
+    learned, tested = [set().union(*[labels[name] for name in split]) for split in splits]
+    for value in sorted(tested - learned):
+        lines.append(f"warning: no training sample has the class {classes[values.index(value)]}; "
+                     f"it is scored all the same")
+    return [Labelled(pairs, classes, kind, target_of, split) for split in splits], lines
 
 
-def loss_of(logits, target, world):
-    """MultiLabelSoftMarginLoss, or CrossEntropyLoss over the labelled pixels of all processes."""
-    if target.ndim == 2:
-        return F.multilabel_soft_margin_loss(logits.float(), target)
-    labelled = summed((target > 0).sum().float()).clamp(min=1)
-    total = F.cross_entropy(logits.float(), target - 1, ignore_index=-1, reduction="sum")
-    return total * world / labelled             # DistributedDataParallel will divide by `world`
+def read_table(file):
+    """name,label[,label...] a line -> {name: its labels}."""
+    labels = {}
+    for line in csv.reader(read_lines(Path(file).expanduser())):
+        name, *own = [cell.strip() for cell in line]
+        need(name not in labels, f"{file} has {name} twice; expected a line for each name")
+        if name != "name":                      # a header
+            labels[name] = {label for label in own if label}
+    return labels
 
 
-def scores(net, x, scales):
-    """Logits; or CMX's evaluation: exp(logits + the mirror image's) of each scale, added.
-
-    CMX: frames above 480x640, those at scale 1.25, by sliding windows.  Here: whole.
-    """
-    if tuple(scales) == (1.0,):
-        return net(*x).float()
-    size, both = x[0].shape[-2:], []
-    for scale in scales:
-        scaled = [F.interpolate(x_, [round(scale * n) for n in size], mode="bilinear") for x_ in x]
-        both.append(net(*scaled).float() + net(*[x_.flip(-1) for x_ in scaled]).flip(-1).float())
-    top = torch.stack([b.amax((1, 2, 3), keepdim=True) for b in both]).amax(0)  # Nx1x1x1
-    excess = (top - 80).clamp(min=0)            # exp(89) would be infinite; the order stays
-    return sum(F.interpolate((b - excess).exp(), size, mode="bilinear") for b in both)
+def values_in(files, ignore):
+    """{name: the values in its mask}"""
+    values = {}
+    for name, file in progress(files.items(), desc="masks"):
+        values[name] = set(np.unique(read_label(file)).tolist()) - {ignore}
+    return values
 
 
-@torch.no_grad()
-def evaluate(predict, batches, num_classes, rows, n, device):
-    """Metrics of n samples, each counted once; this process has the `rows` of them.
+def own_pairs(args):
+    """The pairs, normalised as the pretraining behind --weights was, and lines about that."""
+    folders, before, lines = [args.data1, args.data2], args.pretraining, []
+    inputs = before.get("inputs", [])
+    if before.get("scenario") == "custom":
+        return open_pairs("custom", folders, args.size, rows=inputs), lines
+    pairs = open_pairs("custom", folders, args.size)
+    for row, other, modality in zip(pairs.rows, inputs, before.get("modalities", [])):
+        if len(row["bands"]) == len(other["bands"]):
+            row.update(mean=other["mean"], std=other["std"])
+            if row["raw_mean"] and modality in RANGES:
+                row["raw_mean"], row["raw_std"] = RANGES[modality]
+            lines.append(f"images of {len(row['bands'])} bands are normalised as {modality} of "
+                         f"{before['scenario']}, which the weights know: {other['range']}")
+    return pairs, lines
 
-    predict: batch -> scores, target.  Returns {name: value, None where it is undefined}.
-    """
-    S, Y, matrix = [], [], torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    for batch in batches:
-        s, target = predict(batch)
-        if target.ndim == 2:
-            S.append(s), Y.append(target)
-        else:
-            matrix += confusion(s.argmax(1), target - 1, num_classes, -1)
-    multilabel = summed(torch.tensor(float(bool(S)), device=device))  # S: empty without samples
-    if not multilabel:
-        return dict(zip(("mIoU", "accuracy"), scores_of(summed(matrix))))
-    joint = torch.zeros(2, n, num_classes, device=device)           # 0 in the others' rows
-    if S:
-        joint[:, rows] = torch.stack((torch.cat(S), torch.cat(Y)))
-    joint = summed(joint).cpu()
-    return {"mAP micro": average_precision(*joint), "mAP macro": macro_average_precision(*joint)}
+
+def own_splits(args, ids):
+    """By two lists of names, or a seeded share to test."""
+    if args.split or args.test_split:
+        need(args.split and args.test_split, "--split, --test-split: expected two files, a name a "
+             "line, or neither, for a seeded --test-share")
+        names = dict.fromkeys(ids)
+        return [read_list(Path(file), names) for file in (args.split, args.test_split)]
+    order = np.random.default_rng((args.seed, len(ids))).permutation(len(ids))
+    n = round(args.test_share * len(ids))
+    need(0 < n < len(ids), f"--test-share {args.test_share} of {len(ids)} labelled pairs leaves "
+         f"nothing to train or to test; expected a share that leaves both")
+    return [[ids[i] for i in sorted(part)] for part in (order[n:], order[:n])]
 
 
 # ---- pictures ----
 
-def palette(classes):
-    """The data set's colours for 0 (black: unlabelled) and its classes, (C+1)x3 uint8.
+def save_picture(args, data, i, x, target, s):
+    """Inputs, label and prediction side by side; below, in their colours, the classes in them."""
+    modalities = data.modalities[args.modality - 1:][:1] if args.modality else data.modalities
+    colours = [(0.0, 0.0, 0.0)]                 # no label: black
+    for k in range(len(data.classes)):          # hues far from those before, in three strengths
+        colours.append(colorsys.hsv_to_rgb(0.618 * k % 1, 0.8 - 0.2 * (k % 3), 1 - 0.1 * (k % 2)))
+    colours = np.array(colours)
+    labels = [target.cpu().numpy() + 1, s.argmax(0).cpu().numpy() + 1]  # HxW each
+    panels = [visible(image, modality) for image, modality in zip(x, modalities)]
+    wide = np.concatenate(panels + [colours[label] for label in labels], 1)  # HxnWx3
+    times = max(1, 256 // len(wide))
+    wide = Image.fromarray(np.uint8(255 * wide).repeat(times, 0).repeat(times, 1))
+    classes = np.unique(labels)
+    sheet = Image.new("RGB", (wide.width, wide.height + 20 * len(classes)), (90, 90, 90))
+    sheet.paste(wide)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for j, k in enumerate(classes):
+        draw.text((4, wide.height + 20 * j + 1), ["no label", *data.classes][k],
+                  tuple(np.uint8(255 * colours[k]).tolist()), font)
+    (args.out / "images").mkdir(exist_ok=True)
+    sheet.save(args.out / "images" / f"{data.ids[i].replace('/', '_')}.png")
 
-    SUN RGB-D and NYUv2 come without colours: there as on made-up scenes it is the colormap that the
-    field draws them with, PASCAL VOC's: the bits of the index spread over three channels.
-    """
-    if classes == GEONRW:
-        return np.uint8([(0, 0, 0), *GEONRW_COLOURS])
-    k = np.arange(len(classes) + 1)[:, None]
-    bits = sum(((k >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3))
-    return bits.astype(np.uint8)
+
+# ---- a run ----
+
+def main(argv=None):
+    args, sources, changed = get_args(argv)
+    if args.table:
+        return print_tables(args.table)
+    started = time.time()
+    place = processes()
+    rank, world, device = place
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in CMX and evaluation
+    if args.workers is None:
+        args.workers = default_workers(device.type)
+
+    # ---- data ----
+    (data, test_data), lines = open_task(args, rank)
+    chosen = subset(len(data), args.labels, args.seed)
+    if args.epochs != 0:
+        check_batch(args.batch_size, len(chosen), world)
+    if args.steps is None:
+        args.steps = args.epochs * max(1, len(chosen) // args.batch_size)
+
+    # ---- model; the loader's workers start before any process talks to another ----
+    torch.manual_seed(args.seed)
+    used = [args.modality - 1] if args.modality else [0, 1]
+    channels = [data[0][m].shape[0] for m in used]
+    net, more = build(args, channels, len(data.classes), [data.modalities[m] for m in used])
+    net.to(device)
+    if args.linear:
+        freeze(net, data, chosen, args, device)
+    frozen = [copy.deepcopy(E.state_dict()) for E in net.encoders if args.linear]
+    trained, seen, indices = net, data, chosen
+    if args.cached:                             # the same loop, on features
+        trained = LateFusion([nn.Identity()], [net.fc.in_features], len(data.classes))
+        trained.fc = net.fc
+        seen, indices = cached_features(net, data, chosen, args, device), np.arange(len(chosen))
+    run = Run(args, seen, indices, args.steps, partial(schedule, args.schedule), place)
+    join(world)
+    model = distributed(trained, world, device)
+
+    # ---- run ----
+    settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
+    settings["weights_sha256"] = [sha256_of(file) for file in args.weights if Path(file).is_file()]
+    settings.update(samples=len(chosen), test_samples=len(test_data), num_classes=len(data.classes))
+    run.begin(trained, make_optimizer(trained, args), settings, data=args.data)
+    introduce(run, args, sources, data, chosen, lines + more)
+    train(run, trained, model, args, data.modalities)
+    if not run.stopped:
+        result = test(net, test_data, args, device, rank, world)
+        for before, E in zip(frozen, net.encoders):
+            if not all(torch.equal(t, before[name]) for name, t in E.state_dict().items()):
+                sys.exit("a frozen encoder has changed, which must not be: the results are void")
+        result.update(changed=not_the_papers(args, changed), seconds=time.time() - started)
+        finish(run, args, result)
+    leave()
 
 
-TITLES = dict(sar="SAR", ms="optical", aerial="RGB", dem="height", rgb="RGB", hha="HHA")
+def freeze(net, data, chosen, args, device):
+    """Encoders without gradients; random ones get the statistics of their batch norms."""
+    for E in net.encoders:
+        E.requires_grad_(False)
+    if args.weights == ["none"] and args.model != "cmx":            # CMX: layer norms
+        n = args.batch_size * min(20, len(chosen) // args.batch_size)
+        batches = batches_of(data, chosen[:n], args, device, 1, "statistics")
+        measure_statistics(net, (x for x, _ in batches))
 
 
-def save_pictures(folder, names, target, x, modalities, s, classes):
-    """A sheet a sample: inputs, label and prediction side by side, below them the colours' classes;
-    of a multi-label task the inputs, below them each class with its score, labelled or predicted.
-    """
-    folder.mkdir(exist_ok=True)
-    font, line, M = ImageFont.load_default(14), 20, 8               # pixels: M the margin
-    inputs = [picture(x_, modality) for x_, modality in zip(x, modalities)]
-    colours, target, s = palette(classes), target.cpu(), s.cpu()
-    for k, name in enumerate(names):
-        panels = [(TITLES.get(m, m), v[k]) for m, v in zip(modalities, inputs)]
-        if target.ndim == 2:
-            columns, rows = (0, 60, 140, 230), [("score", "label", "prediction", "class")]
-            rows += [(f"{p:.2f}", "labelled" * bool(y), "predicted" * (p > 0.5), c)
-                     for p, y, c in zip(s[k].sigmoid().tolist(), target[k], classes)]
-        else:
-            gt, pred = target[k].numpy(), s[k].argmax(0).numpy() + 1
-            panels += [("label", colours[gt]), ("prediction", colours[pred])]
-            columns, rows = (0, 20), [(tuple(colours[c].tolist()), ("unlabelled", *classes)[c])
-                                      for c in np.union1d(gt, pred)]
-        scale = max(1, 256 // len(panels[0][1]))
-        H, W = (scale * n for n in panels[0][1].shape[:2])
-        needed = columns[-1] + max(font.getlength(row[-1]) for row in rows)
-        sheet = Image.new("RGB", (M + int(max(len(panels) * (W + M), needed + M)),
-                                  H + line * (len(rows) + 1) + 3 * M), "white")
-        draw = ImageDraw.Draw(sheet)
-        for j, (title, panel) in enumerate(panels):
-            draw.text((M + j * (W + M), M), title, "black", font)
-            large = Image.fromarray(panel).resize((W, H), Image.Resampling.NEAREST)
-            sheet.paste(large, (M + j * (W + M), M + line))
-        for j, row in enumerate(rows):
-            y = H + line * (j + 1) + 2 * M
-            for left, cell in zip(columns, row):
-                if isinstance(cell, str):
-                    draw.text((M + left, y), cell, "black", font)
-                else:
-                    draw.rectangle((M + left, y + 2, M + left + 13, y + 15), cell, "grey")
-        sheet.save(folder / f"{name.replace('/', '_')}.png")
+def introduce(run, args, sources, data, chosen, lines):
+    """What runs, each setting with its source, what the encoders got; ids.txt."""
+    run.say(" ".join(sys.argv), f"{len(chosen)} of {len(data)} training samples; {run.steps} steps "
+            f"on {run.world} x {run.device.type}, from step {run.step}; torch {torch.__version__}")
+    for name, source in sources.items():
+        run.say(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
+    run.say(*lines)
+    if run.rank == 0:
+        ids = sorted(data.ids[i] for i in chosen)
+        write_text(args.out / "ids.txt", "".join(f"{name}\n" for name in ids))
+
+
+def finish(run, args, result):
+    """results.json, and what it says on the screen."""
+    result.update(run.settings, toy=args.toy, pretraining=args.pretraining)
+    result["row"] = row_of(args, result["weights_sha256"])
+    if run.rank == 0:
+        write_text(args.out / "results.json", json.dumps(result, indent=1, default=str))
+    for name, value in result["classes"].items():
+        run.say(f"  {name:40s} {percent(value)}")
+    if args.linear:
+        run.say("the frozen encoders have not changed by one bit")
+    words = [f"{name} {percent(value)}" for name, value in result["metrics"].items()]
+    run.say(f"{description(result)}, seed {args.seed}, weights {' '.join(args.weights)}: "
+            f"{'  '.join(words)}", f"wrote {args.out}/results.json")
 
 
 # ---- the paper's tables, and what was run ----
 
 def numbers(table):
     """Lines of a name and, from column 28 on, numbers ("-": none) -> {name: [number or None]}."""
-    rows = [(line[:28].strip(), line[28:].split()) for line in table.splitlines()]
-    return {name: [None if n == "-" else float(n) for n in row] for name, row in rows}
+    lines = {}
+    for line in table.splitlines():
+        lines[line[:28].strip()] = [None if n == "-" else float(n) for n in line[28:].split()]
+    return lines
 
 
 # Of both modalities, then of one (SAR, RGB): 1 % linear, 1 % fine-tuned, 100 % linear, fine-tuned.
+# Rand. Init. is a run with --linear, Supervised one without; the paper has one number for both.
 TABLE_1 = numbers("""\
 Rand. Init.                 58.7 58.7 70.1 70.1    50.0 50.0 54.2 54.2
 Supervised                  77.0 77.0 88.9 88.9    67.5 67.5 81.9 81.9
@@ -683,205 +921,167 @@ Barlow Twins                31.2 33.6 43.0 48.4    29.4 33.4 38.0 45.9
 VICReg                      27.4 32.8 38.0 45.1    23.7 28.7 32.4 41.6
 Barlow Twins, one modality     -    -    -    -    28.6 32.6 36.2 45.7
 DeCUR                       34.9 36.9 43.9 48.7    31.4 34.5 43.9 46.5""")
-DOUBTS = {                                      # where the paper contradicts itself
-    ("bigearthnet", 0, "SimCLR-cross"): "repeats CLIP's row; the text's gain of 2%-4.8% over "
-                                        "SimCLR cannot come from it",
-    ("geonrw", 1, "DeCUR"): "43.9 is also the cell of Table 2, left; it gives 14.5 over CLIP where "
-                            "the text says up to 11.4"}
-# mIoU, accuracy of SUN RGB-D, then NYUv2; the rows in QUOTED the paper did not run either.
+# The paper contradicts itself: SimCLR-cross repeats CLIP's row in Table 1, left, where the text has
+# a gain of 2 to 4.8 over SimCLR; in Table 2, right, DeCUR's 43.9 is that of the left, and 14.5 over
+# CLIP, where the text has "up to 11.4".
+# mIoU, accuracy of SUN RGB-D, then NYUv2.  Quoted: of models that are not built here.
 TABLE_3 = numbers("""\
-FCN                         27.4 68.2    29.2 60.0
-FCN (CLIP)                  30.5 74.2    30.4 63.3
-FCN (DeCUR)                 34.5 75.5    31.2 63.9
-SA-Gate                     49.4 82.5    52.4 77.9
-SGNet                       48.6 82.0    51.1 76.8
-ShapeConv                   48.6 82.2    51.3 76.4
-OMNIVORE                       -    -    54.0    -
-CMX-B2                      49.7 82.8       -    -
-CMX-B2 (DeCUR)              50.6 83.2       -    -
-CMX-B5                         -    -    56.9 80.1
-CMX-B5 (DeCUR)                 -    -    57.3 80.3""")
-QUOTED = ("SA-Gate", "SGNet", "ShapeConv", "OMNIVORE", "CMX-B2", "CMX-B5")
+fcn, Supervised             27.4 68.2    29.2 60.0
+fcn, CLIP                   30.5 74.2    30.4 63.3
+fcn, DeCUR                  34.5 75.5    31.2 63.9
+SA-Gate, quoted             49.4 82.5    52.4 77.9
+SGNet, quoted               48.6 82.0    51.1 76.8
+ShapeConv, quoted           48.6 82.2    51.3 76.4
+OMNIVORE, quoted               -    -    54.0    -
+cmx, ImageNet               49.7 82.8    56.9 80.1
+cmx, DeCUR                  50.6 83.2    57.3 80.3""")
 # SAR-optical mAP micro, RGB-DEM mIoU; "Barlow Twins" is there "w/o intra&decoup.".
 TABLE_4 = numbers("""\
 DeCUR                       81.7 36.9
 Barlow Twins                80.3 33.6
 w/o intra                   80.1 34.3
 w/o decoup.                 81.1 35.2""")
-PAPERS_COMMON = dict(bigearthnet=0.875, geonrw=0.75, sunrgbd=0.75, nyuv2=0.75)
+SETUPS = {"1% linear": (0.01, True), "1% fine-tune": (0.01, False), "100% linear": (1.0, True),
+          "100% fine-tune": (1.0, False)}       # labels, linear
 METHODS = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg", barlowtwins="Barlow Twins")
 
 
-def deviations(result):
-    """{setting: value} of a run, and of the pretraining behind it, where it is not the paper's for
-    the task, head and method, or that of --toy; apart from labels, modality, seed and what Table 4
-    and the figures vary.
+def row_of(args, hashes):
+    """The row of the paper's tables that a run belongs to, or None."""
+    row, p, scenario = None, args.pretraining, TASKS[args.task]["scenario"]
+    if args.weights == ["none"]:
+        row = "Rand. Init." if args.linear else "Supervised"
+    elif not p and hashes[1:] == hashes[:1]:
+        row = "ImageNet"                        # one published file for both streams: as CMX starts
+    elif p and p["method"] != "decur":
+        row = METHODS[p["method"]] + (", one modality" if p.get("modality") else "")
+    elif p:
+        common = SCENARIOS[scenario]["common"]
+        names = {(common, False): "DeCUR", (common, True): "w/o intra", (1, False): "w/o decoup."}
+        row = names.get((p["common"], p["no_intra"]))
+    return f"{args.model}, {row}" if row and scenario == "rgbd" else row  # Table 3 has two heads
+
+
+def not_the_papers(args, changed):
+    """{setting: value} of the run, and of the pretraining behind it, where the paper has another;
+    apart from what its tables vary.
     """
-    result = json.loads(json.dumps(result))     # tuples as lists, as in the file
-    s, model, toy = result["settings"], result["model"], result["toy"]
-    recipe = RECIPES.get((result["task"], model), CMX_NYU if model == "cmx" else {})
-    paper = dict(part=None, cached=False) | REST | recipe | (TOYS[model] if toy else {})
-    if result["linear"] and paper["lr_linear"]:
-        paper["lr"] = paper["lr_linear"]
-    paper = json.loads(json.dumps(paper))
-    free = ("seed", "labels", "modality", "depth_unit", "save_images", "save_every")
-    found = {name: s.get(name, result.get(name)) for name in paper if name not in free}
-    found = {name: value for name, value in found.items() if value != paper[name]}
-    before, scenario = result["pretraining"] or {}, TASKS[result["task"]]["scenario"]
-    if "method" not in before:                  # random, or from elsewhere
-        return found
-    paper = dict(scenario=scenario, weights=None, bgr=False, stopped=None)
-    for table, _ in reversed(defaults(scenario, before["method"], before["backbone"], toy)):
-        paper |= table
-    free = ("backbone", "depth_unit") + ("common", "projector") * (before["method"] == "decur")
-    return found | {f"pretraining {name}": before[name] for name, value in paper.items()
-                    if name in before and name not in free and before[name] != value}
-
-
-def row_of(result):
-    """The row of the paper that a run belongs to, or None."""
-    p = result["pretraining"]
-    if result["weights"] == ["none"]:
-        return "Rand. Init." if result["linear"] else "Supervised"
-    if not p or "method" not in p:
-        return None
-    if p["method"] != "decur":
-        return METHODS[p["method"]] + ", one modality" * bool(p.get("modality"))
-    if p["projector"] != "8192-8192-8192" and not result["toy"]:
-        return None
-    if p["common"] == PAPERS_COMMON[result["task"]]:
-        return "w/o intra" if p["no_intra"] else "DeCUR"
-    return "w/o decoup." if p["common"] == 1 and not p["no_intra"] else None
-
-
-def cell(results, metric, paper):
-    """Mean and standard deviation over the seeds, in percent, and the paper's number."""
-    values = [100 * r["metrics"][metric] for r in results if r["metrics"].get(metric) is not None]
-    ours = f"{statistics.mean(values):.1f}" if values else "undefined" if results else "not run"
-    ours += f" +- {statistics.stdev(values):.1f} (n {len(values)})" if len(values) > 1 else ""
-    return f"{ours} | {'-' if paper is None else paper}"
+    p, scenario = args.pretraining, TASKS[args.task]["scenario"]
+    varied = {"seed", "labels", "depth_unit", "save_images", "save_every"}
+    if args.task in ("bigearthnet", "geonrw"):
+        varied.add("modality")
+    flags = {name: getattr(args, name) for name in ("cached", "part") if getattr(args, name)}
+    other = changed | flags
+    if p and args.task != "custom":
+        paper = dict(scenario=scenario, bgr=False, stopped=None, backbone=args.backbone)
+        if p["common"] == 1:
+            varied.add("common")                # Table 4, w/o decoup.
+        if p["backbone"] not in MITS:
+            paper["weights"] = None             # segformers may start as CMX's do
+        tables = defaults(scenario, p["method"], p["backbone"], args.toy)
+        _, different = fill_in(argparse.Namespace(**p), [(paper, "paper"), *tables])
+        other |= {f"pretraining {name}": value for name, value in different.items()}
+    return {name: value for name, value in other.items()
+            if name.removeprefix("pretraining ") not in varied}
 
 
 def print_tables(folders):
-    """Tables 1-4, Figures 3a, 3b, 6, 7 from the runs' results.json; cells: ours | the paper's."""
-    files = [file for folder in folders if (file := Path(folder) / "results.json").is_file()]
-    if not files:
-        raise BadInput(f"no results.json in {' '.join(folders)}; expected folders of finetune.py")
-    results = [json.loads(file.read_text()) for file in files]
-    real = [r for r in results if not r["toy"] and not deviations(r)]
-    shown = []
-
-    def at(runs, metric, paper):
-        shown.extend(runs)
-        return cell(runs, metric, paper)
-
-    def find(runs=real, **wanted):
-        return [r for r in runs if all((row_of(r) if key == "row" else r[key]) == value
-                                       for key, value in wanted.items())]
-
-    def show(title, columns, rows):
-        print(f"\n{title}")
-        for name, cells in (("", columns), *rows):
-            print(f"{name:38s}" + "".join(f"{text:26s}" for text in cells))
-
-    setups = [dict(labels=labels, linear=linear) for labels in (0.01, 1.0)
-              for linear in (True, False)]
-    metrics = (("bigearthnet", "mAP micro"), ("geonrw", "mIoU"))
-    columns = ("1% linear", "1% fine-tune", "100% linear", "100% fine-tune")
-    for table, task, metric, modality, title in (
-            (TABLE_1, *metrics[0], 0, "Table 1, left: BigEarthNet-MM, both modalities"),
-            (TABLE_1, *metrics[0], 1, "Table 1, right: BigEarthNet-MM, SAR alone"),
-            (TABLE_2, *metrics[1], 0, "Table 2, left: GeoNRW, both modalities"),
-            (TABLE_2, *metrics[1], 1, "Table 2, right: GeoNRW, RGB alone")):
-        rows, doubts = [], []
-        for row, papers in table.items():
-            if papers[4 * modality] is None:
-                continue
-            doubt = DOUBTS.get((task, modality, row))
-            doubts += [f"* {row}: {doubt}"] if doubt else []
-            runs = find(task=task, modality=modality, row=row)
-            rows.append((row + " *" * bool(doubt), [
-                at(find(runs, **setup), metric, paper)
-                for setup, paper in zip(setups, papers[4 * modality:])]))
-        show(f"{title}, {metric}", columns, rows)
-        print(*doubts, sep="\n", end="\n" * bool(doubts))
-    print("Rand. Init. is a run with --linear, Supervised one without; the paper prints one number "
-          "in both columns.")
-    for k, task, model in ((0, "sunrgbd", "fcn"), (0, "sunrgbd", "cmx"),
-                           (1, "nyuv2", "fcn"), (1, "nyuv2", "cmx")):
-        rows = []
-        for name, papers in TABLE_3.items():
-            papers = papers[2 * k:2 * k + 2]
-            if name.startswith("FCN") != (model == "fcn") or papers[0] is None:
-                continue
-            row = name.partition("(")[2].rstrip(")") or "Supervised"
-            runs = find(task=task, model=model, linear=False, row=row, labels=1.0,
-                        modality=RECIPES[task, model]["modality"])
-            rows.append((name, [
-                f"quoted | {paper or '-'}" if name in QUOTED else at(runs, metric, paper)
-                for metric, paper in zip(("mIoU", "accuracy"), papers)]))
-        show(f"Table 3: {task}, {model}", ("mIoU", "accuracy"), rows)
-    few = find(modality=0, labels=0.01)         # Sec. 6: 1 % of the labels, both modalities
-    show("Table 4", ("SAR-optical, mAP micro", "RGB-DEM, mIoU"), [
-        (row if row != "Barlow Twins" else "w/o intra&decoup.", [
-            at(find(few, task=task, row=row, linear=False), metric, paper)
-            for (task, metric), paper in zip(metrics, papers)])
-        for row, papers in TABLE_4.items()])
-    swept = [r for r in real if (p := r["pretraining"] or {}).get("method") == "decur"
-             and not p["no_intra"]]
-    for title, tasks, axis, projector in (
-            ("Figure 3a: percentage of common dimensions", metrics, "common", "8192-8192-8192"),
-            ("Figure 6: the same with 512 dimensions", metrics, "common", "512-512-512"),
-            ("Figure 3b: projector, GeoNRW", metrics[1:], "projector", None),
-            ("Figure 7: projector, BigEarthNet-MM", metrics[:1], "projector", None)):
-        rows = []
-        for task, metric in tasks:
-            cells = {}                          # a point of the axis: its runs
-            for r in find(swept, task=task, modality=0, labels=0.01):
-                p = r["pretraining"]
-                if projector == p["projector"] if projector else p["common"] == PAPERS_COMMON[task]:
-                    cells.setdefault(str(p[axis]), []).append(r)
-            rows += [(f"{task} {axis} {value}", [
-                at(find(runs, linear=linear), metric, None) for linear in (True, False)])
-                for value, runs in sorted(cells.items(), key=lambda point: (
-                    0 if point[0] == "none" else float(point[0].split("-")[0])))]
-        show(f"{title} (1% labels; the paper has a curve, no numbers)",
-             ("linear", "fine-tune"), rows or [("not run", [])])
-    rest = [r for r in results if r not in shown]
-    if rest:
-        print("\nOther runs: made-up scenes, settings, splits or weights that are not the paper's")
+    """Tables 1-4 from the runs' results.json, then the other runs; cells: ours | the paper's."""
+    results = read_results(folders)
+    papers = [r for r in results if not r["toy"] and r["changed"] == {}]
+    for title, table, task, metric, modality in (
+            ("Table 1, left: both modalities", TABLE_1, "bigearthnet", "mAP micro", 0),
+            ("Table 1, right: SAR alone", TABLE_1, "bigearthnet", "mAP micro", 1),
+            ("Table 2, left: both modalities", TABLE_2, "geonrw", "mIoU", 0),
+            ("Table 2, right: RGB alone", TABLE_2, "geonrw", "mIoU", 1)):
+        columns = []
+        for head, (labels, linear) in SETUPS.items():
+            settings = dict(task=task, modality=modality, labels=labels, linear=linear)
+            columns.append((head, metric, settings))
+        print_table(papers, f"{title}, {task}, {metric}", table, 4 * modality, columns)
+    columns = []
+    for task in ("sunrgbd", "nyuv2"):
+        settings = dict(task=task, labels=1.0, linear=False)
+        columns += [(f"{task}, {metric}", metric, settings) for metric in ("mIoU", "accuracy")]
+    print_table(papers, "Table 3 (CMX: B2, then B5)", TABLE_3, 0, columns)
+    settings = dict(modality=0, labels=0.01, linear=False)
+    columns = [("SAR-optical, mAP micro", "mAP micro", dict(settings, task="bigearthnet")),
+               ("RGB-DEM, mIoU", "mIoU", dict(settings, task="geonrw"))]
+    print_table(papers, 'Table 4 ("Barlow Twins": w/o intra&decoup.)', TABLE_4, 0, columns)
     groups = {}                                 # the same but for the seed
-    for r in rest:
-        groups.setdefault(f"{kind_of(r)}, {row_of(r) or ' '.join(r['weights'])}", []).append(r)
+    for r in results:
+        if "shown" not in r:
+            words = f"{description(r)}, {r['row'] or ' '.join(r['weights'])}"
+            groups.setdefault(words, []).append(r)
+    print("\nOther runs: made-up scenes, settings, splits or weights that are not those of the "
+          "tables; points of Figures 3, 6 and 7")
     for words, runs in sorted(groups.items()):
-        print(f"{words}:", "  ".join(f"{metric} {cell(runs, metric, None).removesuffix(' | -')}"
-                                     for metric in runs[0]["metrics"]))
+        cells = [f"{metric} {cell(runs, metric)}" for metric in runs[0]["metrics"]]
+        print(f"{words}:  {'  '.join(cells)}")
 
 
-def kind_of(result):
+def read_results(folders):
+    results = []
+    for file in [Path(folder) / "results.json" for folder in folders]:
+        try:
+            result = read_json(file, "results of finetune.py") if file.is_file() else {}
+            if {"task", "model", "linear", "labels", "metrics", "weights"} <= result.keys():
+                # an earlier version did not write the first two
+                results.append(dict(row=None, changed={"earlier version": True}) | result)
+        except BadInput as error:
+            print(f"skipped: {error}")
+    need(results, f"no results.json in {' '.join(folders)}; expected folders of finetune.py")
+    return results
+
+
+def print_table(papers, title, table, first, columns):
+    """columns: (head, metric, settings of a run), whose numbers stand in `table` from `first`."""
+    print(f"\n{title}\n{'':30s}" + "".join(f"{head:26s}" for head, _, _ in columns))
+    for row, values in table.items():
+        line = f"{row:30s}"
+        for (_, metric, settings), value in zip(columns, values[first:]):
+            settings = dict(settings, row=row).items()
+            runs = [r for r in papers if settings <= r.items()]
+            text = f"{cell(runs, metric)} | {'-' if value is None else value}"
+            line += f"{text:26s}"
+        if set(values[first:first + len(columns)]) != {None}:
+            print(line)
+
+
+def cell(results, metric):
+    """Mean and standard deviation over the seeds, in percent."""
+    values = []
+    for r in results:
+        r["shown"] = True
+        if r["metrics"].get(metric) is not None:
+            values.append(r["metrics"][metric])
+    if not values:
+        return "undefined" if results else "not run"
+    text = percent(statistics.mean(values))
+    if len(values) > 1:
+        text += f" +- {percent(statistics.stdev(values))} (n {len(values)})"
+    return text
+
+
+def percent(value):
+    return "undefined" if value is None else f"{100 * value:.1f}"
+
+
+def description(result):
     """What was run, but for its weights and seed."""
-    names = (result["task"], result["model"], "linear" if result["linear"] else "fine-tune",
-             result["part"] and f"{result['part']} dimensions", "made-up scenes" * result["toy"],
-             "cached" * result["settings"]["cached"])
-    names += tuple(f"{name} {value}" for name, value in deviations(result).items()
-                   if name not in ("part", "cached"))
-    return (f"{' '.join(name for name in names if name)}, {100 * result['labels']:g}% labels, "
+    words = [result["task"], result["model"], "linear" if result["linear"] else "fine-tune"]
+    if result["toy"]:
+        words.append("made-up scenes")
+    for name, value in result["changed"].items():
+        words.append(name if value is True else f"{name} {value}")
+    return (f"{' '.join(words)}, {100 * result['labels']:g}% labels, "
             f"modality {result['modality'] or 'both'}")
-
-
-def line_of(result):
-    """A run as one line."""
-    metrics = "  ".join(f"{name} {'undefined' if value is None else f'{100 * value:.1f}'}"
-                        for name, value in result["metrics"].items())
-    return (f"{kind_of(result)}, seed {result['seed']}, weights "
-            f"{' '.join(result['weights'])}: {metrics}  ({result['samples']} training, "
-            f"{result['test_samples']} {result['test_split']} samples, {result['seconds']:.0f} s)")
 
 
 # ---- command line ----
 
 def get_args(argv=None):
-    """The settings, each resolved to a value and its source.  Returns (args, {name: source})."""
+    """The settings; {name: source}; {name: value} of what was given otherwise than the default."""
     parser = argparse.ArgumentParser(
         description="Transfer of pretrained encoders (Tables 1-3). A setting that is not given is "
                     "the paper's for the task.", allow_abbrev=False)
@@ -891,16 +1091,22 @@ def get_args(argv=None):
     add("--toy", action="store_true", help="the made-up scenes of the task, and small settings")
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
-    add("--split", help="samples to train on; default: train")
-    add("--test-split", help="samples of the metrics; default: test")
-    add("--labels", type=float, help="fraction of the training samples; default: 1")
-    add("--modality", choices=("both", "1", "2"),
-        help="default: both; FCN on RGB-D 1, but with --toy both")
-    add("--depth-unit", type=float, help="steps of a depth file a metre; default: 1000, mm")
-    add("--size", type=int, help="height of the training crop in pixels")
-    add("--workers", type=int, help="processes that read files; default: on CUDA 4, else 0")
+    add("--split", help="samples to train on; default: train; custom: a file with a name a line")
+    add("--test-split", help="samples of the metrics; default: test; custom: a file")
+    add("--labels", type=number(float, 1e-9, 1), help="share of the training samples; default: 1")
+    add("--modality", choices=("both", "1", "2"), help="default: both; FCN on RGB-D: 1")
+    add("--depth-unit", type=number(float, 1e-9), help="of a depth file, a metre; default: 1000")
+    add("--size", type=number(int, 16), help="height of the training crop in pixels")
+    add("--workers", type=number(int, 0), help="that read files; default: on CUDA up to 8, else 0")
+    add = parser.add_argument_group("--task custom").add_argument
+    add("--data1", metavar="FILES", help="images of modality 1: a folder, or a pattern in quotes")
+    add("--data2", metavar="FILES", help="images of modality 2")
+    add("--target", metavar="FILES", help="masks, as folder or pattern; or a csv: name,label,...")
+    add("--classes", metavar="FILE", help="names of the classes, one a line; of masks: 0, 1, ...")
+    add("--ignore", type=number(int, 0), help="value in masks that is no label; default: 255")
+    add("--test-share", type=number(float, 0, 1), help="of samples, without lists; default: 0.2")
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet), fcn")
+    add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet, csv), fcn")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
     add("--weights", nargs="+", metavar="FILE",
         help="file with both encoders, one for each, imagenet, a whole CMX, or none: random")
@@ -909,286 +1115,85 @@ def get_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--linear", action="store_true", help="frozen encoders; default: fine-tuning")
     add("--cached", action="store_true", help="features once: fast, but without augmentation")
-    add("--epochs", type=int, help="0: evaluate alone")
-    add("--batch-size", type=int, help="the global one")
-    add("--lr", type=float, help="at the start")
-    add("--weight-decay", type=float)
-    add("--seed", type=int, help="of everything random; default: 0")
+    add("--epochs", type=number(int, 0), help="0: evaluate alone")
+    add("--batch-size", type=number(int, 1), help="the global one")
+    add("--lr", type=number(float, 1e-12), help="at the start")
+    add("--weight-decay", type=number(float, 0, 1))
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="default: runs/TASK-MODEL-..., named by what it is")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    add("--save-every", type=float, metavar="MINUTES", help="between checkpoints; default: 30")
-    add("--save-images", type=int, metavar="N", help="pictures of the first N test samples")
+    add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
+    add("--save-images", type=number(int, 0), metavar="N", help="pictures of N test samples")
     args = parser.parse_args(argv)
     if args.table:
-        return args, {}
-    if not args.task or not args.weights:
-        raise BadInput("expected --task and --weights (a file, or none for random weights), or "
-                       "--table")
-    sources = {name: "command line" for name, value in vars(args).items()
-               if value is not None and value is not False}
-    args.modality = {None: None, "both": 0, "1": 1, "2": 2}[args.modality]
-    task = TASKS[args.task]
-    args.model = args.model or task["model"]
-    if (args.task, args.model) not in RECIPES and not args.toy:
-        models = " or ".join(model for task, model in RECIPES if task == args.task)
-        raise BadInput(f"--model {args.model}: expected {models} for --task {args.task}")
-    recipe = RECIPES.get((args.task, args.model), CMX_NYU if args.model == "cmx" else {})
-    settings = {}                               # each overrides those before it
-    for table, source in ((REST, "default"), (recipe, "paper, App. B; see RECIPES"),
-                          (TOYS[args.model] if args.toy else {}, "--toy"),
-                          ({} if args.epochs is None else dict(steps=None), "--epochs")):
-        settings |= {name: (value, source) for name, value in table.items()}
-    for name, (value, source) in settings.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-            sources[name] = source
-    if args.linear and args.lr_linear and sources["lr"] != "command line":
-        args.lr, sources["lr"] = args.lr_linear, sources["lr_linear"]
-    sources.pop("lr_linear")
-    cmx, rgbd = args.model == "cmx", task["scenario"] == "rgbd"
-    least = 48 if cmx else 32 if args.backbone in MITS else 16      # CMX is evaluated at 3/4, too
-    for fine, name, expected in (
-            (0 < args.labels <= 1, "labels", "a fraction above 0, up to 1"),
-            (not args.part or args.linear and args.model == "late", "part",
-             "it with --linear and late fusion alone"),
-            (not args.cached or args.linear and not cmx, "cached",
-             "it with --linear, and not with CMX"),
-            (not cmx or args.backbone in MITS and not args.modality, "model",
-             "mit_b? and both modalities for cmx"),
-            (args.size >= least and not (rgbd and args.size % 3), "size",
-             f"{least} or more, on RGB-D a multiple of 3"),
-            (args.batch_size > 0, "batch_size", "1 or more"), (args.lr > 0, "lr", "more than 0"),
-            (args.save_every > 0, "save_every", "more than 0 minutes"),
-            *((not getattr(args, name) or getattr(args, name) > 0, name, "0 or more")
-              for name in ("epochs", "weight_decay", "seed", "save_images"))):
-        if not fine:
-            flag, value = name.replace("_", "-"), getattr(args, name)
-            raise BadInput(f"--{flag}{'' if value is True else f' {value}'}: expected {expected}")
-    args.data = args.data or (f"data/toy-{task['scenario']}" if args.toy else task["data"])
-    if not args.out:
-        file = Path(args.weights[0])
-        name = file.resolve().parent.name if file.is_file() else file.name  # imagenet, none
-        parts = [args.task, args.model, "linear" if args.linear else "finetune", args.part,
-                 f"{100 * args.labels:g}", args.modality and f"modality{args.modality}", name,
-                 "cached" * args.cached, f"seed{args.seed}"]
-        args.out = Path("runs") / ("toy-" * args.toy + "-".join(str(p) for p in parts if p))
-    return args, sources
+        return args, {}, {}
+    return args, *settle(args)
 
 
-def main():
-    args, sources = get_args()
-    if args.table:
-        return print_tables(args.table)
-    started = time.time()
-    rank, world, device = start_processes()
-    say = print if rank == 0 else lambda *_: None
-    N = args.batch_size
-    if N % world:
-        raise BadInput(f"--batch-size {N} is not a multiple of {world} processes; try "
-                       f"{max(1, N // world) * world}")
-    if args.cached and world > 1:
-        raise BadInput(f"--cached on {world} processes: expected one, it is fast enough")
-
-    # ---- data ----
-    if args.toy and rank == 0:
-        make_toy(TASKS[args.task]["scenario"], args.data)
-    agreed(False, device)                       # the others wait until the scenes are there
-    classes = TASKS[args.task]["classes"]
+def settle(args):
+    """Every setting that was not given.  Returns what `fill_in` does."""
+    need(args.task and args.weights, "expected --task and --weights (a file, or none for random "
+         "weights), or --table")
+    task = dict(TASKS[args.task])
     if args.toy:
-        classes = SCENE_CLASSES[1:] if args.model == "late" else SCENE_CLASSES
-    train, test = (open_task(args, split, classes) for split in (args.split, args.test_split))
-    chosen = subset(len(train), args.labels, args.seed)
-    if args.epochs != 0 and N > len(chosen):
-        raise BadInput(f"--batch-size {N} is more than the {len(chosen)} training samples under "
-                       f"{args.data}; at most {len(chosen)}")
-    steps_per_epoch = max(1, len(chosen) // N)
-    steps = args.steps if args.steps is not None else args.epochs * steps_per_epoch
-    rows = slice(rank * N // world, (rank + 1) * N // world)  # of the global batch, this process's
-    test_rows = slice(rank * len(test) // world, (rank + 1) * len(test) // world)
-    draws = Draws(args.seed, N, rows)
-    cuda = device.type == "cuda"
-    workers = args.workers if args.workers is not None else 4 if cuda else 0
-    loading = dict(num_workers=workers, worker_init_fn=leave_group, pin_memory=cuda)
-    modalities = [train.modalities[args.modality - 1]] if args.modality else train.modalities
+        task["data"] = f"data/toy-{task['scenario']}"
+    if args.task == "custom":
+        need(args.data1 and args.data2 and args.target and not args.data and not args.toy,
+             "--task custom: expected --data1, --data2 and --target, and neither --data nor --toy")
+        task["data"] = [args.data1, args.data2]
+        task["model"] = "late" if args.target.endswith(".csv") else "fcn"
+    args.data = args.data or task["data"]
+    args.model = args.model or task["model"]
+    args.modality = {None: None, "both": 0, "1": 1, "2": 2}[args.modality]
+    args.weights = [str(Path(file).expanduser()) for file in args.weights]
+    args.pretraining = pretraining_of(args.weights)
+    sources, changed = fill_in(args, tables_of(args))
+    check_flags(args, task["model"])
+    if args.out is None:
+        weights = Path(args.weights[0])
+        weights = weights.resolve().parent if weights.is_file() else weights  # imagenet, none
+        parts = ["toy" if args.toy else None, args.task, args.model,
+                 "linear" if args.linear else "finetune", args.part, f"{100 * args.labels:g}",
+                 f"modality{args.modality}" if args.modality else None, weights.name,
+                 "cached" if args.cached else None, f"seed{args.seed}"]
+        args.out = Path("runs") / "-".join(part for part in parts if part)
+    args.out = args.out.expanduser()
+    return sources, changed
 
-    # ---- model and optimiser ----
-    torch.manual_seed(args.seed)
-    channels = [x.shape[0] for x in train[0][:2]]
-    net, encoders, lines = build(args, channels, len(classes))
-    for E in encoders:
-        E.requires_grad_(not args.linear)
-    if cuda and world > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    elif world > 1 and not (args.linear and args.model != "cmx"):
-        say(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; each "
-            f"uses its {N // world} samples")
-    net.to(device)
-    if args.linear and args.weights == ["none"] and args.model != "cmx":  # CMX: layer norms
-        seen = DataLoader(train, N, sampler=chosen[:20 * N].tolist(), drop_last=True, **loading)
-        measure_statistics(net, (prepared(batch, args, train.modalities, device)[0]
-                                 for batch in seen))
-    model = DistributedDataParallel(net) if world > 1 else net
-    trained = [p for p in net.parameters() if p.requires_grad]
-    # CMX: no weight decay on biases and norms
-    spared = [p for p in trained if p.ndim < 2 and args.model == "cmx"]
-    groups = [dict(params=[p for p in trained if p.ndim >= 2 or args.model != "cmx"]),
-              dict(params=spared, weight_decay=0.0)][:2 if spared else 1]
-    optimizer = dict(sgd=partial(torch.optim.SGD, momentum=args.momentum),
-                     adamw=torch.optim.AdamW)[args.optimizer](groups, args.lr,
-                                                              weight_decay=args.weight_decay)
 
-    # ---- the run's folder ----
-    settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
-    sha256, pretraining = origin(args.weights)
-    settings |= dict(weights_sha256=sha256, samples=len(chosen), channels=channels,
-                     classes=len(classes))
-    checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    step = go_on(checkpoint_file, settings, net, optimizer, args.resume, device)
-    frozen = fingerprint(encoders) if args.linear else None
-    save = partial(save_checkpoint, checkpoint_file, net, optimizer, settings=settings)
-    if rank == 0:
-        about = dict(argv=sys.argv, data=str(args.data), processes=world, device=str(device))
-        lock = open_folder(args.out, settings | about, step)  # noqa: F841
-        write_atomically(args.out / "ids.txt", lambda path: path.write_text(
-            "".join(f"{train.data.ids[i]}\n" for i in sorted(chosen))))
-        print(" ".join(sys.argv))
-        print(f"{len(chosen)} of {len(train)} samples of {args.split} under {args.data}, "
-              f"{len(test)} of {args.test_split}; {steps} steps on {processes(world)}, "
-              f"{device.type}; torch {torch.__version__}")
-        for name, source in sources.items():
-            print(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
-        print(*lines, sep="\n")
-        print(f"parameters: {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M, of which "
-              f"{sum(p.numel() for p in trained) / 1e6:.2f} M are trained")
-        if step:
-            print(f"resumed from {checkpoint_file} at step {step} of {steps}")
+def tables_of(args):
+    """[(settings, their source)] for `fill_in`."""
+    tables, p = [], args.pretraining
+    if args.epochs is not None:
+        tables.append((dict(steps=None), "--epochs"))
+    if args.linear and args.toy:
+        tables.append((TOY_LINEAR[args.model], "--toy"))
+    elif args.linear and args.task in LINEAR:
+        tables.append(LINEAR[args.task])
+    if args.toy:
+        tables.append((TOYS[args.model], "--toy"))
+    if args.task == "custom" and p:
+        tables.append((dict(backbone=p["backbone"], size=p["size"]), "--weights"))
+    return tables + RECIPES.get((args.task, args.model), []) + [(REST, "default")]
 
-    # ---- batches: what the model sees and its target ----
 
-    def evaluation_mode(everything=True):
-        net.train(not everything)
-        for E in encoders if args.linear else ():
-            E.eval()                            # frozen: the statistics of its batch norms, too
-
-    def test_batches(data, index):
-        pieces = np.array_split(index, -(-len(index) // max(1, N // world))) if len(index) else []
-        yield from DataLoader(data, batch_sampler=[piece.tolist() for piece in pieces], **loading)
-
-    def features():
-        """Of the training samples, once: the image size, a list of tensors, and the targets."""
-        evaluation_mode()
-        found = []
-        for batch in tqdm(test_batches(train, chosen), "features", disable=None, leave=False):
-            x, target = prepared(batch, args, train.modalities, device)
-            with torch.no_grad():
-                found.append((net.features(*x), target))
-        maps, targets = zip(*found)
-        return x[0].shape[-2:], [torch.cat(f) for f in zip(*maps)], torch.cat(targets)
-
-    def batches(epoch, skip):
-        order = epoch_batches(len(chosen), N, args.seed, epoch)[skip:, rows]
-        if args.cached:
-            yield from ((lambda: ([f[index] for f in kept], targets[index])) for index in order)
-            return
-        train.data.epoch = epoch                # seasons of made-up satellite scenes
-        # prepared once the step's draws are set
-        yield from ((lambda: prepared(batch, args, train.modalities, device, draws))
-                    for batch in DataLoader(train, batch_sampler=chosen[order].tolist(), **loading))
-
-    forward = model
-    if args.cached and steps:
-        size, kept, targets = features()
-        forward = partial(net.head, size)
-
-    # ---- training ----
-    stopped = signals_to_come()
-    bar = tqdm(total=steps, initial=step, unit="step", disable=rank > 0 or None, dynamic_ncols=True)
-    every = 1 if steps < 500 else 50
-    saved, logged, logged_step = time.time(), time.time(), step
-    while step < steps:
-        epoch = step // steps_per_epoch
-        for batch in batches(epoch, step % steps_per_epoch):
-            if step == steps:
-                break
-            evaluation_mode(False)
-            draws.restart(step)
-            torch.manual_seed(mixed(args.seed, step, 1 + rank))     # for drop path and dropout
-            x, target = batch()
-            with mixed_precision(device) if args.model != "cmx" else nullcontext():  # CMX: float32
-                logits = forward(*x)                                # NxC, or NxCxHxW
-            loss = loss_of(logits, target, world)
-            if agreed(not loss.isfinite(), device):
-                sys.exit(f"the loss is {loss.item()} at step {step + 1}; what was saved before "
-                         "stays; look at the data, or take a smaller --lr")
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule(args.schedule, step, steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-            step += 1
-            bar.update()
-            shown = step % every == 0 or step == steps
-            if shown:
-                loss = summed(loss.detach()) / world
-            if rank == 0 and shown:
-                now = time.time()
-                log = dict(epoch=epoch + 1, step=step, loss=loss.item(),
-                           lr=optimizer.param_groups[0]["lr"],
-                           pairs_per_s=N * (step - logged_step) / (now - logged))
-                logged, logged_step = now, step
-                tqdm.write(f"epoch {epoch + 1:03d} step {step:06d}/{steps:06d}  loss {loss:.4f}  "
-                           f"lr {log['lr']:.4g}  {log['pairs_per_s']:.0f} pairs/s")
-                with open(log_file, "a") as file:
-                    file.write(json.dumps(log) + "\n")
-            stop = agreed(bool(stopped), device)
-            if rank == 0 and (stop or step == steps or time.time() - saved > 60 * args.save_every):
-                save(step=step)
-                saved = time.time()
-            if stop:
-                bar.close()
-                return say(f"stopped after step {step} of {steps} and saved {checkpoint_file}; to "
-                           "go on, give the same command with --resume")
-    bar.close()
-
-    # ---- evaluation ----
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)   # all is saved: they may end it at once
-    for buffer in net.buffers() if world > 1 else ():
-        dist.broadcast(buffer, 0)               # on CPUs each process has its own statistics
-    evaluation_mode()
-    seen = test_rows.start
-
-    def predict(batch):
-        nonlocal seen
-        x, target = prepared(batch, args, test.modalities, device)
-        s = scores(net, x, args.test_scales)
-        if (n := min(args.save_images - seen, len(target))) > 0:
-            save_pictures(args.out / "images", test.data.ids[seen:seen + n], target[:n],
-                          [x_[:n] for x_ in x], modalities, s[:n], classes)
-        seen += len(target)
-        return s, target
-
-    test_index = np.arange(len(test))[test_rows]
-    bar = tqdm(test_batches(test, test_index), "test", disable=rank > 0 or None, leave=False)
-    metrics = evaluate(predict, bar, len(classes), test_rows, len(test), device)
-    if args.linear and fingerprint(encoders) != frozen:
-        sys.exit("a frozen encoder has changed, which must not happen: the results are void")
-    if rank == 0:
-        names = "task model toy linear part labels modality split test_split weights seed".split()
-        result = {name: getattr(args, name) for name in names}
-        result |= dict(samples=len(chosen), test_samples=len(test), weights_sha256=sha256,
-                       pretraining=pretraining, metrics=metrics, seconds=time.time() - started,
-                       steps=steps, settings=settings)
-        write_atomically(args.out / "results.json",
-                         lambda path: path.write_text(json.dumps(result, indent=1)))
-        if args.linear:
-            print("the frozen encoders have not changed by one bit")
-        print(line_of(result))
-        print(f"wrote results.json, ids.txt, {'checkpoint.pt, ' * bool(steps)}log.jsonl, args.json "
-              f"into {args.out}")
+def check_flags(args, model):
+    """What no single flag can tell.  model: of the task."""
+    custom, cmx = args.task == "custom", args.model == "cmx"
+    possible = (args.task, args.model) in RECIPES and (not custom or args.model == model)
+    need(args.toy or possible, f"--model {args.model}: expected another for --task {args.task}, as "
+         f"{model}")
+    need(custom or not (args.data1 or args.data2 or args.target or args.classes),
+         "--data1, --data2, --target, --classes: expected them with --task custom")
+    need(not (args.part or args.cached) or args.linear and args.model == "late",
+         "--part, --cached: expected them with --linear and late fusion alone")
+    need(not cmx or args.backbone in MITS and not args.modality,
+         "--model cmx: expected a mit as --backbone, and both modalities")
+    least = 48 if cmx else 32 if args.backbone in MITS else 16      # CMX is tested at 3/4, too
+    need(args.size >= least, f"--size {args.size}: expected {least} or more for {args.backbone}")
+    need(args.model != "late" or not args.save_images, "--save-images: expected a segmentation")
 
 
 if __name__ == "__main__":
-    run(main)
+    guarded(main)
