@@ -11,21 +11,18 @@ RGB-DEM, GeoNRW, and with the masks its transfer task:
     data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32 m; 0 none, 1..10
     data/rgb-dem/cropped/<city>/<x>_<y>_<k>_rgb.png ...         made by `data.py crop`: read instead
 
-RGB-depth, the raw SUN RGB-D tree (any depth of folders above a frame) with hha/ from `data.py hha`:
+RGB-depth, the raw SUN RGB-D tree with hha/ from `data.py hha`, or the folder form of CMX:
 
     data/rgbd/SUNRGBD/<sensor>/.../<frame>/image/ depth/ depth_bfx/ intrinsics.txt hha/
-    data/rgbd/train.txt test.txt    optional: a frame a line
     data/rgbd/labels/img-000001.png ...     optional: labels of test.txt's frames, then train.txt's
-
-or the folder form of CMX and its relatives:
 
     data/rgbd/RGB/<stem>.jpg        colour, jpg or png
     data/rgbd/Depth/<stem>.png      16 bit, --depth-unit steps a metre; 0 and 65535 are no reading
     data/rgbd/HHA/<stem>.png        or, in its place, HHA (Gupta et al., 2014), jpg or png
     data/rgbd/Label/<stem>.png      optional: classes for finetune.py, 0 is unlabelled
-    data/rgbd/train.txt test.txt    optional: a stem a line (path and suffix are taken off)
     data/rgbd/intrinsics.txt        for `data.py hha`: fx 0 cx  0 fy cy  0 0 1, written by hand
     data/rgbd/RawDepth/<stem>.png   for `data.py hha`, optional: Depth/ with the holes it had
+    data/rgbd/train.txt test.txt    of either, optional: a frame or a stem a line
 
 Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
 224): all sensors lie within 4 % of that 4:3, and the smallest crop, half the area, still has S x S.
@@ -44,7 +41,6 @@ views are made, or of two, one for each view.  uint8, or float32 in [0, 1].  A t
 (x1, x2, target).  `python data.py` alone lists the commands: check, pack, crop, hha, toy.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import errno
@@ -145,10 +141,9 @@ def normalise(x, modality):
 
 # ---- augmentations, Sec. 4: batched, on any device, each image with parameters of its own ----
 
-# The paper follows BYOL (Grill et al., 2020, App. B).  BYOL treats its two views unequally (blur 1
-# and 0.1, solarize 0 and 0.2); Algorithm 1 has one augment1 for both: solarize has the mean of the
-# two, blur the authors' 0.5.  Their crops are kept too, (0.5, 1) of the area indoors where BYOL has
-# (0.08, 1): two modalities are cropped independently, and small crops would show different things.
+# The paper follows BYOL (Grill et al., 2020, App. B), which treats its two views unequally; Alg. 1
+# has one augment1 for both: solarize has the mean of BYOL's 0 and 0.2, blur the authors' 0.5, and
+# their crops indoors are at least half of the area, lest the modalities show different things.
 BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
 # Seen from above no side is up: all four flip both ways (the paper names both for SAR and DEM).
 ABOVE = dict(scale=(0.2, 1.0), vflip=True)
@@ -166,10 +161,8 @@ AUGMENTATIONS = {
 
 class Draws:
     """Uniform random numbers for the images of the global batch, of which a process takes its rows.
-
     One CPU generator, seeded anew at each step: what a sample looks like depends on (seed, step)
-    and on its place in the global batch, never on processes, workers, device or restarts.
-    """
+    and on its place in the global batch, never on processes, workers, device or restarts."""
 
     def __init__(self, seed, batch_size, rows):
         self.seed, self.batch_size, self.rows = seed, batch_size, rows
@@ -182,7 +175,6 @@ class Draws:
 
 
 def mixed(*numbers):
-    """One seed out of several integers, well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -206,11 +198,8 @@ def plain(x, modality, size):
 
 
 def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
-    """Boxes of `scale` of the area and a log-uniform aspect ratio, half of them mirrored: ten tries
-    for one that fits, as torchvision; then the largest centred one.
-
-    Returns top, left, height, width and mirrored: Bx1 each.
-    """
+    """Boxes of `scale` of the area, of log-uniform aspect ratio, half mirrored: the first of
+    ten tries that fits, as torchvision, or the largest.  Top, left, height, width, flip: Bx1."""
     u = draws(23).double()                                              # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
@@ -227,10 +216,7 @@ def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
 
 
 def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
-    """The box of `random_boxes` of each image, resized; with vflip half of them upside down.
-
-    Resizing with a triangle filter is two matrix products, with weights for each image: `resize`.
-    """
+    """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
     B, C, H, W = x.shape
     top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws, ratio)  # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
@@ -270,9 +256,7 @@ def triangle_filter(start, length, n_in, n_out):
 
 def separable(x, Wy, Wx):
     """Filter the columns with Wy: BxSyxH and the rows with Wx: BxSxxW.  x: BxCxHxW -> BxCxSyxSx.
-
-    The channels lie side by side: a filter broadcast over them would be copied for each.
-    """
+    The channels lie side by side: a filter broadcast over them would be copied for each."""
     B, C, H, W = x.shape
     x = Wy @ x.transpose(1, 2).reshape(B, H, C * W)                     # BxSyxCW
     x = x.view(B, -1, W) @ Wx.mT                                        # BxSyCxSx
@@ -281,12 +265,10 @@ def separable(x, Wy, Wx):
 
 def random_colour(x, jitter, jitter_p, gray_p, draws):
     """Brightness, contrast, saturation and hue jitter, then grayscale, for any number of channels.
-
     They fold into one affine map of each image.  Brightness b and contrast c are x -> c b x +
     (1 - c) b m with m the image's mean luma; saturation s blends with the luma; hue turns the
     colour about the grey axis, which is linear, where HSV's hue is not; grayscale is s = 0.
-    Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold.
-    """
+    Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold."""
     C, shape = x.shape[1], x.shape
     u = draws(6)                                                        # Bx6
     jittered = (u[:, :1] < jitter_p).float()
@@ -346,8 +328,7 @@ BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
 def to_8bit(band, x, s1):
     """Raw pixels of one band -> uint8, clipped, never wrapped.  S2: reflectance x 10000.  S1: dB,
     2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
-    Paper: "normalize by mean and standard deviation".  Here: so, mapped to 8 bits, as the authors.
-    """
+    Paper: "normalize by mean and standard deviation".  Here: so, in 8 bits, as the authors."""
     if band not in s1:
         if x.dtype.kind == "f":
             x = np.nan_to_num(x)                # no data
@@ -359,49 +340,52 @@ def to_8bit(band, x, s1):
 
 
 def upsample(x, r):
-    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded half up: the values are whole
-    numbers of 1/4r^2, from which 0.001 is far enough for float32 and too little to round wrongly.
-    """
-    x = torch.from_numpy(x.astype(np.float32))[None]
-    x = F.interpolate(x, scale_factor=r, mode="bilinear")[0]
-    return (x + 0.501).to(torch.uint8)
+    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded: exact in 16 bits to r = 8."""
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1)), "edge").astype(np.uint16)
+    C, H, W = x.shape
+    for axis, shape in ((2, (C, H, r * (W - 2))), (1, (C, r * (H - 2), r * (W - 2)))):
+        old, x = np.moveaxis(x, axis, 0), np.empty(shape, np.uint16)
+        new = np.moveaxis(x, axis, 0)
+        for k in range(r):                      # the k-th of r new pixels in an old one
+            d = 2 * k + 1 - r                   # lies d / 2r off its centre
+            near = (2 * r - abs(d)) * old[1:-1]
+            near += abs(d) * (old[2:] if d > 0 else old[:-2])
+            new[k::r] = near
+    x += 2 * r * r                              # half of the divisor: rounds half up
+    return (x // (4 * r * r)).astype(np.uint8)
 
 
 def stack_bands(blocks):
     """8-bit bands at 10, 20 and 60 m -> S1 2xSxS and S2 13xSxS in band order, all at 10 m."""
-    ms = torch.empty(13, *blocks[0].shape[1:], dtype=torch.uint8)
-    ms[[1, 2, 3, 7]] = torch.tensor(blocks[0][2:])
+    ms = np.empty((13, *blocks[0].shape[1:]), np.uint8)
+    ms[[1, 2, 3, 7]] = blocks[0][2:]
     ms[[4, 5, 6, 8, 11, 12]] = upsample(blocks[1], 2)
     ms[[0, 9, 10]] = upsample(blocks[2], 6)
-    return torch.tensor(blocks[0][:2]), ms
+    return torch.tensor(blocks[0][:2]), torch.from_numpy(ms)
 
 
 class SSL4EO:
     """SSL4EO-S12 v1.0, raw or packed.  Gives two views of each modality, of a random season each:
-    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.  split: "all", or the name of a list of ids.
-    """
+    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.  split: "all", or the name of a list."""
     modalities = ("sar", "ms")
 
     def __init__(self, root, split="all", seed=0, strict=True):
-        root = Path(root)
-        self.root, self.seed, self.epoch, self.lonely = root, seed, 0, []
-        self.packed = root if (root / "ids.txt").is_file() else root / "packed"
-        if not (self.packed / "ids.txt").is_file():
-            self.packed = None
+        self.root, self.seed, self.epoch, self.lonely = Path(root), seed, 0, []
+        packed = self.root if (self.root / "ids.txt").is_file() else self.root / "packed"
+        self.packed = packed if (packed / "ids.txt").is_file() else None
         if self.packed:
-            self.ids = read_lines(self.packed / "ids.txt")
+            self.ids = read_lines(packed / "ids.txt")
             for season in range(4):
-                open_season(self.packed, season, len(self.ids))
+                open_season(packed, season, len(self.ids))
         else:                                   # 97 ids have no folder; some copies' are shorter
-            need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
-                 f"{root} holds .zarr.zip files: SSL4EO-S12 v1.1, of other values; expected v1.0; "
-                 f"{TREE}")
-            s1, s2 = set(listed(root / "s1", r"\d{6,7}")), set(listed(root / "s2c", r"\d{6,7}"))
+            need((self.root / "s1").is_dir() or not any(self.root.glob("**/*.zarr.zip")),
+                 f"{root} holds SSL4EO-S12 v1.1, of other values; expected v1.0; {TREE}")
+            s1, s2 = (set(listed(self.root / name, r"\d{6,7}")) for name in ("s1", "s2c"))
             self.ids, self.lonely = sorted(s1 & s2), sorted(s1 ^ s2)
             refuse(strict, self.lonely, root, "only one of s1 and s2c")
         self.row = {name: row for row, name in enumerate(self.ids)}
         if split != "all":
-            self.ids = read_list(root / f"{split}.txt", self.row)
+            self.ids = read_list(self.root / f"{split}.txt", self.row)
 
     def __len__(self):
         return len(self.ids)
@@ -440,9 +424,8 @@ class SSL4EO:
         # authors drew them independently.
         seasons = np.random.default_rng((self.seed, self.epoch, i)).integers(4, size=2).tolist()
         pairs = {season: stack_bands(self.season(i, season)) for season in set(seasons)}
-        x1 = [pairs[season][0] for season in seasons]
-        x2 = [pairs[season][1] for season in seasons]
-        return x1, x2
+        x1, x2 = zip(*(pairs[season] for season in seasons))
+        return list(x1), list(x2)
 
 
 def in_blocks(bands, name):
@@ -451,8 +434,7 @@ def in_blocks(bands, name):
     for r, names in BLOCKS.items():
         for band in names:
             shape, expected = bands[band].shape, (S // r, S // r)
-            need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected} where "
-                 f"VV has {bands['VV'].shape}; download again")
+            need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected}")
         blocks.append(np.stack([bands[band] for band in names]))
     return blocks
 
@@ -470,7 +452,7 @@ def open_season(folder, season, n):
     path = folder / f"season{season}.npy"
     with reading(path, "a packed season"):
         a = np.load(path, mmap_mode="r")
-    side = (a.shape[-1] * 12 / 91) ** 0.5 if a.ndim == 2 else 0
+        side = (a.shape[1] * 12 / 91) ** 0.5
     need(a.dtype == np.uint8 and len(a) == n and side > 0 and side % 6 == 0,
          f"{path} holds {a.dtype} {a.shape}; expected bytes, a row for each of the {n} ids in "
          f"ids.txt; delete {folder} and pack again")
@@ -487,8 +469,7 @@ CLASSES19 = {
     "Pastures": (), "Complex cultivation patterns": (),
     "Land principally occupied by agriculture, with significant areas of natural vegetation": (),
     "Agro-forestry areas": (), "Broad-leaved forest": (), "Coniferous forest": (),
-    "Mixed forest": (),
-    "Natural grassland and sparsely vegetated areas": (
+    "Mixed forest": (), "Natural grassland and sparsely vegetated areas": (
         "Natural grassland", "Sparsely vegetated areas"),
     "Moors, heathland and sclerophyllous vegetation": (
         "Moors and heathland", "Sclerophyllous vegetation"),
@@ -507,57 +488,45 @@ DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airpor
 
 class BigEarthNet:
     """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1).
-
-    split: "train", "val" or "test" by the list <split>.csv, bigearthnet-<split>.csv or .txt: an S2
-    name a line, then its S1 name; lists without S1 names are completed from the json of every S1
-    patch.  The patches of two lists, snow and cloud, are left out.
-    """
+    The patches of the split's list, which may lack S1 names, without those of two lists, of snow
+    and cloud."""
     modalities = ("sar", "ms")
 
     def __init__(self, root, split, strict=True):
-        root = Path(root)
-        self.root, self.folders = root, (root / "BigEarthNet-S1-v1.0", root / "BigEarthNet-v1.0")
+        self.root = Path(root)
+        self.folders = self.root / "BigEarthNet-S1-v1.0", self.root / "BigEarthNet-v1.0"
         s1_names, s2_names = (set(listed(folder)) for folder in self.folders)
-        pairs = self.listed_pairs(split, s1_names)
+        self.partner = self.listed_pairs(split, s1_names)
         for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
-            if (root / name).is_file():
-                left_out = set(read_lines(root / name))
-                pairs = [pair for pair in pairs if pair[0] not in left_out]
-        self.ids = [s2 for s2, s1 in pairs if s2 in s2_names and s1 in s1_names]
-        self.partner = dict(pairs)
+            for s2 in read_lines(self.root / name) if (self.root / name).is_file() else ():
+                self.partner.pop(s2, None)
+        self.ids = [s2 for s2, s1 in self.partner.items() if s2 in s2_names and s1 in s1_names]
         self.lonely = sorted(self.partner.keys() - set(self.ids))
         refuse(strict, self.lonely, root, f"the list of {split} without both of their folders")
 
     def listed_pairs(self, split, s1_names):
-        """(S2 name, S1 name) of the lines of the split's list."""
-        names = (f"{split}.csv", f"bigearthnet-{split}.csv", f"bigearthnet-{split}.txt")
-        files = [self.root / name for name in names if (self.root / name).is_file()]
-        need(files, f"none of {', '.join(names)} under {self.root}; {TREE}")
-        pairs = {}
-        for line in read_lines(files[0]):
-            s2, *s1 = re.split(r"\s*,\s*", line)
-            need(s2 not in pairs and len(s1) < 2, f"{files[0]}: the line {line!r}; expected `S2 "
-                 f"name,S1 name` or an S2 name, each once")
-            pairs[s2] = s1
-        if all(pairs.values()):
-            return [(s2, *s1) for s2, s1 in pairs.items()]
-        need(not any(pairs.values()), f"{files[0]} has S1 names in some lines, not in all")
-        link = self.linked(s1_names)
-        return [(s2, link.get(s2, "?")) for s2 in pairs]
-
-    def linked(self, s1_names):
-        """{S2 name: S1 name} of every S1 patch: its json alone has the link; kept in pairs.csv."""
-        file, link = self.root / "pairs.csv", {}
-        if file.is_file():
-            link = dict(line.rpartition(",")[::2] for line in read_lines(file))
+        """{S2 name: S1 name} of the lines of the split's list."""
+        file = self.root / f"{split}.csv"
+        if not file.is_file():
+            file = self.root / f"bigearthnet-{split}.csv"
+        need(file.is_file(), f"no {split}.csv or {file}; {TREE}")
+        rows = [re.split(r"\s*,\s*", line) for line in read_lines(file)]
+        columns = set(map(len, rows))
+        need(len({row[0] for row in rows}) == len(rows) and columns in ({1}, {2}),
+             f"{file}: expected S2 names, or `S2 name,S1 name` in all lines, each once")
+        if columns == {2}:
+            return dict(rows)
+        link = {}                               # the json of an S1 patch alone has it: cached
+        cache = self.root / "pairs.csv"
+        if cache.is_file():
+            link = dict(line.split(",") for line in read_lines(cache))
         if set(link.values()) != s1_names:      # not yet written, or patches came or went since
-            link = {}
             for s1 in progress(sorted(s1_names), "S1 patches"):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", LABELS)
                 link[about.get("corresponding_s2_patch")] = s1
             with contextlib.suppress(OSError):  # a folder that is only to be read
-                write_text(file, "".join(f"{s2},{s1}\n" for s2, s1 in link.items()))
-        return link
+                write_text(cache, "".join(f"{s2},{s1}\n" for s2, s1 in link.items()))
+        return {s2: link.get(s2, "?") for s2, in rows}
 
     def __len__(self):
         return len(self.ids)
@@ -582,8 +551,7 @@ class BigEarthNet:
         names, target = read_json(path, LABELS).get("labels"), torch.zeros(len(CLASSES19))
         need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
         for name in names:
-            need(name in (*CLASSES43, *DROPPED43),
-                 f"{path} has the label {name!r}, which is none of the 43 classes")
+            need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
             if name in CLASSES43:
                 target[CLASSES43[name]] = 1
         return target
@@ -592,20 +560,15 @@ class BigEarthNet:
 # ---- GeoNRW ----
 
 class GeoNRW:
-    """GeoNRW, whole tiles (each gives 16 patches) or what `data.py crop` has cut.
-
-    Gives ([3xHxW uint8], [3xHxW float32]), 250x250; with the number of classes (3xHxW, 3xHxW, HxW
-    int64: 0 unlabelled, 1..10).  split: "train" or "test" by city, or "all".
-    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for those were never listed.
-    """
+    """GeoNRW, whole tiles (each gives 16 patches) or what `data.py crop` has cut: ([3xHxW uint8],
+    [3xHxW float32]), 250x250; with the number of classes (3xHxW, 3xHxW, HxW int64: 0 unlabelled).
+    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for those were never listed."""
     modalities = ("aerial", "dem")
     test_cities = ("duesseldorf", "herne", "neuss")
 
     def __init__(self, root, split="train", classes=None, strict=True):
-        root = Path(root)
-        need(split in ("all", "train", "test"),
-             f"--split {split}: expected all, train or test for GeoNRW")
-        self.root = root / "cropped" if (root / "cropped").is_dir() else root
+        need(split in ("all", "train", "test"), f"--split {split}: expected all, train or test")
+        self.root = Path(root) / "cropped" if (Path(root) / "cropped").is_dir() else Path(root)
         self.classes, self.ids, self.lonely = classes, [], []
         self.parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
         for city in listed(self.root):
@@ -615,14 +578,13 @@ class GeoNRW:
 
     def add(self, city):
         """The patches of a city, by the numbers in their names."""
-        tiles = collections.defaultdict(set)
+        tiles = {}                              # their parts
         for name in os.listdir(self.root / city):
             tile, _, part = name.split(".")[0].rpartition("_")
-            tiles[tile].add(part)
+            tiles.setdefault(tile, set()).add(part)
         for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
             if not tiles[tile].issuperset(self.parts):
-                if tiles[tile] & {"rgb", "dem"}:
-                    self.lonely.append(f"{city}/{tile}")
+                self.lonely += [f"{city}/{tile}"] if tiles[tile] & {"rgb", "dem"} else []
             elif tile.count("_") == 1:          # a whole one, <x>_<y>
                 self.ids += [f"{city}/{tile}_{k}" for k in range(1, 17)]
             else:
@@ -634,9 +596,8 @@ class GeoNRW:
     def raw(self, i):
         """rgb 3xHxW uint8, dem 1xHxW metres and seg 1xHxW of a patch."""
         tile, _, k = self.ids[i].rpartition("_")
-        whole = (self.root / f"{tile}_dem.tif").is_file()
         for part in self.parts:
-            if whole:
+            if (self.root / f"{tile}_dem.tif").is_file():  # a whole one
                 yield part, patch(read_part(self.root / tile, part), int(k))
             else:
                 yield part, read_part(self.root / self.ids[i], part)
@@ -644,16 +605,15 @@ class GeoNRW:
     def __getitem__(self, i):
         name = self.ids[i]
         rgb, dem, *seg = (a for _, a in self.raw(i))
-        shapes = [a.shape for a in (rgb, dem, *seg)]
-        need(len(rgb) == 3 and shapes[0][1:] == shapes[1][1:], f"{name}: rgb and dem have the "
-             f"shapes {shapes}; expected 3 bands, equal sizes")
-        rgb = torch.from_numpy(rgb.copy())
-        dem = torch.from_numpy(stretch(dem, name)).expand(3, -1, -1)
+        need(len(rgb) == 3 and rgb.shape[1:] == dem.shape[1:], f"{name}: rgb and dem have the "
+             f"shapes {rgb.shape} and {dem.shape}; expected 3 bands, equal sizes")
+        x1 = torch.from_numpy(rgb.copy())
+        x2 = torch.from_numpy(stretch(dem, name)).expand(3, -1, -1)
         if not seg:
-            return [rgb], [dem]
+            return [x1], [x2]
         label = torch.from_numpy(seg[0][0].astype(np.int64))
         check_label(f"{name}_seg", label, rgb.shape[1:], self.classes)
-        return rgb, dem, label
+        return x1, x2, label
 
 
 def read_part(stem, part):
@@ -674,10 +634,8 @@ def patch(a, k):
 
 
 def stretch(dem, name):
-    """Heights 1xHxW, metres -> float32, [0, 1] from the 1st to the 99th percentile of this patch; a
-    flat patch is 0.  Holes (NaN, and sentinels: nothing on Earth is below -500 m or above 9000 m)
-    take no part, and become the mean.
-    """
+    """Heights 1xHxW, metres -> float32, 1st to 99th percentile of the patch to [0, 1].  Holes (NaN,
+    and sentinels: nothing on Earth is below -500 m or above 9000 m) become the mean."""
     valid = np.isfinite(dem) & (dem > -500) & (dem < 9000)
     need(valid.any(), f"{name} has no valid height; take the tile out")
     low, high = np.percentile(dem[valid], (1, 99))
@@ -688,70 +646,60 @@ def stretch(dem, name):
 # ---- RGB-depth: SUN RGB-D, NYUv2 and the folder form ----
 
 class RGBD:
-    """RGB-depth frames in folder form, or the raw SUN RGB-D tree once `data.py hha` has been there.
-
-    Gives ([3xHxW uint8], [1xHxW float32 depth or 3xHxW uint8 HHA]), HxW the canvas; with the number
-    of classes (x1, x2, HxW int64: 0 is unlabelled, then the classes).  split: "all" (the paper
-    pretrains on all 10,335 frames of SUN RGB-D), or the name of a list: "train", "test".
-    """
+    """RGB-depth frames in folder form, or the raw SUN RGB-D tree once `data.py hha` has been there:
+    ([3xHxW uint8], [1xHxW float32 depth or 3xHxW uint8 HHA]), HxW the canvas; with the number of
+    classes (x1, x2, HxW int64: 0 is unlabelled).  The paper pretrains on all 10,335 frames."""
 
     def __init__(self, root, size, split="all", depth_unit=1000.0, classes=None, strict=True):
         root = Path(root)
-        self.canvas, self.depth_unit = (size * 3 // 2, size * 2), depth_unit
-        self.classes, self.labels = classes, None
-        depth = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
-        self.modalities = ("rgb", "depth" if depth else "hha")
+        self.canvas, self.depth_unit, self.classes = (size * 3 // 2, size * 2), depth_unit, classes
+        second = "Depth" if (root / "Depth").is_dir() and not (root / "HHA").is_dir() else "HHA"
+        self.modalities = ("rgb", second.lower())
         frames = {} if (root / "RGB").is_dir() else sunrgbd_frames(root)
         if frames:
-            self.files1 = {frame: files[0] for frame, files in frames.items()}
-            self.files2 = {frame: hha_file(image) for frame, image in self.files1.items()
-                           if os.path.isfile(hha_file(image))}
-            self.lonely = sorted(self.files1.keys() - self.files2.keys())
-            refuse(strict, self.lonely, root,
-                   "image/ alone, without hha/, which `python data.py hha` writes")
-            ids = [frame for frame in frames if frame in self.files2]
+            where = root, "its hha/, which `python data.py hha` writes"
+            files1 = {frame: image for frame, (image, *_) in frames.items()}
+            files2 = {frame: hha_file(image) for frame, image in files1.items()
+                      if os.path.isfile(hha_file(image))}
         else:
-            folders = root / "RGB", root / ("Depth" if depth else "HHA")
-            self.files1, self.files2 = (named_files(folder) for folder in folders)
-            ids, self.lonely = paired(self.files1, self.files2, folders, strict)
+            where = root / "RGB", root / second
+            files1, files2 = map(named_files, where)
+        self.files = [files1, files2]
+        ids, self.lonely = paired(files1, files2, where, strict)
         self.ids = ids if split == "all" else read_list(root / f"{split}.txt", dict.fromkeys(ids))
         if classes:
-            self.labels = label_files(root, frames)
-            missing = [name for name in self.ids if name not in self.labels]
-            need(not (strict and missing), f"{len(missing)} frames under {root} have no label "
-                 f"(the first: {missing[:1]}); {TREE}")
+            self.files.append(label_files(root, frames))
+            missing = [name for name in self.ids if name not in self.files[2]]
+            refuse(strict, missing, root, "images without a label")
             self.lonely += missing
-            self.ids = [name for name in self.ids if name in self.labels]
+            self.ids = [name for name in self.ids if name in self.files[2]]
 
     def __len__(self):
         return len(self.ids)
 
     def raw(self, i):
-        yield "rgb", read_image(self.files1[self.ids[i]])
-        yield self.modalities[1], read_image(self.files2[self.ids[i]])
-        if self.labels:
-            yield "label", read_label(self.labels[self.ids[i]])[None]
+        for name, files in zip((*self.modalities, "label"), self.files):
+            yield name, read_image(files[self.ids[i]])
 
     def __getitem__(self, i):
-        name = self.ids[i]
-        image = opened_rgb(self.files1[name])
+        file1, file2, *label = (files[self.ids[i]] for files in self.files)
+        image = opened_rgb(file1)
         x1 = on_canvas(image, self.canvas)
         if self.modalities[1] == "hha":
-            x2 = on_canvas(opened_rgb(self.files2[name]), self.canvas)
+            x2 = on_canvas(opened_rgb(file2), self.canvas)
         else:
-            x2 = read_depth(self.files2[name], self.canvas, self.depth_unit)
-        if not self.labels:
+            x2 = read_depth(file2, self.canvas, self.depth_unit)
+        if not label:
             return [x1], [x2]
-        path = self.labels[name]
-        check_label(path, read_label(path), image.size[::-1], self.classes)
-        return x1, x2, torch.from_numpy(read_label(path, self.canvas))
+        check_label(label[0], read_label(label[0]), image.size[::-1], self.classes)
+        return x1, x2, torch.from_numpy(read_label(label[0], self.canvas))
 
 
 def opened_rgb(path):
     """A Pillow image in colours of 8 bits; grey becomes three equal channels."""
     image = opened(path)
-    need(image.mode in COLOURS, f"{path} is a {image.mode} image; expected colours or grey of "
-         f"8 bits: scale it to 0..255 first, or use --scenario custom")
+    need(image.mode in COLOURS, f"{path} is a {image.mode} image; expected colours or grey of 8 "
+         f"bits: scale it to 0..255 first, or use --scenario custom")
     return image.convert("RGB")
 
 
@@ -784,15 +732,9 @@ def read_depth(path, canvas, depth_unit):
 
 def sunrgbd_frames(root):
     """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
-    frame is a folder with image/ and intrinsics.txt, at any depth; the stems in it may differ.
-    """
-    tree = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root
-    frames, visited = {}, set()
+    frame is a folder with image/ and intrinsics.txt, at any depth."""
+    tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
     for folder, subfolders, files in os.walk(tree, followlinks=True):
-        if os.path.realpath(folder) in visited:  # a link back up the tree
-            subfolders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
         if "image" in subfolders and "intrinsics.txt" in files:
             subfolders.clear()
             parts = [only_file(os.path.join(folder, part))
@@ -816,33 +758,30 @@ def sunrgbd_depth(raw):
 
 def read_intrinsics(path):
     """3x3 camera matrix from nine numbers, on three lines or on one."""
-    form = "the nine numbers fx 0 cx  0 fy cy  0 0 1 of the camera, in pixels"
+    form = "the nine numbers fx 0 cx  0 fy cy  0 0 1 of a camera, in pixels"
     need(os.path.isfile(path), f"no {path}; write it by hand: {form}")
     with reading(path, form):
         K = np.array(Path(path).read_text("utf-8-sig").split(), float).reshape(3, 3)
-        need(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0,
-             f"{path} holds {K.ravel().tolist()}; expected {form}, fx and fy above 0")
-        return K
+    need(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0,
+         f"{path} holds {K.ravel().tolist()}; expected {form}, fx and fy above 0")
+    return K
 
 
 def label_files(root, frames):
-    """{id: label file}: Label/ or labels/ of the folder form; labels/img-000001.png ... of SUN
-    RGB-D, which number the frames of test.txt and then those of train.txt.
-    """
+    """{id: label file}.  SUN RGB-D's number the frames of test.txt and then those of train.txt."""
     if not frames:
         return named_files(root / ("Label" if (root / "Label").is_dir() else "labels"))
     order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
-    files = {frame: root / "labels" / f"img-{k:06d}.png" for k, frame in enumerate(order, 1)}
+    files = {frame: root / f"labels/img-{k:06d}.png" for k, frame in enumerate(order, 1)}
     return {frame: path for frame, path in files.items() if path.is_file()}
 
 
 def read_label(path, canvas=None):
     """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
     image = opened(path)
-    need(image.format in ("PNG", "TIFF"), f"{path} is a {image.format}; expected PNG, for JPEG "
-         f"changes classes where they meet: make it again from the source")
-    need(len(image.getbands()) == 1 and image.mode != "F",
-         f"{path} is a {image.mode} image; expected class indices, not colours")
+    need(image.format in ("PNG", "TIFF") and len(image.getbands()) == 1 and image.mode != "F",
+         f"{path} is a {image.mode} {image.format}; expected class indices, as PNG or TIFF (JPEG "
+         f"changes them where they meet): make it again from the source")
     if canvas:
         image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
     return np.array(image).astype(np.int64)
@@ -859,8 +798,7 @@ def hha(depth_m, raw_m, K):
 
     Returns HxWx3 uint8: disparity (31000 / cm, saturates below 1.2 m), height above the lowest
     point (cm, saturates at 2.55 m) and angle of the surface with gravity (38..218 for 0..180
-    degrees).  Raises ValueError for depth not in metres.
-    """
+    degrees).  Raises ValueError for depth not in metres."""
     z = 100 * np.nan_to_num(np.asarray(depth_m, float))                # HxW, cm from here on
     if not 0 <= z.min() <= z.max() < 1e4:
         raise ValueError(f"depth from {z.min() / 100:g} to {z.max() / 100:g}; expected metres "
@@ -926,31 +864,27 @@ def gravity(N):
 # ---- one's own pairs ----
 
 class Pairs:
-    """Two folders, or patterns, of images with equal names: `named_files`.  Gives ([C1xHxW],
-    [C2xHxW]), all of a folder of one size: uint8, or float32, mean +- 3 standard deviations being
-    0..1.  names: the file of a list.  rows: what `measured` gave, kept in the checkpoint.
-    augment_as: the modality that each is augmented as; by default it goes by the channels.
-    """
+    """Two folders, or patterns, of images of equal names: ([C1xHxW], [C2xHxW]), all of a folder of
+    one size: uint8, or float32, mean +- 3 standard deviations being 0..1.  names: the file of a
+    list.  rows: what `measured` gave, kept in the checkpoint.  augment_as: a modality for each."""
     modalities = ("custom1", "custom2")
 
     def __init__(self, where1, where2, names=None, rows=None, augment_as=(None, None), strict=True):
         where = [os.path.normpath(os.path.expanduser(path)) for path in (where1, where2)]
-        need(where[0] != where[1], f"both modalities are {where1}; expected two different")
         stars = [max(1, pattern.count("*")) for pattern in where]
-        need(stars[0] == stars[1], f"{where1} and {where2} have {stars[0]} and {stars[1]} stars; "
-             f"expected as many in both: what they stand for has to be equal")
+        need(where[0] != where[1] and stars[0] == stars[1], f"{where1} and {where2}: expected two "
+             f"different folders, or patterns with as many stars: these stand for equal names")
         self.files = [named_files(pattern, IMAGES) for pattern in where]
         self.ids, self.lonely = paired(*self.files, where, strict and not names)
         if names:
             self.ids = read_list(Path(names), dict.fromkeys(self.ids))
-        files = [list(map(side.get, self.ids)) for side in self.files]
-        if rows is None:
-            rows = [measured(paths, strict) for paths in files]
-        else:                                   # images of this folder may be of another size
-            sizes = [list(read_image(paths[0]).shape[1:]) for paths in files]
-            rows = [row | dict(size=size) for row, size in zip(rows, sizes)]
-        self.rows = rows
-        for name, row, kind in zip(self.modalities, rows, augment_as):
+        paths = [list(map(files.get, self.ids)) for files in self.files]
+        if rows:                                # images of this folder may be of another size
+            sizes = [list(read_image(path).shape[1:]) for path, *_ in paths]
+            self.rows = [row | dict(size=size) for row, size in zip(rows, sizes)]
+        else:
+            self.rows = [measured(side, strict) for side in paths]
+        for name, row, kind in zip(self.modalities, self.rows, augment_as):
             MODALITIES[name] = row
             kind = kind or {1: "dem", 2: "sar", 3: "aerial"}.get(len(row["bands"]), "ms")
             AUGMENTATIONS[name] = AUGMENTATIONS[kind]
@@ -981,34 +915,31 @@ def read_like(path, row):
     """read_image, of which channels, dtype and size have to be those of the row."""
     a = read_image(path)
     form, expected = (str(a.dtype), *a.shape), (row["dtype"], len(row["bands"]), *row["size"])
-    need(form == expected, f"{path} holds {form}: type, channels, height, width; expected "
-         f"{expected}, as the first of its folder; convert, cut or remove it")
-    need(np.nanmax(np.where(np.isinf(a), 0, np.abs(a.astype(float))), initial=0) < 1e30,
+    need(form == expected, f"{path} holds {form}; expected {expected}, as the first of its folder")
+    need(np.abs(a[np.isfinite(a)].astype(float)).max(initial=0) < 1e30,
          f"{path} holds values beyond 1e30; expected NaN where there is no value")
     return a
 
 
-def measured(paths, strict=True, most=200):
+def measured(paths, strict, most=200):
     """The row of MODALITIES for one's own images, from at most 200 of them: mean and std of x in
-    [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits.
-    """
+    [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits."""
     row, sums = None, 0
     for path in progress(evenly(paths, most), "measuring"):
         try:
-            if row is None:
-                a = read_image(path)
-                row = dict(bands=[f"channel {c + 1}" for c in range(len(a))],
-                           size=list(a.shape[1:]), dtype=str(a.dtype))
-            a = read_like(path, row).reshape(len(row["bands"]), -1).astype(float)
+            a = read_like(path, row) if row else read_image(path)
         except BadInput:
             if strict:
                 raise
             continue                            # `check` will name it
+        row = row or dict(bands=[f"channel {c + 1}" for c in range(len(a))],
+                          size=list(a.shape[1:]), dtype=str(a.dtype))
+        a = a.reshape(len(a), -1).astype(float)
         a[~np.isfinite(a)] = np.nan
         sums += np.stack([np.isfinite(a).sum(1), np.nansum(a, 1), np.nansum(a * a, 1)])
     need(row, f"none of {len(paths)} images can be read, such as {paths[0]}")
-    mean = sums[1] / np.maximum(sums[0], 1)
-    std = np.sqrt(np.maximum(sums[2] / np.maximum(sums[0], 1) - mean ** 2, 0))
+    n, mean, square = sums / np.maximum(sums[0], 1)
+    std = np.sqrt(np.maximum(square - mean ** 2, 0))
     std[std <= 1e-6 * np.abs(mean)] = 1         # a constant channel
     if row["dtype"] == "uint8":
         return row | dict(range="0 to 255", mean=(mean / 255).tolist(), std=(std / 255).tolist(),
@@ -1021,14 +952,13 @@ def measured(paths, strict=True, most=200):
 # ---- files by their names ----
 
 def named_files(where, suffixes=PICTURES):
-    """The files of a folder, or of a pattern with stars, as {name: path}, sorted.  The name of a
-    file in a folder is its stem; of 'chips/*_S1Hand.tif', what the star stands for (of several
-    stars, joined by _).
-    """
+    """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
+    what the stars stand for, joined by _."""
     files, pairs, where = {}, [], os.path.expanduser(where)
     if "*" in where:
-        form, parts = star_form(Path(where).as_posix())
-        for path in glob.glob("*".join(glob.escape(part) for part in parts)):
+        parts = Path(where).as_posix().split("*")
+        form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
+        for path in glob.glob("*".join(map(glob.escape, parts))):
             pairs.append(("_".join(form.fullmatch(Path(path).as_posix()).groups()), path))
     elif os.path.isdir(where):
         pairs = [(os.path.splitext(entry.name)[0], entry.path) for entry in os.scandir(where)]
@@ -1037,52 +967,47 @@ def named_files(where, suffixes=PICTURES):
         if base.startswith(".") or os.path.splitext(base)[1].lower() not in suffixes:
             continue
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
-        if name in files:
-            raise BadInput(f"{files[name]} and {path} have one name, {name}; expected one file for "
-                           f"each; remove the other")
+        need(name not in files, f"{path}, {files.get(name)}: one name; expected one file for each")
         files[name] = path
-    kind = "image under" if os.path.isdir(where) or "*" in where else "folder"
-    need(files, f"no {kind} {where}; expected {', '.join(suffixes)}; {TREE}")
+    need(files, f"no image (of {', '.join(suffixes)}) under {where}; {TREE}")
     return files
 
 
-def star_form(pattern):
-    """A regular expression whose groups are what the stars stand for, and the parts between."""
-    parts = pattern.split("*")
-    return re.compile("([^/]*)".join(re.escape(part) for part in parts), re.DOTALL), parts
-
-
 def paired(files1, files2, where, strict):
-    """The names that both have, sorted, and those that one has alone: refused if strict, or if
-    there are no others.
-    """
+    """The names that both have, and those that one has alone: refused if strict, or if all are."""
     both, lonely = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
     if lonely and (strict or not both):
-        first = ", ".join([name for name in lonely if name in files1][:2])
-        second = ", ".join([name for name in lonely if name in files2][:2])
-        raise BadInput(f"{len(lonely)} names are in only one of {where[0]} ({first or 'none'}) and "
-                       f"{where[1]} ({second or 'none'}), {len(both)} in both; expected equal names"
-                       f"{pattern_hint(files1, files2)}; rename or remove the others")
+        first = [name for name in lonely if name in files1][:2]
+        second = [name for name in lonely if name in files2][:2]
+        hint = ""
+        if files1 and files2:
+            hint = pattern_hint(min(files1.values()), min(files2.values()))
+        raise BadInput(f"{len(lonely)} names are in only one of {where[0]} {first} and {where[1]} "
+                       f"{second}, {len(both)} in both; expected equal names{hint}; remove or "
+                       f"rename the others")
     return both, lonely
 
 
-def pattern_hint(files1, files2):
-    """If the first names differ by one fixed part, word by word: patterns that would pair them."""
-    patterns, names = [], []
-    paths = list(files1.values()), list(files2.values())
-    words1, words2 = (re.split("(?=[_.-])", os.path.basename(side[0])) for side in paths)
-    start = len(os.path.commonprefix([words1, words2]))
-    end = len(os.path.commonprefix([words1[start:][::-1], words2[start:][::-1]]))
-    for side, words in zip(paths, (words1, words2)):
-        own = "".join(words[start:len(words) - end])
-        rest = "".join(words[len(words) - end:])
-        own = f"*{own}{rest}" if rest.count(".") == end else f"*{own}*{os.path.splitext(rest)[1]}"
-        patterns.append(os.path.join(os.path.dirname(side[0]), own))
-        matches = map(star_form(patterns[-1])[0].fullmatch, side[:1000])
-        names.append({match.groups() for match in matches if match})
-    if 2 * len(names[0] & names[1]) < min(len(paths[0]), len(paths[1]), 1000):
+def pattern_hint(path1, path2):
+    """If the names of two files differ by one fixed part, such as a7_rgb and a7_depth: patterns."""
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in (path1, path2)]
+    start = len(os.path.commonprefix(stems))
+    while start > 0 and not all(stem[start:start + 1] in ("_", ".", "-", "") for stem in stems):
+        start -= 1                              # the separator belongs to the fixed part
+    rests = [stem[start:] for stem in stems]
+    end = len(os.path.commonprefix([rest[::-1] for rest in rests]))
+    while end > 0 and rests[0][len(rests[0]) - end - 1] not in "_.-":
+        end -= 1
+    patterns = []
+    for path, rest in zip((path1, path2), rests):
+        name = f"{'*' if start else ''}{rest[:len(rest) - end]}{'*' if end else ''}"
+        patterns.append(os.path.join(os.path.dirname(path), name + os.path.splitext(path)[1]))
+    if start == end == 0 or len(set(patterns)) == 1:
         return ""
-    return f" (or --scenario custom --data1 '{patterns[0]}' --data2 '{patterns[1]}')"
+    names1, names2 = (named_files(pattern, IMAGES).keys() for pattern in patterns)
+    if not names1 & names2:
+        return ""
+    return f", or --data1 '{patterns[0]}' --data2 '{patterns[1]}' ({len(names1 & names2)} pairs)"
 
 
 # ---- readers ----
@@ -1094,13 +1019,12 @@ def reading(path, kind):
         yield
     except BadInput:
         raise
-    except Image.DecompressionBombError:
-        raise BadInput(f"{path} has more than 178 million pixels, which Pillow refuses; cut it "
-                       f"into tiles, or save it as npy") from None
     except Exception as error:                  # a damaged file raises nearly anything
         remedy = "copy or download it again"
         if "imagecodecs" in str(error):         # LZW, zstd, JPEG, predictor 3
             remedy = "pip install imagecodecs, or save it without compression"
+        if isinstance(error, Image.DecompressionBombError):
+            remedy = "cut it into tiles, or save it as npy"
         raise BadInput(f"{path} cannot be read as {kind} ({error}); {remedy}") from None
 
 
@@ -1133,35 +1057,27 @@ def read_image(path):
 
 
 def checked(path, a):
-    """An array of real numbers with two or three axes: the guard that every file passes."""
-    kind = getattr(a, "dtype", type(a).__name__)
-    need(isinstance(a, np.ndarray) and a.dtype.kind in "uif", f"{path} holds {kind}; expected real "
-         f"numbers (of complex ones the amplitude, or real and imaginary part as two channels)")
-    need(a.ndim in (2, 3) and a.size > 0,
-         f"{path} has the shape {a.shape}; expected HxW, HxWxC or CxHxW")
+    form = f"{getattr(a, 'dtype', type(a).__name__)} of {np.shape(a)}"
+    need(isinstance(a, np.ndarray) and a.dtype.kind in "uif" and a.ndim in (2, 3) and a.size > 0,
+         f"{path} holds {form}; expected real numbers, HxW, HxWxC or CxHxW")
     return a
 
 
 def read_tiff(path):
-    """A TIFF of any number of bands, overviews aside -> CxHxW in its own dtype, native order; what
-    it declares as no data is NaN.
-    """
+    """A TIFF of any number of bands, overviews aside -> CxHxW in its own dtype; no data is NaN."""
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
-        images = [series for series in tif.series if not series.keyframe.is_reduced]
-        page, axes, shape = images[0].keyframe, images[0].axes, images[0].shape
-        need(len({(series.shape, series.dtype) for series in images}) == 1, f"{path} holds images "
-             f"of different sizes or types; expected one, or a page for each band")
-        need(page.photometric.name in ("MINISBLACK", "RGB", "YCBCR"),
-             f"{path} is a {page.photometric.name} TIFF; expected MINISBLACK or RGB: convert it")
+        image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
+        page, axes, shape = image.keyframe, image.axes, image.shape
+        kind = page.photometric.name
+        need(not others and kind in ("MINISBLACK", "RGB", "YCBCR"), f"{path} holds "
+             f"{1 + len(others)} {kind} images; expected one, MINISBLACK or RGB: convert it")
         # a page a row, as tifffile.imwrite writes HxWxC, looks like many low bands
         need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]),
-             f"{path} could be {shape[0]} bands of {shape[1:]} pixels or {shape[-1]} bands of "
-             f"{shape[:-1]}; expected bands first, or a planar configuration")
-        a = np.stack([series.asarray() for series in images])
-        a = np.moveaxis(a, (axes.index("Y") + 1, axes.index("X") + 1), (-2, -1))
+             f"{path} of {shape} could be HxWxC or CxHxW; save it with its bands first")
+        a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
         a = checked(path, a.reshape(-1, *a.shape[-2:]))
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
-        if page.photometric.name == "RGB" and set(page.extrasamples) & {1, 2}:
+        if kind == "RGB" and set(page.extrasamples) & {1, 2}:
             a = a[:3]                           # without alpha, as of a png
         if 42113 in page.tags:                  # GDAL's
             nodata = float(str(page.tags[42113].value).strip("\0 "))
@@ -1180,10 +1096,8 @@ def read_lines(path):
 
 
 def read_list(path, names):
-    """A list -> those of the names that its lines begin with, in its order.  A line is a name, or
-    its first column is; `RGB/7.jpg<TAB>Label/7.png` is understood, as is SUN RGB-D's
-    `SUNRGBD/kv1/b3dodata/img_0063//image/x.jpg`.
-    """
+    """A list -> those of the names that its lines begin with, in its order: a line or its first
+    column is a name, or a path to it, `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`."""
     need(os.path.isfile(path), f"no {path}; expected a list with a name a line, or use --split all")
     lines = {}                                  # by their names
     for line in read_lines(path):
@@ -1223,10 +1137,9 @@ TASKS = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their numbe
 
 def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
                **custom):
-    """The data set of a scenario, or of a transfer task, which gives (x1, x2, target); its labels
-    go to `classes`, by default the task's.  For custom, root is two folders or patterns, and split
-    the file of a list.  strict=False, for `check`: samples without a partner go into .lonely.
-    """
+    """The data set of a scenario, or of a transfer task: (x1, x2, target), labels up to `classes`.
+    For custom, root is two folders or patterns, and split the file of a list.  strict=False, for
+    `check`: samples without a partner go into .lonely."""
     if name == "custom":
         return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
     root = Path(root).expanduser()
@@ -1279,31 +1192,25 @@ def moved(x, device):                           # on MPS, a copy not waited for 
 
 def epoch_batches(n, batch_size, seed, epoch):
     """The data order, n // batch_size x batch_size indices: a permutation of 0..n-1, a function of
-    (seed, epoch) alone, without its last incomplete batch.  A rank takes its columns.
-    """
+    (seed, epoch) alone, without its last incomplete batch."""
     order = np.random.default_rng((seed, epoch)).permutation(n)
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def check_label(path, label, image_size, num_classes):
     """A mask HxW is as large as its image and holds 0 (unlabelled) to num_classes."""
-    size, image_size = tuple(label.shape[-2:]), tuple(image_size)
-    need(size == image_size, f"{path} is a mask of {size} pixels for an image of {image_size}; "
-         f"expected equal sizes")
-    low, high = int(label.min()), int(label.max())
-    remedy = "; where 255 means unlabelled, write 0 there" if high == 255 else ""
+    size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
+    need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
+         f"{tuple(image_size)}; expected equal sizes")
     need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}; "
-         f"expected 0 (unlabelled) to {num_classes}{remedy}")
+         f"expected 0 (unlabelled) to {num_classes}; for 255 write 0")
 
 
 # ---- what the network sees ----
 
 def visible(x, modality):
-    """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].
-
-    Colours and HHA as they are; all else stretched from the 2nd to the 98th percentile, of 13 bands
-    B4 B3 B2, of other numbers the first three, or a grey one.
-    """
+    """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].  Colours, HHA as they are;
+    else stretched from the 2nd to the 98th percentile, B4 B3 B2, three, or one as grey."""
     bands, mean, std = (MODALITIES[modality][key] for key in ("bands", "mean", "std"))
     x = (x.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).numpy()
     grey = modality in ("sar", "dem") or len(bands) < 3
@@ -1317,7 +1224,7 @@ def visible(x, modality):
     return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
 
 
-# what x outside the range was clipped to, how much of it is normal, and the likely cause of more
+# what x beyond the range was clipped to, how much of it is normal, and the likely cause of more
 BEYOND = {
     "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m: is --depth-unit {{unit:g}} right?"),
     "sar": ((0, 1), 0.25, "beyond 2 standard deviations: are the files in dB?"),
@@ -1326,44 +1233,40 @@ BEYOND = {
 
 
 def ends_of(modality, band):
-    """What x = 0 and x = 1 of a band are in the unit of its range, and that unit."""
+    """What x = 0 and x = 1 are in the unit of the files, and the unit."""
     row = MODALITIES[modality]
     if row.get("raw_mean"):
-        mean, reach = row["raw_mean"][band], 3 * row["raw_std"][band]
-        return mean - reach, mean + reach, ""
+        mean, std = row["raw_mean"][band], row["raw_std"][band]
+        return mean - 3 * std, mean + 3 * std, ""
     if modality == "sar":
-        mean, std = SSL4EO_S1[S1[band]]
+        mean, std = SSL4EO_S1[row["bands"][band]]
         return mean - 2 * std, mean + 2 * std, "dB"
-    units = {"depth": (0, MAX_DEPTH, "m"), "ms": (0, 1, "reflectance"), "dem": (0, 1, "of a patch")}
-    return units.get(modality, (0, 255, ""))
+    return {"depth": (0, MAX_DEPTH, "m"), "ms": (0, 1, "reflectance"),
+            "dem": (0, 1, "of the patch's range")}.get(modality, (0, 255, "of 255"))
 
 
 def what_is_seen(data, indices):
-    """What the network will see of some samples, band by band beside what its normaliser expects.
-    Returns the lines of a table, and a line for each thing that looks wrong.
-    """
-    pixels, warnings = ([], []), []
-    table = ["seen                 1 %     median       99 %  clipped  missing    mean     std  "
-             "normaliser's"]
+    """Of some samples, band by band, percentiles in the unit of the files, and mean and std of x in
+    [0, 1] beside the normaliser's: a table's lines, and one for each thing that looks wrong."""
+    table = [f"{'seen':20s}       1 %    median      99 %  clipped  mean   std (normaliser's)"]
+    warnings, pixels = [], ([], [])
     for i in indices:
-        for which, views in enumerate(data[i][:2]):
+        for parts, views in zip(pixels, data[i]):
             for view in views if isinstance(views, list) else [views]:
                 x = unit(view).flatten(1)
-                pixels[which].append(x[:, ::max(1, x.shape[1] // 2000)])  # some of them
+                parts.append(x[:, ::max(1, x.shape[1] // 2000)])  # some of them
     for modality, parts in zip(data.modalities, pixels):
         row, x = MODALITIES[modality], torch.cat(parts, 1).double().numpy()  # CxP
         kind = "custom" if row.get("raw_mean") else modality
         ends, normal, cause = BEYOND.get(kind, ((), 0, "are they images of 8 bits?"))
-        clipped = np.isin(x, ends)
-        missing = {"depth": np.float32(row["mean"][0]), "custom": 0.5}.get(kind, -1)
-        for band, name in enumerate(row["bands"]):
-            low, high, unit_name = ends_of(modality, band)
-            values = low + (high - low) * np.percentile(x[band], (1, 50, 99))
-            table.append(f"{modality + ' ' + name:16s} " + " ".join(f"{v:10.4g}" for v in values)
-                         + f" {clipped[band].mean():8.1%} {(x[band] == missing).mean():8.1%} "
-                         f"{x[band].mean():7.3f} {x[band].std():7.3f}  {row['mean'][band]:.3f} "
-                         f"{row['std'][band]:.3f} {unit_name}")
         cause = cause.format(unit=getattr(data, "depth_unit", 1000))
+        clipped = np.isin(x, ends)
+        for c, name in enumerate(row["bands"]):
+            zero, one, unit_name = ends_of(modality, c)
+            low, half, high = zero + np.percentile(x[c], (1, 50, 99)) * (one - zero)
+            table.append(f"{modality + ' ' + name:20s} {low:9.4g} {half:9.4g} {high:9.4g} "
+                         f"{clipped[c].mean():8.1%} {x[c].mean():5.3f} {x[c].std():5.3f} "
+                         f"({row['mean'][c]:.3f} {row['std'][c]:.3f})  {unit_name}")
         quarter, half, three = np.percentile(x, (25, 50, 75))
         if clipped.mean() > normal:
             warnings.append(f"{modality}: {100 * clipped.mean():.0f} % {cause}")
@@ -1379,7 +1282,6 @@ def input_warnings(data, n=16):
 
 
 def evenly(indices, n):
-    """At most n of them, from the first to the last."""
     return [indices[i] for i in np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)]
 
 
@@ -1387,9 +1289,7 @@ def evenly(indices, n):
 
 def write_atomically(path, write):
     """write(binary file) beside the path, flush, rename: killed, it leaves the old file or the new.
-
-    The file beside it is created exclusively: what a link of that name points to stays as it is.
-    """
+    Created exclusively: what a link of that name points to stays as it is."""
     part = Path(f"{path}.part")
     part.unlink(missing_ok=True)
     try:
@@ -1424,14 +1324,12 @@ def read_json(path, what):
 def number(kind, low, high=math.inf):
     """For argparse's type=: a finite int or float within low..high."""
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf:
-            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: expected {limits}")
-        return value
+            if low <= value <= high and value != math.inf:
+                return value
+        limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text}: expected {limits}")
     return parse
 
 
@@ -1451,31 +1349,16 @@ def default_workers(device_type):
 
 def leave_group(worker):
     """For a loader's worker: Ctrl-C and torchrun signal whole process groups, but the main process
-    wants to end its step and save.  A worker whose main process is gone is ended by torch.
-    """
+    wants to end its step and save.  torch ends a worker whose main process is gone."""
     if os.name == "posix":
         os.setpgrp()
 
 
-class Lines:
-    """Where stderr is no terminal, a bar's file: it is printed line by line."""
-
-    def write(self, text):
-        if text.strip() and sys.stderr is not None:
-            sys.stderr.write(f"{text.strip()}\n")
-
-    def flush(self):
-        if sys.stderr is not None:
-            sys.stderr.flush()
-
-
 def progress(*args, **settings):
-    """tqdm's bar, gone when all is done; where nobody could see it move, a line every 30 s."""
-    settings = dict(leave=False, dynamic_ncols=True) | settings
+    """tqdm's bar, gone when all is done; where nobody could see it move, news every 30 s."""
     if sys.stderr is None or not sys.stderr.isatty():
-        settings |= dict(file=Lines(), delay=30, mininterval=30, maxinterval=30, miniters=1,
-                         dynamic_ncols=False)
-    return tqdm(*args, **settings)
+        settings |= dict(delay=30, mininterval=30, miniters=1, disable=sys.stderr is None)
+    return tqdm(*args, **dict(leave=False, dynamic_ncols=True) | settings)
 
 
 def guarded(main):
@@ -1501,11 +1384,9 @@ def guarded(main):
 # ---- made-up scenes: known factors, one in both modalities and one in each alone ----
 
 # A factor is the shape of one kind of object: seen by both sensors, by sensor 1, or by sensor 2.
-# All shapes have the same area; position, size and rotation are random over clutter and noise, lest
-# a random encoder read them.  Nothing else may tell scenes apart, or views agree on that instead:
-# so clutter is small (0.1 m of relief, or a tint of 5 %, and the encoders learned those), and where
-# a sensor's own objects stand does not tell where the other's do.  Linear probes on held-out
-# scenes, chance 0.25: supervised encoders 0.98 and more, random ones 0.32 to 0.47 (of 3 seeds).
+# Nothing else may tell scenes apart, or views agree on that instead: all shapes have the same area,
+# position, size and rotation are random, and clutter is small (encoders learned a tint of 5 %).
+# Linear probes, chance 0.25: supervised encoders 0.98 and more, random ones 0.32 to 0.47.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
@@ -1520,9 +1401,7 @@ def draw_shape(shape, u, v):
 
 
 def place(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
-    """A shape, or a random one, centred within rows and columns (fractions).  Returns class and
-    mask HxW.
-    """
+    """Class and mask HxW of a shape, or of a random one, centred within rows and columns."""
     shape = int(rng.integers(len(SHAPES))) if shape is None else shape
     y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
     r, turn = rng.uniform(*radii) * H, rng.uniform(0, 2 * np.pi)
@@ -1534,18 +1413,15 @@ def place(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
 
 
 def place_three(rng, H, W):
-    """The objects of a scene: common, in front, unique1 and unique2.  Returns their masks HxW, the
-    label HxW uint8 (0 none, then SCENE_CLASSES + 1) and their classes.
-    """
+    """The objects of a room, common, unique1 and unique2: their masks, the label and classes."""
     common = place(rng, H, W, (0.6, 0.76), (0.25, 0.75))
     unique = [place(rng, H, W, (0.24, 0.4), (0.2, 0.8)) for _ in range(2)]
     return labelled(*zip(common, *unique))
 
 
 def scatter_three(rng, S):
-    """The same seen from above, each three times, in cells of a 3x3 grid that begins anywhere: of a
-    fifth of the image, an object that stands once is seldom in both views.
-    """
+    """The same seen from above, each three times, in cells of a 3x3 grid that begins anywhere: an
+    object that stands once is seldom in both views."""
     masks = np.zeros((3, S, S))
     classes = [int(shape) for shape in rng.integers(len(SHAPES), size=3)]
     square = np.add.outer(rng.permutation(3), rng.permutation(3)) % 3   # 3x3, a Latin square
@@ -1557,7 +1433,7 @@ def scatter_three(rng, S):
 
 
 def labelled(classes, masks):
-    """The first of three masks HxW in front; with them the label HxW and the classes."""
+    """Masks HxW, the first in front; label HxW uint8: 0 none, then SCENE_CLASSES + 1; classes."""
     front, *behind = masks
     masks = [front, *(mask * (1 - front) for mask in behind)]
     label = np.ones(front.shape, np.uint8)
@@ -1574,9 +1450,7 @@ def smooth_noise(rng, H, W, cells):
 
 def indoor_scene(rng, H=48, W=64):
     """A room: an object before the wall, a painting on it (RGB alone), a pane in it (depth alone).
-
-    Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 and the three classes.
-    """
+    Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 and the three classes."""
     (m_common, m_paint, m_pane), label, classes = place_three(rng, H, W)
     rgb = camera(rng, m_common, m_paint, 0.12)
     z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
@@ -1594,9 +1468,7 @@ def camera(rng, m_common, m_paint, clutter):
 
 def satellite_scene(rng, S=48):
     """From orbit: a village (bright in both), an oil slick (dark in SAR), algae (dark in optical).
-
-    Returns four seasons of {band: array} as in the files, label SxS uint8 and the three classes.
-    """
+    Returns four seasons of {band: array} as in the files, label SxS uint8 and the classes."""
     (m_common, m_slick, m_bloom), label, classes = scatter_three(rng, S)
     clutter1, visible, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
     levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)  # as real
@@ -1618,9 +1490,7 @@ def satellite_scene(rng, S=48):
 
 def aerial_scene(rng, S=48):
     """From the air: a building (bright, high), a painted square (dark), a pit of no colour (low).
-
-    Returns rgb SxSx3 uint8, heights SxS float32 m, label SxS uint8 and the three classes.
-    """
+    Returns rgb SxSx3 uint8, heights SxS float32 m, label SxS uint8 and the three classes."""
     (m_common, m_paint, m_pit), label, classes = scatter_three(rng, S)
     rgb = camera(rng, m_common, m_paint, 0.04)
     dem = rng.uniform(50, 300) + 0.8 * smooth_noise(rng, S, S, 6) + rng.normal(0, 0.3, (S, S))
@@ -1630,52 +1500,45 @@ def aerial_scene(rng, S=48):
 
 def write_indoor(root, rngs, scenes):
     """The folder form; `scenes` are for training.  Yields (id, classes), as do the next two."""
-    for folder in ("RGB", "Depth", "Label"):
-        (root / folder).mkdir(parents=True)
     for i, rng in enumerate(rngs):
         *images, classes = indoor_scene(rng)
         for folder, image in zip(("RGB", "Depth", "Label"), images):
-            Image.fromarray(image).save(root / folder / f"{i:04d}.png", compress_level=1)
+            save_new(root / folder / f"{i:04d}.png", image, compress_level=1)
         yield f"{i:04d}", classes
 
 
 def write_satellite(root, rngs, scenes, S=48):
     """SSL4EO-S12's raw tree, and Label/."""
-    (root / "Label").mkdir(parents=True)
     for i, rng in enumerate(rngs):
         seasons, label, classes = satellite_scene(rng, S)
         for day, bands in zip(("0320T101", "0621T102", "0922T103", "1221T104"), seasons):
             date = f"2020{day}{i % 1000:03d}"
             s1 = f"s1/{i:07d}/S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD"
-            for place, names in ((s1, S1), (f"s2c/{i:07d}/{date}_{date}_T32ULC", S2)):
-                place = root / place
-                place.mkdir(parents=True)
-                for band in names:
-                    Image.fromarray(bands[band]).save(place / f"{band}.tif")
-        Image.fromarray(label).save(root / "Label" / f"{i:07d}.png")
+            for band, x in bands.items():
+                place = s1 if band in S1 else f"s2c/{i:07d}/{date}_{date}_T32ULC"
+                save_new(root / place / f"{band}.tif", x)
+        save_new(root / "Label" / f"{i:07d}.png", label)
         yield f"{i:07d}", classes
 
 
 def write_aerial(root, rngs, scenes, S=48):
     """GeoNRW's tree: 16 scenes make a tile; those that are not for training lie in a test city."""
     for start in range(0, len(rngs), 16):
-        city = root / ("aachen" if start < scenes else "herne")
-        city.mkdir(parents=True, exist_ok=True)
-        made = [aerial_scene(rng, S) for rng in rngs[start:start + 16]]
-        *images, classes = zip(*made)
-        rgb, dem, seg = (tiled(np.stack(patches)) for patches in images)
-        stem = f"{280 + start // 16}_5600"
-        Image.fromarray(rgb).save(city / f"{stem}_rgb.jp2")
-        tifffile.imwrite(city / f"{stem}_dem.tif", dem[..., 0])
-        tifffile.imwrite(city / f"{stem}_seg.tif", seg[..., 0])
+        *images, classes = zip(*(aerial_scene(rng, S) for rng in rngs[start:start + 16]))
+        rgb, dem, seg = (np.stack(patches).reshape(4, 4, S, S, -1).swapaxes(1, 2)
+                         .reshape(4 * S, 4 * S, -1) for patches in images)
+        stem = f"{'aachen' if start < scenes else 'herne'}/{280 + start // 16}_5600"
+        save_new(root / f"{stem}_rgb.jp2", rgb)
+        tifffile.imwrite(root / f"{stem}_dem.tif", dem[..., 0])
+        tifffile.imwrite(root / f"{stem}_seg.tif", seg[..., 0])
         for k in range(16):
-            yield f"{city.name}/{stem}_{k + 1}", classes[k]
+            yield f"{stem}_{k + 1}", classes[k]
 
 
-def tiled(patches):
-    """16 patches of SxS or SxSxC, row by row -> 4Sx4SxC."""
-    S = patches.shape[1]
-    return patches.reshape(4, 4, S, S, -1).swapaxes(1, 2).reshape(4 * S, 4 * S, -1)
+def save_new(path, image, **settings):
+    """A file in a folder that may not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **settings)
 
 
 TOYS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_aerial, 2048, 512),
@@ -1683,162 +1546,132 @@ TOYS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_aerial, 2
 
 
 def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
-    """Writes the scenario's made-up scenes under root, once: they appear as a whole or not at all.
-    Of several processes the first writes them and the others wait.
-
-    Beside the layout stand train.txt, test.txt and factors.csv, with the classes as indices of
-    SHAPES.  Satellite scenes are packed and aerial ones cropped at once: fast to read.
-    """
+    """Writes made-up scenes under root, once, as a whole or not at all; of several processes the
+    first does, the others wait.  Beside the scenario's layout, packed or cropped, stand train.txt,
+    test.txt and factors.csv, with the classes as indices of SHAPES."""
     root = Path(root).expanduser()
     while rank > 0 and not root.is_dir():
         time.sleep(0.5)
     if root.is_dir():
         return
     need(not root.exists(), f"{root} is a file; expected a folder, or a name that is free")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as part:
-        write_toy(scenario, Path(part) / root.name, root, scenes, held_out, seed)
-        if not root.is_dir():                   # another run may have been faster
-            os.replace(Path(part) / root.name, root)
-
-
-def write_toy(scenario, part, root, scenes, held_out, seed):
     write, *default = TOYS[scenario]
     scenes, held_out = scenes or default[0], held_out or default[1]
     rngs = [np.random.default_rng((seed, i)) for i in range(scenes + held_out)]
-    rows = list(progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
-    for split, ids in (("train", rows[:scenes]), ("test", rows[scenes:])):
-        (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in ids))
-    with open(part / "factors.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("id", "common", "unique1", "unique2"),
-                                    *((name, *classes) for name, classes in rows)])
-    if scenario == "sar-optical":
-        pack(part, part / "packed", 1)
-    if scenario == "rgb-dem":
-        crop(part, part / "cropped", 1)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as folder:
+        part = Path(folder) / root.name
+        rows = list(progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
+        for split, these in (("train", rows[:scenes]), ("test", rows[scenes:])):
+            (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in these))
+        with open(part / "factors.csv", "w", newline="") as file:
+            csv.writer(file).writerow(("id", "common", "unique1", "unique2"))
+            csv.writer(file).writerows((name, *classes) for name, classes in rows)
+        if scenario == "sar-optical":
+            pack(part, part / "packed", 1)
+        if scenario == "rgb-dem":
+            crop(part, part / "cropped", 1)
+        if not root.is_dir():                   # another run may have been faster
+            os.replace(part, root)
 
 
 # ---- commands: check, pack, crop, hha, toy ----
 
-class Mapped(Dataset):
-    def __init__(self, function, jobs):
-        self.function, self.jobs = function, jobs
-
-    def __len__(self):
-        return len(self.jobs)
-
-    def __getitem__(self, i):
-        return self.function(self.jobs[i])
-
-
-def same(result):
-    return result
-
-
 def in_processes(function, jobs, workers, text):
-    """function of each of the jobs, in order, under a progress bar: a DataLoader is a parallel map
-    that runs little ahead of who takes its results, and whose workers end with their parent.
-    """
-    loader = DataLoader(Mapped(function, jobs), batch_size=None, collate_fn=same,
-                        num_workers=workers if workers > 1 else 0, worker_init_fn=leave_group)
+    """function of each job, in order: a DataLoader is a parallel map that runs little ahead of who
+    takes its results, and whose workers end with their parent."""
+    loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
+                        num_workers=workers if workers > 1 else 0)
     return progress(loader, text)
 
 
 def inspect(dataset, i):
-    """Reads all of a sample.  Returns W/H of its images, and what is wrong with it or None."""
-    ratios = []
+    """Reads all of a sample.  Returns width / height of its images, for each band the number of
+    pixels without a value and of all, and what is wrong or None."""
+    ratios, counts = [], []
     try:
         for name, a in dataset.raw(i):
-            need(np.isfinite(a).any(), f"{name} has not one finite value")
+            there = np.isfinite(a) if name != "depth" else (a > 0) & (a < 65535)
+            counts.append((name, a.size - int(there.sum()), a.size))
+            need(there.any(), f"{name} has not one finite value")
             if name in dataset.modalities:
                 ratios.append(a.shape[-1] / a.shape[-2])
         dataset[i]
-        return ratios, None
     except Exception as error:                  # an odd file raises nearly anything; list it, too
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return ratios, f"{dataset.ids[i]}\t{kind}{error}"
+        return ratios, counts, f"{dataset.ids[i]}\t{kind}{error}"
+    return ratios, counts, None
 
 
 def check(dataset, out, workers, size):
-    """Reads every file: table, warnings, bad-ids.txt, contact sheet.  Returns how many are bad."""
-    good, bad = [], [f"{name}\tno partner" for name in dataset.lonely]
-    uneven, reasons = [], collections.defaultdict(list)
-    look, jobs = functools.partial(inspect, dataset), range(len(dataset))
-    for i, (ratios, error) in zip(jobs, in_processes(look, jobs, workers, "check")):
-        if error:
-            bad.append(error)
-        else:
+    """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
+    good, uneven, bad = [], [], [f"{name}\tno partner" for name in dataset.lonely]
+    look, jobs, missing = functools.partial(inspect, dataset), range(len(dataset)), {}
+    for i, (ratios, counts, error) in zip(jobs, in_processes(look, jobs, workers, "check")):
+        for name, none, pixels in counts:
+            before = missing.get(name, (0, 0))
+            missing[name] = before[0] + none, before[1] + pixels
+        if error is None:
             good.append(i)
+        else:
+            bad.append(error)
         if len(ratios) == 2 and abs(math.log(ratios[0] / ratios[1])) > 0.05:
             uneven.append(f"{dataset.ids[i]}: {ratios[0]:.2f} and {ratios[1]:.2f}")
     out.mkdir(parents=True, exist_ok=True)
-    if good:
-        table, warnings = what_is_seen(dataset, evenly(good, 200))
-        print(*table, *(f"warning: {line}" for line in warnings), sep="\n")
-        contact_sheet(dataset, good, out / "contact-sheet.png", size)
-        print(f"random pairs as the network will see them: {out / 'contact-sheet.png'}")
+    table, warnings = what_is_seen(dataset, evenly(good, 200)) if good else ([], [])
     if uneven:
-        print(f"warning: {len(uneven)} pairs differ in width / height and are squeezed to one "
-              f"shape (the first: {uneven[0]})")
+        warnings.append(f"{len(uneven)} pairs differ in width / height and are squeezed to one "
+                        f"shape (the first: {uneven[0]})")
+    shares = [f"{name} {none / pixels:.1%}" for name, (none, pixels) in missing.items()]
+    print(*table, f"missing: {', '.join(shares)}", sep="\n")
+    for line in warnings:
+        print(f"warning: {line}")
+    if good:
+        contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", size)
+        print(f"pairs as the network will see them: {out / 'contact-sheet.png'}")
     print(f"{len(dataset)} samples read, {len(bad)} bad, "
           f"of which {len(dataset.lonely)} without a partner")
     write_text(out / "bad-ids.txt", "".join(f"{line}\n" for line in bad))
-    for line in bad:                            # reasons: words that hold no name and no number
-        reasons[re.sub(r"\S*[/\d]\S*", "...", line.split("\t", 1)[1])].append(line)
+    reasons = {}                                # words without names and numbers: the first of them
+    for line in bad:
+        words = re.sub(r"\S*[/\d]\S*", "", line.split("\t", 1)[1])
+        reasons.setdefault(words, []).append(line)
     for lines in reasons.values():
-        print(f"{len(lines):6d} bad, such as {lines[0]}".replace("\t", ": "))
+        print(f"{len(lines):6d} such as {lines[0]}".replace("\t", ": "))
     if bad:
-        print(f"the bad ones and what is wrong with them: {out / 'bad-ids.txt'}")
+        print(f"all of them: {out / 'bad-ids.txt'}")
     return len(bad)
 
 
-def contact_sheet(dataset, good, path, size, pairs=8, seed=0):
+def contact_sheet(dataset, indices, path, size):
     """A row a pair: the two augmented views of modality 1, then those of modality 2."""
-    chosen = np.random.default_rng(seed).choice(good, min(pairs, len(good)), replace=False)
     samples = []
-    for i in chosen:
+    for i in indices:
         samples.append([x if isinstance(x, list) else [x] for x in dataset[i][:2]])
-    draws = Draws(seed, len(chosen), slice(None))
+    draws, columns = Draws(0, len(samples), slice(None)), []
     draws.restart(0)
-    columns = []
     for modality, batches in zip(dataset.modalities, collate(samples)):
         for x in both_views(batches, "cpu"):
             views = augment(x, modality, size, draws)
             columns.append(np.concatenate([visible(view, modality) for view in views], 0))
     sheet = (255 * np.concatenate(columns, 1)).astype(np.uint8)         # BSx4Sx3
-    write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
+    save_png(path, Image.fromarray(sheet))
 
 
 @contextlib.contextmanager
 def built(out):
     """The folder that becomes `out` once it is complete; a run that was stopped goes on with it.
-
-    A file that only one process can create keeps a second run away, also where locks do not work.
-    """
-    refuse_existing(out)
-    part, lock = Path(f"{out}.part"), Path(f"{out}.lock")
+    Two runs at once write the same bytes to the same places."""
+    need(not Path(out).exists(), f"{out} exists; expected a new --out, or delete it")
+    part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.touch(exist_ok=False)
-    except FileExistsError:
-        raise BadInput(f"{lock} says that another run writes {out}; if none does, because it was "
-                       f"killed, delete {lock} and run this again") from None
-    try:
-        yield part
-        os.replace(part, out)
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def refuse_existing(out):
-    need(not Path(out).exists(),
-         f"{out} exists; expected a new --out, or delete it to make it anew")
+    yield part
+    os.replace(part, out)
 
 
 def pack(root, out, workers, flush_every=256):
     """SSL4EO-S12's 60 files a location -> ids.txt and four arrays, season0.npy to season3.npy, with
-    a row a location: its 15 bands in 8 bits at native size, 0.5 MB.
-    """
+    a row a location: its 15 bands in 8 bits at native size, 0.5 MB."""
     data = SSL4EO(root)
     with built(out) as part:
         ids, done = part / "ids.txt", part / "done"
@@ -1847,7 +1680,7 @@ def pack(root, out, workers, flush_every=256):
         write_text(ids, "\n".join(data.ids) + "\n")
         start = int(done.read_text()) if done.is_file() else 0
         shape = len(data), len(packed_rows(data, 0)[0])
-        maps = [new_array(part / f"season{k}.npy", shape, start > 0) for k in range(4)]
+        maps = [opened_map(part / f"season{k}.npy", shape) for k in range(4)]
         make, jobs = functools.partial(packed_rows, data), range(start, len(data))
         for i, rows in zip(jobs, in_processes(make, jobs, workers, "pack")):
             need(len(rows[0]) == shape[1], f"{data.ids[i]} is of another size than {data.ids[0]}; "
@@ -1858,12 +1691,13 @@ def pack(root, out, workers, flush_every=256):
                 for array in maps:
                     array.flush()
                 write_text(done, str(i + 1))
-        done.unlink()
+        done.unlink(missing_ok=True)
 
 
-def new_array(path, shape, there):
+def opened_map(path, shape):
     """A uint8 array on disk, its space reserved: on a full disk a map's write is a bus error."""
-    array = np.lib.format.open_memmap(path, "r+" if there else "w+", np.uint8, shape)
+    mode = "r+" if path.is_file() else "w+"
+    array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
     if hasattr(os, "posix_fallocate"):
         with open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
@@ -1881,75 +1715,65 @@ def crop(root, out, workers):
     tiles = [tile for tile in tiles if (root / f"{tile}_rgb.jp2").is_file()]
     need(tiles, f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
     with built(out) as part:
-        jobs = [(root / tile, part / tile, part / f"{tile}_16_rgb.png") for tile in tiles]
-        run_all(crop_tile, jobs, workers, "crop")
-
-
-def run_all(function, jobs, workers, text):
-    """Of those jobs whose last item, a file, is not there yet."""
-    for _ in in_processes(function, [job for job in jobs if not os.path.isfile(job[-1])], workers,
-                          text):
-        pass
+        jobs = [(root / tile, part / tile) for tile in tiles]
+        for _ in in_processes(crop_tile, jobs, workers, "crop"):
+            pass
 
 
 def crop_tile(job):
-    tile, out, _ = job
-    parts = {"rgb": read_part(tile, "rgb")}
+    tile, out = job
+    rgb = read_part(tile, "rgb")
+    for k in range(1, 17):
+        save_new(Path(f"{out}_{k}_rgb.png"), patch(rgb, k).transpose(1, 2, 0), compress_level=1)
     for name in ("dem", "seg"):
         if os.path.isfile(f"{tile}_{name}.tif"):
-            parts[name] = read_part(tile, name)
-    sizes = {name: a.shape[1:] for name, a in parts.items()}
-    need(len(set(sizes.values())) == 1, f"{tile}: {sizes} pixels; expected equal sizes")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rgb = parts.pop("rgb")
-    for k in range(1, 17):
-        for name, a in parts.items():
-            tifffile.imwrite(f"{out}_{k}_{name}.tif", patch(a, k)[0])
-        image = Image.fromarray(patch(rgb, k).transpose(1, 2, 0))
-        save_png(f"{out}_{k}_rgb.png", image, compress_level=1)  # of the 16th: the tile is done
+            a = read_part(tile, name)
+            need(a.shape[1:] == rgb.shape[1:], f"{tile}: {name} of {a.shape[1:]} pixels, rgb of "
+                 f"{rgb.shape[1:]}; expected equal sizes")
+            for k in range(1, 17):
+                tifffile.imwrite(f"{out}_{k}_{name}.tif", patch(a, k)[0])
 
 
-def save_png(path, image, **settings):
-    write_atomically(path, lambda file: image.save(file, "png", **settings))
+def save_png(path, image):
+    write_atomically(path, lambda file: image.save(file, "png"))
 
 
 def write_hha(root, workers, depth_unit, intrinsics=None):
     """HHA for every frame that has none: HHA/ in folder form, <frame>/hha/ in SUN RGB-D's tree."""
     root = Path(root)
-    if not (root / "Depth").is_dir():
-        frames = sunrgbd_frames(root)
-        need(frames, f"no Depth/ and no SUN RGB-D frame under {root}; {TREE}")
-        jobs = [(depth, raw, None, read_intrinsics(K), hha_file(image))
-                for image, depth, raw, K in frames.values()]
-        return run_all(write_one_hha, jobs, workers, "hha")
-    camera = read_intrinsics(intrinsics or root / "intrinsics.txt")
-    depth = named_files(root / "Depth")
-    raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
-    missing = [name for name in depth if name not in raw]
-    need(not missing, f"{len(missing)} frames of {root / 'Depth'} are not in RawDepth (the first: "
-         f"{missing[:1]}); complete it, or take RawDepth away")
-    with built(root / "HHA") as part:
-        jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
-                for name, path in depth.items()]
-        run_all(write_one_hha, jobs, workers, "hha")
+    with contextlib.ExitStack() as stack:
+        if (root / "Depth").is_dir():
+            camera = read_intrinsics(intrinsics or root / "intrinsics.txt")
+            depth = named_files(root / "Depth")
+            raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
+            missing = [name for name in depth if name not in raw]
+            need(not missing, f"{len(missing)} frames of {root / 'Depth'} are not in RawDepth (the "
+                 f"first: {missing[:1]}); complete it, or take RawDepth away")
+            part = stack.enter_context(built(root / "HHA"))
+            jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
+                    for name, path in depth.items()]
+        else:
+            frames = sunrgbd_frames(root)
+            need(frames, f"no Depth/ and no SUN RGB-D frame under {root}; {TREE}")
+            jobs = [(depth, raw, None, read_intrinsics(K), hha_file(image))
+                    for image, depth, raw, K in frames.values()]
+        jobs = [job for job in jobs if not os.path.isfile(job[-1])]
+        for _ in in_processes(write_one_hha, jobs, workers, "hha"):
+            pass
 
 
 def hha_file(image):
-    """The HHA of an image of SUN RGB-D's tree."""
-    folder, name = os.path.split(image)
-    return os.path.join(os.path.dirname(folder), "hha", os.path.splitext(name)[0] + ".png")
+    return Path(image).parent.parent / "hha" / f"{Path(image).stem}.png"
 
 
 def write_one_hha(job):
     depth, raw, depth_unit, camera, out = job
     depth_m, raw_m = metres(depth, depth_unit), metres(raw, depth_unit)
-    need(depth_m.shape == raw_m.shape, f"{raw} has {raw_m.shape} pixels, {depth} {depth_m.shape}; "
-         f"expected equal sizes")
     try:
         image = Image.fromarray(hha(filled(depth_m), raw_m, camera))
     except ValueError as error:
-        raise BadInput(f"{depth}: {error}") from None
-    os.makedirs(os.path.dirname(out), exist_ok=True)
+        raise BadInput(f"{depth}, {raw}: {error}") from None
+    out.parent.mkdir(exist_ok=True)
     save_png(out, image)
 
 
@@ -1963,8 +1787,7 @@ def metres(path, depth_unit):
 
 def filled(z):
     """HxW depth, each hole (0) filled with the farther of the next readings to its left and right,
-    for an object hides its background from the sensor.  A row without any gets the median.
-    """
+    for an object hides its background; a row without any with the median."""
     valid, column = z > 0, np.arange(z.shape[1])
     left = np.maximum.accumulate(np.where(valid, column, 0), 1)
     right = np.minimum.accumulate(np.where(valid, column, z.shape[1] - 1)[:, ::-1], 1)[:, ::-1]
@@ -1975,36 +1798,32 @@ def filled(z):
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, text, **flags):
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for flag, options in flags.items():
-            sub.add_argument(f"--{flag.replace('_', '-')}", **options)
-
     folder = dict(metavar="DIR", type=os.path.expanduser)
-    data = dict(folder, help="default: the scenario's or the task's, under data/")
-    out = dict(folder, help="default: in DIR, where it is looked for")
     own = dict(folder, help="of custom: a folder, or a pattern such as 'chips/*_S1Hand.tif'")
-    unit = dict(type=number(float, 1e-3, 1e9), default=1000.0,
-                help="steps of a depth file a metre; default: 1000")
-    workers = dict(type=number(int, 0), default=cores(), help="processes; default: one a core")
-    command("check", "read every file: tables, bad ids, contact sheet; exit code 1 if any is bad",
-            scenario=dict(choices=[*TOYS, "custom"]),
-            task=dict(choices=TASKS, help="a transfer task instead of a scenario"),
-            data=data, data1=own, data2=own, depth_unit=unit, workers=workers,
-            split=dict(help="default: all; of a task train; of custom the file of a list"),
-            size=dict(type=number(int, 8, 4096), default=224,
-                      help="crop of the contact sheet; default: 224"),
-            out=dict(folder, help="default: runs/check-DATA"))
-    command("pack", "SSL4EO-S12 into four arrays, once; pretraining then reads those",
-            data=data, out=out, workers=workers)
-    command("crop", "GeoNRW's tiles into patches, once; pretraining then reads those",
-            data=data, out=out, workers=workers)
-    command("hha", "RGB-depth: HHA for every frame that has none", data=data, depth_unit=unit,
-            workers=workers, intrinsics=dict(
-                folder, metavar="FILE", help="camera of the folder form; default: in DIR"))
-    command("toy", "the made-up scenes of a scenario, as --toy makes them",
-            scenario=dict(required=True, choices=TOYS), out=dict(folder, help="new folder"))
+    flags = {
+        "--scenario": dict(choices=[*TOYS, "custom"]),
+        "--task": dict(choices=TASKS, help="a transfer task instead of a scenario"),
+        "--data": dict(folder, help="default: the scenario's or the task's, in data/"),
+        "--data1": own,
+        "--data2": own,
+        "--split": dict(help="default: all; of a task train; of custom the file of a list"),
+        "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
+        "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
+                             help="steps of a depth file a metre; default: 1000"),
+        "--intrinsics": dict(folder, metavar="FILE", help="camera; default: DIR/intrinsics.txt"),
+        "--out": dict(folder, help="default: where it is looked for; of check runs/check-..."),
+        "--workers": dict(type=number(int, 0), default=cores(), help="default: one a core")}
+    for command, text, names in (
+            ("check", "read every file; exit code 1 if any is bad", "--scenario --task --data "
+             "--data1 --data2 --split --size --depth-unit --out --workers"),
+            ("pack", "SSL4EO-S12 into four arrays, once", "--data --out --workers"),
+            ("crop", "GeoNRW's tiles into patches, once", "--data --out --workers"),
+            ("hha", "RGB-depth: HHA for every frame that has none",
+             "--data --depth-unit --intrinsics --workers"),
+            ("toy", "the made-up scenes of a scenario", "--scenario --out")):
+        sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+        for name in names.split():
+            sub.add_argument(name, **flags[name])
     return parser.parse_args(argv)
 
 
@@ -2022,21 +1841,20 @@ def open_checked(args):
 
 def main(argv=None):
     args = get_args(argv)
+    defaults = dict(pack="data/sar-optical", crop="data/rgb-dem", hha="data/rgbd")
+    root = getattr(args, "data", None) or defaults.get(args.command)
     if args.command == "check":
-        data, out = open_checked(args)
-        bad = check(data, out, args.workers, args.size)
-        sys.exit(1 if bad else 0)
+        sys.exit(1 if check(*open_checked(args), args.workers, args.size) else 0)
     if args.command == "pack":
-        root = args.data or "data/sar-optical"
         pack(root, args.out or f"{root}/packed", args.workers)
-    elif args.command == "crop":
-        root = args.data or "data/rgb-dem"
+    if args.command == "crop":
         crop(root, args.out or f"{root}/cropped", args.workers)
-    elif args.command == "hha":
-        write_hha(args.data or "data/rgbd", args.workers, args.depth_unit, args.intrinsics)
-    else:
-        out = args.out or f"data/toy-{args.scenario}"
-        refuse_existing(out)
+    if args.command == "hha":
+        write_hha(root, args.workers, args.depth_unit, args.intrinsics)
+    if args.command == "toy":
+        need(args.scenario in TOYS, f"toy: expected --scenario, one of {', '.join(TOYS)}")
+        out = Path(args.out or f"data/toy-{args.scenario}")
+        need(not out.exists(), f"{out} exists; expected a new --out")
         make_toy(args.scenario, out)
 
 

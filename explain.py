@@ -562,8 +562,8 @@ def claim(words, numbers, less):
     measured = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
     if len(numbers) < 2:
         return f"{words}: {measured}"
-    so = numbers[less] < max(numbers.values())
-    return f"{words}: {measured}: {'so' if so else 'not so here'}"
+    lower = "lower" if numbers[less] < max(numbers.values()) else "not lower"
+    return f"{words}: {measured}: {less} is {lower}"
 
 
 def picture_curves(e):

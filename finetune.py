@@ -9,12 +9,11 @@
                        --weights runs/custom-decur/checkpoint.pt            your own labels
     python finetune.py --table runs/*                        beside the paper's numbers
 
-Writes into --out: results.json (metrics, scores of each class, settings, weights and their sha256,
-seed, time), ids.txt (the training samples), checkpoint.pt (all that --resume needs), log.jsonl,
-args.json.  Metrics are of the whole test split after the last step, never of the best one.
+Writes into --out: results.json (metrics, scores of each class, settings, sha256 of the weights),
+ids.txt (the training samples), checkpoint.pt (all that --resume needs), log.jsonl, args.json.
+Metrics are of the whole test split after the last step, never of the best one.
 """
 import argparse
-import colorsys
 import copy
 import csv
 import json
@@ -28,20 +27,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from data import (CLASSES19, SCENE_CLASSES, SHAPES, SSL4EO_S1, BadInput, check_label,
-                  default_workers, guarded, leave_group, make_toy, moved, named_files, need,
-                  normalise, number, open_pairs, progress, random_boxes, read_json, read_label,
-                  read_lines, read_list, resize, separable, triangle_filter, unit, visible,
-                  write_text)
+from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, check_label, default_workers, guarded,
+                  leave_group, make_toy, moved, named_files, need, normalise, number, open_pairs,
+                  progress, random_boxes, read_json, read_label, read_lines, read_list, resize,
+                  separable, triangle_filter, unit, visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
 from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
-                      load_checkpoint, measure_statistics, mixed_precision, processes, settings_of,
-                      sha256_of, start_from, summed)
+                      load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
+                      processes, sha256_of, start_from, summed)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -76,11 +74,11 @@ OWN = dict(modality=0, batch_size=32, epochs=50, optimizer="adamw", lr=1e-4, wei
            ignore=255)
 RECIPES = {
     ("bigearthnet", "late"): [
-        (dict(backbone="resnet50", modality=0, batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
+        (dict(backbone="resnet50", batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
               weight_decay=0.0, momentum=0.9, schedule="steps", scale=(0.8, 1.0)), "paper, App. B"),
         (dict(size=224, test_crop=224 / 256), "authors")],  # tested on the middle 224 of 256
     ("geonrw", "fcn"): [
-        (dict(backbone="resnet50", modality=0, batch_size=256, epochs=30, optimizer="adamw",
+        (dict(backbone="resnet50", batch_size=256, epochs=30, optimizer="adamw",
               lr=1e-4, weight_decay=0.01, scale=(0.2, 1.0)), "paper, App. B"),
         (dict(size=224, schedule="constant"), "authors")],
     ("sunrgbd", "fcn"): FCN_RGBD,
@@ -92,8 +90,9 @@ RECIPES = {
     ("custom", "late"): [(OWN, "here")],
     ("custom", "fcn"): [(OWN, "here")],
 }
-LINEAR = {"bigearthnet": (dict(lr=0.5), "paper, App. B"), "custom": (dict(lr=1e-2), "here")}
-# --toy: every model goes with every task.
+LINEAR = {"bigearthnet": (dict(lr=0.5), "paper, App. B"), "custom": (dict(lr=1e-2), "here"),
+          "toy late": (dict(lr=0.5), "--toy"), "toy fcn": (dict(lr=1e-2), "--toy")}
+# --toy: every model goes with every task but bigearthnet.
 TOYS = {
     "late": dict(backbone="resnet-toy", modality=0, batch_size=64, epochs=20, steps=None,
                  optimizer="sgd", lr=0.05, weight_decay=0.0, momentum=0.9, schedule="steps",
@@ -103,10 +102,11 @@ TOYS = {
                 scale=(0.5, 1.0)),
     "cmx": CMX_NYU | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3, size=48, embed=64),
 }
-TOY_LINEAR = {"late": dict(lr=0.5), "fcn": dict(lr=1e-2), "cmx": {}}
-REST = dict(backbone="resnet50", size=224, seed=0, labels=1.0, epochs=None, steps=None,
-            test_crop=None, test_scales=(1.0,), embed=512, split="train", test_split="test",
-            depth_unit=1000.0, save_every=10.0, save_images=0)
+REST = dict(backbone="resnet50", size=224, epochs=None, steps=None, test_crop=None,
+            test_scales=(1.0,), embed=512, split="train", test_split="test", part=None,
+            cached=False)
+# What the paper's tables vary, or what is not theirs.
+FREE = dict(modality=0, labels=1.0, seed=0, depth_unit=1000.0, save_every=10.0, save_images=0)
 RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
             "toy", "save_images", "table", "pretraining")  # may differ at --resume
 
@@ -115,9 +115,7 @@ RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "sav
 
 def train(run, net, model, args, modalities):
     """App. B, transfer.  Frozen encoders stay in evaluation mode, batch statistics included."""
-    precision = mixed_precision(run.device)
-    if args.model == "cmx":
-        precision = nullcontext()               # float32, as published
+    precision = nullcontext() if args.model == "cmx" else mixed_precision(run.device)
     for batch in run.batches():
         net.train()
         if args.linear:
@@ -125,7 +123,7 @@ def train(run, net, model, args, modalities):
                 E.eval()
         x, target = prepared(batch, args, modalities, run.device, run.draws)
         with precision:
-            logits = model(*x)                                      # NxC, or NxCxHxW
+            logits = model(*x)                  # NxC, or NxCxHxW; of CMX in float32, as published
         loss = loss_of(logits, target, run.world)
         run.optimizer.zero_grad()
         loss.backward()
@@ -142,11 +140,8 @@ def loss_of(logits, target, world):
     return total * world / labelled             # DistributedDataParallel will divide by `world`
 
 
-@torch.no_grad()
 def test(net, data, args, device, rank=0, world=1):
-    """Metrics of the whole split and the scores of each class.  Every sample counts once: each
-    process has a share of them, and counts and rankings are joined before anything is divided.
-    """
+    """Metrics and scores of each class, of the whole split: the processes' counts are joined."""
     if world > 1 and device.type == "cpu":      # each process has statistics of its own
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
@@ -174,7 +169,6 @@ def test(net, data, args, device, rank=0, world=1):
 
 def scores(net, x, scales):
     """Logits; or CMX's evaluation: exp(logits + the mirror image's) of each scale, added.
-
     CMX: frames above 480x640, those at scale 1.25, by sliding windows.  Here: whole.
     """
     if tuple(scales) == (1.0,):
@@ -204,8 +198,9 @@ def make_optimizer(net, args):
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [dict(params=trained)]
     if args.model == "cmx":                     # no weight decay on biases and norms
-        groups = [dict(params=[p for p in trained if p.ndim > 1]),
-                  dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
+        weights = [p for p in trained if p.ndim > 1]
+        others = [p for p in trained if p.ndim < 2]
+        groups = [dict(params=weights), dict(params=others, weight_decay=0.0)]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay)
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
@@ -214,10 +209,8 @@ def make_optimizer(net, args):
 # ---- models ----
 
 class LateFusion(nn.Module):
-    """App. B, SAR-optical: pooled features concatenated, one linear layer.
-
-    encoders: modules NxCxHxW -> Nxd, of which `part` is taken, d in `dims`.
-    Call: NxCxHxW for each encoder -> NxC logits.
+    """App. B, SAR-optical: pooled features concatenated, one linear layer.  encoders: NxCxHxW ->
+    Nxd, d in `dims`; of their output `part` is taken.  Call: NxCxHxW each -> NxC logits.
     """
 
     def __init__(self, encoders, dims, num_classes, part=slice(None)):
@@ -237,11 +230,8 @@ class LateFusion(nn.Module):
 class FCN(nn.Module):
     """App. B, RGB-DEM: the last three stages of all encoders concatenated, 1x1 convolutions,
     bilinear to input size, added.  Call: NxCxHxW for each encoder -> NxCxHxW logits.
-
-    Paper: the maps are upsampled, then convolved; with two ResNet-50 that is 7168 channels of
-    224x224, 1.4 GB an image.  Here: convolved, then upsampled.  Both are linear, one across
-    channels and one across pixels, and bilinear weights sum to 1, so that also the bias stays: it
-    is the same function.
+    Paper: upsampled, then convolved: 7168 channels of 224x224.  Here: convolved, then upsampled;
+    both are linear and bilinear weights sum to 1: it is the same function.
     """
 
     def __init__(self, encoders, num_classes):
@@ -252,11 +242,11 @@ class FCN(nn.Module):
             self.score.append(nn.Conv2d(sum(E.dims[s] for E in encoders), num_classes, 1))
 
     def forward(self, *images):
-        maps = [E.stages(x) for E, x in zip(self.encoders, images)]
+        stages = [E.stages(x)[1:] for E, x in zip(self.encoders, images)]
         logits = 0
-        for s, score in zip((1, 2, 3), self.score):
-            joint = torch.cat([stages[s] for stages in maps], 1)
-            logits = logits + F.interpolate(score(joint), images[0].shape[-2:], mode="bilinear")
+        for score, *maps in zip(self.score, *stages):
+            joint = score(torch.cat(maps, 1))
+            logits = logits + F.interpolate(joint, images[0].shape[-2:], mode="bilinear")
         return logits
 
 
@@ -313,8 +303,8 @@ class FFM(nn.Module):
         a = self.cross["norm1"](a + self.cross["end_proj1"](torch.cat((ya, ta), -1)))
         b = self.cross["norm2"](b + self.cross["end_proj2"](torch.cat((yb, tb), -1)))
         m = torch.cat((a, b), -1).mT.unflatten(2, (H, W))           # Nx2CxHxW
-        mixed = self.channel_emb["residual"](m) + self.channel_emb["channel_embed"](m)
-        return self.channel_emb["norm"](mixed)                      # NxCxHxW
+        mix = self.channel_emb["residual"](m) + self.channel_emb["channel_embed"](m)
+        return self.channel_emb["norm"](mix)                        # NxCxHxW
 
     def context(self, name, u):
         k, v = self.cross["cross_attn"][name](u).chunk(2, -1)
@@ -326,10 +316,8 @@ class FFM(nn.Module):
 
 
 class CMX(nn.Module):
-    """CMX with its MLP decoder.  Call: rgb NxCxHxW, x NxCxHxW -> Nxnum_classesxHxW logits.
-
-    name: a key of MITS, for both streams; channels: of the two inputs; embed: width of the
-    decoder.  Its batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation).
+    """CMX with its MLP decoder, `embed` wide.  Call: NxCxHxW, NxCxHxW -> NxCxHxW logits.
+    The decoder's batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation).
     """
 
     def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
@@ -355,13 +343,12 @@ class CMX(nn.Module):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
 
     def forward(self, rgb, x):
-        size, fused = rgb.shape[-2:], []
+        size, head, fused, maps = rgb.shape[-2:], self.decode_head, [], []
         E1, E2 = self.encoders
         for s in (1, 2, 3, 4):
             # the rectified maps go on to the next stage, the fused one to the decoder
             rgb, x = self.backbone.FRMs[s - 1](E1.stage(s, rgb), E2.stage(s, x))
             fused.append(self.backbone.FFMs[s - 1](rgb, x))
-        head, maps = self.decode_head, []
         for s in (4, 3, 2, 1):
             m = head[f"linear_c{s}"]["proj"](fused[s - 1].movedim(1, -1)).movedim(-1, 1)
             maps.append(F.interpolate(m, fused[0].shape[-2:], mode="bilinear"))
@@ -373,12 +360,8 @@ class CMX(nn.Module):
 # ---- metrics: of the data set, not means over batches ----
 
 def average_precision(scores, labels):
-    """mAP "micro", the global average: all N x C decisions are one ranking.
-
-    scores   NxC (or N)   any real numbers        labels   NxC (or N)   0 or 1
-
-    The area under the precision-recall steps, sum_n (R_n - R_{n-1}) P_n; equal scores share one
-    threshold. Returns a float, or None where there is no positive label: it is undefined.
+    """mAP "micro", of all NxC decisions in one ranking: sum_n (R_n - R_{n-1}) P_n, the area under
+    precision over recall; equal scores share one threshold.  None without a positive label.
     """
     scores, labels = scores.flatten(), labels.flatten().double()
     if not labels.any():
@@ -408,21 +391,19 @@ def confusion(pred, gt, num_classes, ignore):
 
 
 def counting_metrics(matrix, kind):
-    """Confusion matrix -> metrics, and of each class its IoU or, of whole images, its accuracy.
-
-    A class that is neither predicted nor labelled has no IoU and takes no part in the mean.
-    Without any label all is None: undefined.
+    """Confusion matrix -> metrics, and the IoU of each class or, of whole images, its accuracy.
+    The mean leaves out what is neither predicted nor labelled.
     """
     matrix = matrix.cpu().double()              # MPS has no float64
     hit, labelled = matrix.diagonal(), matrix.sum(1)
-    total = labelled if kind == "single-label" else matrix.sum(0) + labelled - hit
+    name, total = "mIoU", matrix.sum(0) + labelled - hit
+    if kind == "single-label":
+        name, total = "mean accuracy", labelled
     each = [(h / t).item() if t else None for h, t in zip(hit, total)]
-    mean, accuracy = None, None
-    if matrix.any():
-        mean = (hit / total)[total > 0].mean().item()
-        accuracy = (hit.sum() / matrix.sum()).item()
-    name = "mean accuracy" if kind == "single-label" else "mIoU"
-    return {name: mean, "accuracy": accuracy}, each
+    if not matrix.any():
+        return {name: None, "accuracy": None}, each
+    mean = (hit / total)[total > 0].mean().item()
+    return {name: mean, "accuracy": (hit.sum() / matrix.sum()).item()}, each
 
 
 def iou_and_accuracy(pred, gt, num_classes, ignore):
@@ -437,74 +418,66 @@ def build(args, channels, num_classes, modalities):
     """The model of the settings, and a line for each of the --weights that its encoders got."""
     if args.part:
         return with_projectors(args, channels, num_classes)
-    make = mit if args.backbone in MITS else resnet
     if args.model == "cmx":
         net = CMX(args.backbone, num_classes, channels, args.embed)
-    elif args.model == "fcn":
-        net = FCN([make(args.backbone, c) for c in channels], num_classes)
     else:
+        make = mit if args.backbone in MITS else resnet
         encoders = [make(args.backbone, c) for c in channels]
-        net = LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
+        if args.model == "fcn":
+            net = FCN(encoders, num_classes)
+        else:
+            net = LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
     if args.weights == ["none"]:
         return net, ["random weights"]
-    if args.model == "cmx" and len(args.weights) == 1 and load_whole_cmx(net, args):
+    whole = whole_cmx(args) if args.model == "cmx" else None
+    if whole:
+        load_exactly(net, whole, args.weights[0])
         return net, [f"{args.weights[0]}: all keys of CMX matched"]
     return net, start_from(args.weights, net.encoders, args, modalities)
 
 
-def load_whole_cmx(net, args):
-    """Whether --weights is a whole CMX.  bgr: it knows images as blue, green, red, as published."""
+def whole_cmx(args):
+    """The state if --weights is a whole CMX, or None.  --bgr: it knows blue, green, red."""
     try:
         state = read_weights(args.weights[0], args.backbone)[0]
-        if not any(key.startswith("backbone.") for key in state):
-            return False
-        for key in state:
-            if args.bgr and key.endswith("patch_embed1.proj.weight"):
-                state[key] = state[key].flip(1)
-        net.load_state_dict(state)
-        return True
-    except (ValueError, RuntimeError) as error:
+    except ValueError:                          # `start_from` says why
+        return None
+    for key in state:
+        if args.bgr and key.endswith("patch_embed1.proj.weight"):
+            state[key] = state[key].flip(1)
+    return state if any(key.startswith("backbone.") for key in state) else None
+
+
+def load_exactly(module, state, file):
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"--weights {args.weights[0]}: {reason}") from None
+        raise BadInput(f"--weights {file}: {reason}") from None
 
 
 def with_projectors(args, channels, num_classes):
     """--part: late fusion of a part of the embeddings, not of the encoders' features."""
     file, part, p = args.weights[0], args.part, args.pretraining
-    need(file.endswith(".pt") and p, f"--part {part}: expected --weights with a checkpoint.pt of "
-         f"pretrain.py, which has the projector")
+    need(p, f"--part {part}: expected --weights with a checkpoint.pt of pretrain.py")
     start, stop = {"common": (0, p["Kc"]), "unique": (p["Kc"], p["K"]), "all": (0, p["K"])}[part]
-    modalities = [args.modality] if args.modality else [1, 2]
-    need(start < stop and channels == [p["channels"][m - 1] for m in modalities],
-         f"--part {part}: {file} has {p['Kc']} common of {p['K']} dimensions, and branches for "
-         f"{p['channels']} channels; the data have {channels}")
+    need(start < stop, f"--part {part}: {file} has {p['Kc']} common of {p['K']} dimensions")
     branches = nn.ModuleDict()
-    for m, c in zip(modalities, channels):
+    for m, c in zip([args.modality] if args.modality else [1, 2], channels):
         branches[f"f{m}"] = branch(p["backbone"], c, p["widths"])
-    branches.load_state_dict(load_checkpoint(file)["model"], strict=False)  # the other's is beside
+    state = load_checkpoint(file)["model"]
+    load_exactly(branches, {key: t for key, t in state.items() if key[:2] in branches}, file)
     dims = [stop - start] * len(branches)
     net = LateFusion(branches.values(), dims, num_classes, slice(start, stop))
     return net, [f"{file}: {stop - start} {part} dimensions of each modality's {p['K']}"]
 
 
-def pretraining_of(files):
-    """The settings of the pretraining behind --weights; {} where they are not known."""
-    beside = Path(files[0]).with_suffix(".json")
-    if files[0].endswith(".pth") and beside.is_file():
-        return read_json(beside, "what pretrain.py wrote beside an encoder").get("settings", {})
-    try:
-        return settings_of(load_checkpoint(files[0]))
-    except BadInput:                            # of others; `start_from` refuses what is damaged
-        return {}
-
-
 # ---- samples ----
 
 class Labelled:
-    """Samples of a task: (x1, x2, target), x: CxHxW as in its file.  kind: "multi-label", the
-    target is C zeros and ones; "single-label", a class; "segmentation", HxW classes, -1: no label.
-
-    target_of: name -> target, unless the data set gives it.  ids: some of the data set's, or all.
+    """Samples of a task: (x1, x2, target).  kind: "multi-label", C zeros and ones; "single-label",
+    a class; "segmentation", HxW classes, -1: no label.  target_of: name -> target, for data sets of
+    pretraining.  ids: some of the data set's, or all.
     """
 
     def __init__(self, data, classes, kind, target_of=None, ids=None):
@@ -519,15 +492,14 @@ class Labelled:
         name = self.ids[i]
         self.data.epoch = self.epoch            # seasons of made-up satellite scenes
         x1, x2, *target = self.data[self.place[name]]
-        if isinstance(x1, list):                # data sets of pretraining give views
-            x1, x2 = x1[0], x2[0]
+        if self.target_of:
+            x1, x2, target = x1[0], x2[0], [self.target_of(name)]  # the first views
         if x1.shape[-2:] != x2.shape[-2:]:      # one's own: one box will be cut out of both
             x2 = resize(unit(x2)[None], x1.shape[-2:])[0]
-        target = self.target_of(name) if self.target_of else target[0]
         if self.kind == "segmentation":
-            check_label(name, target, x1.shape[-2:], len(self.classes))
-            target = target - 1                 # 0: no label
-        return x1, x2, target
+            check_label(name, target[0], x1.shape[-2:], len(self.classes))
+            return x1, x2, target[0] - 1        # 0: no label
+        return x1, x2, target[0]
 
 
 def open_task(args, rank):
@@ -541,13 +513,9 @@ def open_task(args, rank):
     if args.toy:
         make_toy(task["scenario"], args.data, rank)
         classes, labels = SCENE_CLASSES, len(SCENE_CLASSES)
-        if args.model == "late":
-            classes, target_of = SCENE_CLASSES[1:], read_factors(args.data).get
-        elif name == "bigearthnet":
-            files = named_files(f"{args.data}/Label")
-            target_of = partial(mask_target, files, range(1, labels + 1))
-        if name == "bigearthnet":
-            name = task["scenario"]             # its scenes lie as those of pretraining
+    if args.toy and args.model == "late":       # which objects are there; the masks are not used
+        name, classes, labels = task["scenario"], SCENE_CLASSES[1:], None
+        target_of = read_factors(args.data).get
     kind = "multi-label" if args.model == "late" else "segmentation"
     both = []
     for split in (args.split, args.test_split):
@@ -557,23 +525,13 @@ def open_task(args, rank):
 
 
 def read_factors(root):
-    """{scene: which objects are there, 12 zeros and ones}, of made-up scenes."""
+    """{made-up scene: 12 zeros and ones}"""
     factors = {}
-    for scene, *shapes in list(csv.reader(read_lines(f"{root}/factors.csv")))[1:]:
-        need(len(shapes) == 3 and set(shapes) <= set("0123"), f"{root}/factors.csv is damaged; "
-             f"delete {root}, and --toy makes it anew")
+    for line in read_lines(f"{root}/factors.csv")[1:]:
+        scene, *shapes = line.split(",")
         shapes = torch.tensor([int(shape) for shape in shapes])
         factors[scene] = F.one_hot(shapes, len(SHAPES)).flatten().float()
     return factors
-
-
-def mask_target(files, values, name):
-    """The mask of a name: k + 1 where it has the k-th of the values, otherwise 0."""
-    mask = torch.from_numpy(read_label(files[name]))
-    target = torch.zeros_like(mask)
-    for k, value in enumerate(values):
-        target[mask == value] = k + 1
-    return target
 
 
 def subset(n, fraction, seed):
@@ -581,10 +539,14 @@ def subset(n, fraction, seed):
     return np.random.default_rng(seed).permutation(n)[:max(1, round(fraction * n))]
 
 
+def used(args):
+    """Indices of the modalities that the model sees."""
+    return [args.modality - 1] if args.modality else [0, 1]
+
+
 def batches_of(data, indices, args, device, world, text):
-    """The samples once, in their order, in pieces of nearly equal size; not augmented."""
-    pieces = np.array_split(indices, max(1, -(-len(indices) // max(1, args.batch_size // world))))
-    loader = DataLoader(data, batch_sampler=[piece.tolist() for piece in pieces if len(piece)],
+    """The samples once, in their order; not augmented."""
+    loader = DataLoader(Subset(data, indices.tolist()), max(1, args.batch_size // world),
                         num_workers=args.workers, worker_init_fn=leave_group,
                         pin_memory=device.type == "cuda")
     for batch in progress(loader, desc=text):
@@ -605,62 +567,43 @@ def cached_features(net, data, indices, args, device):
 # ---- augmentation: one box for both modalities and the mask ----
 
 def cmx_boxes(B, H, W, draws):
-    """CMX's: scaled by one of six factors, then cropped to the frame's size, or padded to it: a box
-    that sticks out of the frame on all sides.
-    """
+    """CMX's: scaled by one of six factors, then cropped to the frame's size, or padded to it."""
     u = draws(4).double()
     s = torch.tensor([0.5, 0.75, 1, 1.25, 1.5, 1.75], dtype=u.dtype)[(6 * u[:, :1]).long()]  # Bx1
-    top, left = cmx_start(s, H, u[:, 1:2]), cmx_start(s, W, u[:, 2:3])
-    return top, left, H / s, W / s, u[:, 3:] < 0.5
-
-
-def cmx_start(s, n, u):
-    spare = (s * n).round() - n                                     # Bx1, in scaled pixels
-    return torch.where(spare >= 0, (u * (spare + 1)).floor(), -(-spare / 2).floor()) / s
-
-
-def middle_boxes(B, H, W, fraction):
-    boxes = ((1 - fraction) / 2 * H, (1 - fraction) / 2 * W, fraction * H, fraction * W, 0)
-    return [torch.full((B, 1), float(value)) for value in boxes]
+    starts = []
+    for n, v in ((H, u[:, 1:2]), (W, u[:, 2:3])):
+        spare = (s * n).round() - n             # Bx1, in scaled pixels; below 0: padded
+        starts.append(torch.where(spare >= 0, (v * (spare + 1)).floor(), -(-spare / 2).floor()) / s)
+    return *starts, H / s, W / s, u[:, 3:] < 0.5
 
 
 def resample(x, boxes, size):
-    """Each box resized to `size`, mirrored where it says so; outside the frame is 0.
-
-    x: BxCxHxW float, by a triangle filter, as in pretraining; or BxHxW classes, the nearest pixel,
-    outside -1.
+    """Each box resized to `size`, mirrored where it says so.  x: BxCxHxW float, by a triangle
+    filter as in pretraining, outside 0; or BxHxW classes, the nearest pixel, outside -1.
     """
     top, left, h, w, mirrored = [v.float().to(x.device) for v in boxes]  # Bx1 each
-    if not x.is_floating_point():
-        return nearest(x, top, left, h, w, mirrored, size)
-    Wy = triangle_filter(top, h, x.shape[2], size[0]).nan_to_num(0)  # nan: a row outside
-    Wx = triangle_filter(left, w, x.shape[3], size[1]).nan_to_num(0)
-    return separable(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
-
-
-def nearest(labels, top, left, h, w, mirrored, size):
-    B, H, W = labels.shape
-    pixel = torch.arange(max(size), device=labels.device) + 0.5
-    y = (top + pixel[:size[0]] * h / size[0]).floor().long()        # BxH'
-    x = (left + pixel[:size[1]] * w / size[1]).floor().long()       # BxW'
-    x = torch.where(mirrored > 0, x.flip(1), x)
-    y, x = y[:, :, None], x[:, None]
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)                # BxH'xW'
-    image = torch.arange(B, device=labels.device)[:, None, None]
-    return torch.where(inside, labels[image, y.clamp(0, H - 1), x.clamp(0, W - 1)], -1)
+    H, W = x.shape[-2:]
+    if x.is_floating_point():
+        Wy = triangle_filter(top, h, H, size[0]).nan_to_num(0)      # nan: a row outside
+        Wx = triangle_filter(left, w, W, size[1]).nan_to_num(0)
+        return separable(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
+    pixel = torch.arange(max(size), device=x.device) + 0.5
+    line = (top + pixel[:size[0]] * h / size[0]).floor().long().clamp(-1, H)  # BxH'
+    column = (left + pixel[:size[1]] * w / size[1]).floor().long().clamp(-1, W)  # BxW'
+    column = torch.where(mirrored > 0, column.flip(1), column)
+    framed = F.pad(x, (1, 1, 1, 1), value=-1)                       # Bx(H+2)x(W+2)
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return framed[image, line[:, :, None] + 1, column[:, None] + 1]  # BxH'xW'
 
 
 def prepared(batch, args, modalities, device, draws=None):
-    """A batch of files -> what the model sees ([NxCxHxW] of the modalities in use) and the target.
-
-    With draws it is augmented; without, it is the frame, or its middle where the task crops.
+    """A batch of files -> what the model sees, [NxCxHxW], and the target.  With draws it is
+    augmented; without, it is the frame, or its middle where the task crops.
     """
     *x, target = [moved(t, device) for t in batch]
     if args.cached and draws:                   # a batch of features
         return x, target
-    x = [normalise(unit(images), modality) for images, modality in zip(x, modalities)]
-    if args.modality:
-        x = [x[args.modality - 1]]
+    x = [normalise(unit(x[m]), modalities[m]) for m in used(args)]
     B, _, H, W = x[0].shape
     size = (args.size, args.size)
     if draws and args.scale:
@@ -668,7 +611,9 @@ def prepared(batch, args, modalities, device, draws=None):
     elif draws:
         boxes, size = cmx_boxes(B, H, W, draws), (H, W)
     elif args.test_crop:
-        boxes = middle_boxes(B, H, W, args.test_crop)
+        height, width = args.test_crop * H, args.test_crop * W
+        middle = ((H - height) / 2, (W - width) / 2, height, width, 0)
+        boxes = [torch.full((B, 1), float(value)) for value in middle]
     else:
         return x, target
     x = [resample(images, boxes, size) for images in x]
@@ -679,47 +624,42 @@ def prepared(batch, args, modalities, device, draws=None):
 
 # ---- --task custom: one's own pairs and labels ----
 
-# What 0 and 1 are to a scenario's encoders, as data.py has it for one's own files: mean -+ 3 std.
-# S1: dB, mean -+ 2 std of SSL4EO-S12, without its 2 % cut; S2: reflectance x 10000.
-RANGES = {"ms": ([5000.0] * 13, [10000 / 6] * 13),
-          "sar": ([mean for mean, _ in SSL4EO_S1.values()],
-                  [2 / 3 * std for _, std in SSL4EO_S1.values()])}
-
-
 def open_own(args):
     """The training and the test samples, and lines about them."""
     pairs, lines = own_pairs(args)
-    masks = not args.target.endswith(".csv")
-    files = named_files(args.target, (".png", ".tif", ".tiff")) if masks else {}
-    labels = values_in(files, args.ignore) if masks else read_table(args.target)
-    values = sorted(set().union(*labels.values()))                  # in masks; or a table's words
+    if args.target.endswith(".csv"):
+        files, labels = {}, read_table(args.target)
+    else:
+        files, labels = named_files(args.target, (".png", ".tif", ".tiff")), {}
+        for name, file in progress(files.items(), desc="masks"):
+            labels[name] = set(np.unique(read_label(file)).tolist()) - {args.ignore}
+    values = sorted(set().union(*labels.values()))                  # words, or numbers in masks
     classes = [str(value) for value in values]
+    need(len(values) > 1, f"--target {args.target} has one class, {classes}; expected two or more")
     if args.classes:
         classes = read_lines(Path(args.classes).expanduser())
-        values = list(range(len(classes))) if masks else classes
-    need(len(classes) > 1, f"--target {args.target} has one class, {classes}; expected two or more")
-    for name, own in labels.items():
-        need(own <= set(values), f"the label of {name} has {own - set(values)}; expected those of "
-             f"--classes, {values}, or in a mask --ignore {args.ignore}: no label")
+        values = list(range(len(classes)))
+        strange = [name for name, own in labels.items() if not own <= set(values)]
+        need(not strange, f"--target {args.target}: masks have other values than 0 to "
+             f"{values[-1]}, those of --classes, and --ignore {args.ignore}: {strange[:4]}")
     strangers = sorted(labels.keys() - set(pairs.ids))
-    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair of "
-         f"images; names of pairs are like {pairs.ids[0]}")
+    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair")
     kind, target_of = "segmentation", partial(mask_target, files, values)
-    if not masks:
-        targets = {}
+    if not files:
+        kind, targets = "multi-label", {}
         for name, own in labels.items():
             targets[name] = torch.tensor([float(value in own) for value in values])
-        kind, target_of = "multi-label", targets.get
         if all(len(own) == 1 for own in labels.values()):
             kind = "single-label"
-            target_of = {name: target.argmax() for name, target in targets.items()}.get
-    splits = own_splits(args, [name for name in pairs.ids if name in labels])
+            targets = {name: target.argmax() for name, target in targets.items()}
+        target_of = targets.get
+    splits = split_of(args, [name for name in pairs.ids if name in labels])
     lines.append(f"{len(labels)} of {len(pairs)} pairs have labels: {kind}, {len(values)} classes")
-    learned, tested = [set().union(*[labels[name] for name in split]) for split in splits]
+    learned, tested = [set().union(*(labels[name] for name in ids)) for ids in splits]
     for value in sorted(tested - learned):
         lines.append(f"warning: no training sample has the class {classes[values.index(value)]}; "
                      f"it is scored all the same")
-    return [Labelled(pairs, classes, kind, target_of, split) for split in splits], lines
+    return [Labelled(pairs, classes, kind, target_of, ids) for ids in splits], lines
 
 
 def read_table(file):
@@ -728,71 +668,66 @@ def read_table(file):
     for line in csv.reader(read_lines(Path(file).expanduser())):
         name, *own = [cell.strip() for cell in line]
         need(name not in labels, f"{file} has {name} twice; expected a line for each name")
-        if name != "name":                      # a header
-            labels[name] = {label for label in own if label}
+        labels[name] = {label for label in own if label}
+    labels.pop("name", None)                    # a header
     return labels
 
 
-def values_in(files, ignore):
-    """{name: the values in its mask}"""
-    values = {}
-    for name, file in progress(files.items(), desc="masks"):
-        values[name] = set(np.unique(read_label(file)).tolist()) - {ignore}
-    return values
-
-
 def own_pairs(args):
-    """The pairs, normalised as the pretraining behind --weights was, and lines about that."""
-    folders, before, lines = [args.data1, args.data2], args.pretraining, []
-    inputs = before.get("inputs", [])
-    if before.get("scenario") == "custom":
-        return open_pairs("custom", folders, args.size, rows=inputs), lines
-    pairs = open_pairs("custom", folders, args.size)
-    for row, other, modality in zip(pairs.rows, inputs, before.get("modalities", [])):
-        if len(row["bands"]) == len(other["bands"]):
-            row.update(mean=other["mean"], std=other["std"])
-            if row["raw_mean"] and modality in RANGES:
-                row["raw_mean"], row["raw_std"] = RANGES[modality]
-            lines.append(f"images of {len(row['bands'])} bands are normalised as {modality} of "
-                         f"{before['scenario']}, which the weights know: {other['range']}")
+    """The pairs, and lines about them: images of 8 bits are normalised as the weights know them."""
+    folders, p = [args.data1, args.data2], args.pretraining
+    if p.get("scenario") == "custom":
+        return open_pairs("custom", folders, args.size, rows=p["inputs"]), []
+    pairs, lines = open_pairs("custom", folders, args.size), []
+    for m, row, seen in zip((0, 1), pairs.rows, p.get("inputs", [])):
+        source = "by their own mean and standard deviation"
+        if row["dtype"] == "uint8" and len(row["bands"]) == len(seen["bands"]):
+            row.update(mean=seen["mean"], std=seen["std"])
+            source = f"as {p['modalities'][m]} of {p['scenario']}"
+        lines.append(f"images of modality {m + 1} are normalised {source}")
     return pairs, lines
 
 
-def own_splits(args, ids):
-    """By two lists of names, or a seeded share to test."""
-    if args.split or args.test_split:
-        need(args.split and args.test_split, "--split, --test-split: expected two files, a name a "
-             "line, or neither, for a seeded --test-share")
+def mask_target(files, values, name):
+    """The mask of a name: k + 1 where it has the k-th of the values, otherwise 0."""
+    mask = torch.from_numpy(read_label(files[name]))
+    target = torch.zeros_like(mask)
+    for k, value in enumerate(values):
+        target[mask == value] = k + 1
+    return target
+
+
+def split_of(args, ids):
+    """Names to train on and to test, by two lists, or a seeded share to test."""
+    if args.split:
         names = dict.fromkeys(ids)
         return [read_list(Path(file), names) for file in (args.split, args.test_split)]
     order = np.random.default_rng((args.seed, len(ids))).permutation(len(ids))
     n = round(args.test_share * len(ids))
-    need(0 < n < len(ids), f"--test-share {args.test_share} of {len(ids)} labelled pairs leaves "
-         f"nothing to train or to test; expected a share that leaves both")
-    return [[ids[i] for i in sorted(part)] for part in (order[n:], order[:n])]
+    need(0 < n < len(ids), f"--test-share {args.test_share} leaves nothing to train or to test")
+    splits = []
+    for part in (order[n:], order[:n]):
+        splits.append([ids[i] for i in sorted(part)])
+    return splits
 
 
 # ---- pictures ----
 
 def save_picture(args, data, i, x, target, s):
     """Inputs, label and prediction side by side; below, in their colours, the classes in them."""
-    modalities = data.modalities[args.modality - 1:][:1] if args.modality else data.modalities
-    colours = [(0.0, 0.0, 0.0)]                 # no label: black
-    for k in range(len(data.classes)):          # hues far from those before, in three strengths
-        colours.append(colorsys.hsv_to_rgb(0.618 * k % 1, 0.8 - 0.2 * (k % 3), 1 - 0.1 * (k % 2)))
-    colours = np.array(colours)
+    names = ["no label", *data.classes]
+    colours = np.random.default_rng(0).integers(50, 256, (len(names), 3), np.uint8)
+    colours[0] = 0
     labels = [target.cpu().numpy() + 1, s.argmax(0).cpu().numpy() + 1]  # HxW each
-    panels = [visible(image, modality) for image, modality in zip(x, modalities)]
-    wide = np.concatenate(panels + [colours[label] for label in labels], 1)  # HxnWx3
-    times = max(1, 256 // len(wide))
-    wide = Image.fromarray(np.uint8(255 * wide).repeat(times, 0).repeat(times, 1))
+    panels = [np.uint8(255 * visible(image, data.modalities[m])) for image, m in zip(x, used(args))]
+    panels += [colours[label] for label in labels]
+    wide = Image.fromarray(np.concatenate(panels, 1))
+    wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
     classes = np.unique(labels)
-    sheet = Image.new("RGB", (wide.width, wide.height + 20 * len(classes)), (90, 90, 90))
-    sheet.paste(wide)
+    sheet = ImageOps.expand(wide, (0, 0, 0, 20 * len(classes)), (90, 90, 90))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for j, k in enumerate(classes):
-        draw.text((4, wide.height + 20 * j + 1), ["no label", *data.classes][k],
-                  tuple(np.uint8(255 * colours[k]).tolist()), font)
+        draw.text((4, wide.height + 20 * j + 1), names[k], tuple(colours[k].tolist()), font)
     (args.out / "images").mkdir(exist_ok=True)
     sheet.save(args.out / "images" / f"{data.ids[i].replace('/', '_')}.png")
 
@@ -821,18 +756,17 @@ def main(argv=None):
 
     # ---- model; the loader's workers start before any process talks to another ----
     torch.manual_seed(args.seed)
-    used = [args.modality - 1] if args.modality else [0, 1]
-    channels = [data[0][m].shape[0] for m in used]
-    net, more = build(args, channels, len(data.classes), [data.modalities[m] for m in used])
+    channels = [data[0][m].shape[0] for m in used(args)]
+    modalities = [data.modalities[m] for m in used(args)]
+    net, more = build(args, channels, len(data.classes), modalities)
     net.to(device)
     if args.linear:
         freeze(net, data, chosen, args, device)
-    frozen = [copy.deepcopy(E.state_dict()) for E in net.encoders if args.linear]
+    before = [copy.deepcopy(E.state_dict()) for E in net.encoders if args.linear]
     trained, seen, indices = net, data, chosen
-    if args.cached:                             # the same loop, on features
-        trained = LateFusion([nn.Identity()], [net.fc.in_features], len(data.classes))
-        trained.fc = net.fc
-        seen, indices = cached_features(net, data, chosen, args, device), np.arange(len(chosen))
+    if args.cached:                             # the same loop, of the linear layer, on features
+        trained, indices = net.fc, np.arange(len(chosen))
+        seen = cached_features(net, data, chosen, args, device)
     run = Run(args, seen, indices, args.steps, partial(schedule, args.schedule), place)
     join(world)
     model = distributed(trained, world, device)
@@ -841,16 +775,16 @@ def main(argv=None):
     settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
     settings["weights_sha256"] = [sha256_of(file) for file in args.weights if Path(file).is_file()]
     settings.update(samples=len(chosen), test_samples=len(test_data), num_classes=len(data.classes))
-    run.begin(trained, make_optimizer(trained, args), settings, data=args.data)
-    introduce(run, args, sources, data, chosen, lines + more)
-    train(run, trained, model, args, data.modalities)
+    run.begin(net, make_optimizer(net, args), settings, data=args.data)
+    run.introduce(sources, f"{len(chosen)} of {len(data)} training samples", *lines, *more)
+    train(run, net, model, args, data.modalities)
     if not run.stopped:
         result = test(net, test_data, args, device, rank, world)
-        for before, E in zip(frozen, net.encoders):
-            if not all(torch.equal(t, before[name]) for name, t in E.state_dict().items()):
+        for state, E in zip(before, net.encoders):
+            if not all(torch.equal(t, state[name]) for name, t in E.state_dict().items()):
                 sys.exit("a frozen encoder has changed, which must not be: the results are void")
         result.update(changed=not_the_papers(args, changed), seconds=time.time() - started)
-        finish(run, args, result)
+        finish(run, args, result, sorted(data.ids[i] for i in chosen))
     leave()
 
 
@@ -864,31 +798,19 @@ def freeze(net, data, chosen, args, device):
         measure_statistics(net, (x for x, _ in batches))
 
 
-def introduce(run, args, sources, data, chosen, lines):
-    """What runs, each setting with its source, what the encoders got; ids.txt."""
-    run.say(" ".join(sys.argv), f"{len(chosen)} of {len(data)} training samples; {run.steps} steps "
-            f"on {run.world} x {run.device.type}, from step {run.step}; torch {torch.__version__}")
-    for name, source in sources.items():
-        run.say(f"  {name.replace('_', '-'):14s} {str(getattr(args, name)):16s} {source}")
-    run.say(*lines)
-    if run.rank == 0:
-        ids = sorted(data.ids[i] for i in chosen)
-        write_text(args.out / "ids.txt", "".join(f"{name}\n" for name in ids))
-
-
-def finish(run, args, result):
-    """results.json, and what it says on the screen."""
+def finish(run, args, result, ids):
+    """results.json and ids.txt, and what they say on the screen."""
     result.update(run.settings, toy=args.toy, pretraining=args.pretraining)
     result["row"] = row_of(args, result["weights_sha256"])
     if run.rank == 0:
+        write_text(args.out / "ids.txt", "".join(f"{name}\n" for name in ids))
         write_text(args.out / "results.json", json.dumps(result, indent=1, default=str))
     for name, value in result["classes"].items():
         run.say(f"  {name:40s} {percent(value)}")
     if args.linear:
         run.say("the frozen encoders have not changed by one bit")
     words = [f"{name} {percent(value)}" for name, value in result["metrics"].items()]
-    run.say(f"{description(result)}, seed {args.seed}, weights {' '.join(args.weights)}: "
-            f"{'  '.join(words)}", f"wrote {args.out}/results.json")
+    run.say("  ".join(words), f"wrote {args.out}/results.json")
 
 
 # ---- the paper's tables, and what was run ----
@@ -924,7 +846,7 @@ DeCUR                       34.9 36.9 43.9 48.7    31.4 34.5 43.9 46.5""")
 # The paper contradicts itself: SimCLR-cross repeats CLIP's row in Table 1, left, where the text has
 # a gain of 2 to 4.8 over SimCLR; in Table 2, right, DeCUR's 43.9 is that of the left, and 14.5 over
 # CLIP, where the text has "up to 11.4".
-# mIoU, accuracy of SUN RGB-D, then NYUv2.  Quoted: of models that are not built here.
+# mIoU, accuracy of SUN RGB-D, then NYUv2; the paper quotes four that it did not run.
 TABLE_3 = numbers("""\
 fcn, Supervised             27.4 68.2    29.2 60.0
 fcn, CLIP                   30.5 74.2    30.4 63.3
@@ -941,8 +863,10 @@ DeCUR                       81.7 36.9
 Barlow Twins                80.3 33.6
 w/o intra                   80.1 34.3
 w/o decoup.                 81.1 35.2""")
-SETUPS = {"1% linear": (0.01, True), "1% fine-tune": (0.01, False), "100% linear": (1.0, True),
-          "100% fine-tune": (1.0, False)}       # labels, linear
+SETUPS = {"1% linear": dict(labels=0.01, linear=True),
+          "1% fine-tune": dict(labels=0.01, linear=False),
+          "100% linear": dict(labels=1.0, linear=True),
+          "100% fine-tune": dict(labels=1.0, linear=False)}
 METHODS = dict(simclr="SimCLR-cross", clip="CLIP", vicreg="VICReg", barlowtwins="Barlow Twins")
 
 
@@ -963,42 +887,38 @@ def row_of(args, hashes):
 
 
 def not_the_papers(args, changed):
-    """{setting: value} of the run, and of the pretraining behind it, where the paper has another;
-    apart from what its tables vary.
-    """
+    """{setting: value} of the run, and the pretraining behind it, where the paper has another."""
     p, scenario = args.pretraining, TASKS[args.task]["scenario"]
-    varied = {"seed", "labels", "depth_unit", "save_images", "save_every"}
-    if args.task in ("bigearthnet", "geonrw"):
-        varied.add("modality")
-    flags = {name: getattr(args, name) for name in ("cached", "part") if getattr(args, name)}
-    other = changed | flags
-    if p and args.task != "custom":
-        paper = dict(scenario=scenario, bgr=False, stopped=None, backbone=args.backbone)
-        if p["common"] == 1:
-            varied.add("common")                # Table 4, w/o decoup.
-        if p["backbone"] not in MITS:
-            paper["weights"] = None             # segformers may start as CMX's do
-        tables = defaults(scenario, p["method"], p["backbone"], args.toy)
-        _, different = fill_in(argparse.Namespace(**p), [(paper, "paper"), *tables])
-        other |= {f"pretraining {name}": value for name, value in different.items()}
-    return {name: value for name, value in other.items()
-            if name.removeprefix("pretraining ") not in varied}
+    if not p or args.task == "custom":
+        return changed
+    paper = dict(scenario=scenario, bgr=False, stopped=None, backbone=args.backbone)
+    if p["backbone"] not in MITS:
+        paper["weights"] = None                 # segformers may start as CMX's do
+    if p["common"] == 1:
+        paper["common"] = 1                     # Table 4, w/o decoup.
+    tables = defaults(scenario, p["method"], p["backbone"], args.toy)
+    _, different = fill_in(argparse.Namespace(**p), [(paper, "paper"), *tables])
+    behind = {f"pretraining {name}": different[name] for name in different.keys() - FREE.keys()}
+    return changed | behind
 
 
 def print_tables(folders):
     """Tables 1-4 from the runs' results.json, then the other runs; cells: ours | the paper's."""
-    results = read_results(folders)
-    papers = [r for r in results if not r["toy"] and r["changed"] == {}]
-    for title, table, task, metric, modality in (
-            ("Table 1, left: both modalities", TABLE_1, "bigearthnet", "mAP micro", 0),
-            ("Table 1, right: SAR alone", TABLE_1, "bigearthnet", "mAP micro", 1),
-            ("Table 2, left: both modalities", TABLE_2, "geonrw", "mIoU", 0),
-            ("Table 2, right: RGB alone", TABLE_2, "geonrw", "mIoU", 1)):
-        columns = []
-        for head, (labels, linear) in SETUPS.items():
-            settings = dict(task=task, modality=modality, labels=labels, linear=linear)
-            columns.append((head, metric, settings))
-        print_table(papers, f"{title}, {task}, {metric}", table, 4 * modality, columns)
+    results = []
+    for folder in folders:
+        if (Path(folder) / "results.json").is_file():
+            try:
+                results.append(read_results(Path(folder) / "results.json"))
+            except BadInput as error:           # the others are shown all the same
+                print(f"left out: {error}")
+    need(results, f"--table {' '.join(folders)}: expected folders with a results.json")
+    papers = [r for r in results if not r["toy"] and not r["changed"]]
+    for title, table, task, metric in (("Table 1", TABLE_1, "bigearthnet", "mAP micro"),
+                                       ("Table 2", TABLE_2, "geonrw", "mIoU")):
+        for modality, words in enumerate(("both modalities", "SAR or RGB alone")):
+            columns = [(head, metric, dict(setup, task=task, modality=modality))
+                       for head, setup in SETUPS.items()]
+            print_table(papers, f"{title}, {task}, {metric}, {words}", table, 4 * modality, columns)
     columns = []
     for task in ("sunrgbd", "nyuv2"):
         settings = dict(task=task, labels=1.0, linear=False)
@@ -1008,30 +928,25 @@ def print_tables(folders):
     columns = [("SAR-optical, mAP micro", "mAP micro", dict(settings, task="bigearthnet")),
                ("RGB-DEM, mIoU", "mIoU", dict(settings, task="geonrw"))]
     print_table(papers, 'Table 4 ("Barlow Twins": w/o intra&decoup.)', TABLE_4, 0, columns)
+    print("\nOther runs: made-up scenes, settings, splits or weights that are not those of the "
+          "tables; points of Figures 3, 6 and 7")
     groups = {}                                 # the same but for the seed
     for r in results:
         if "shown" not in r:
-            words = f"{description(r)}, {r['row'] or ' '.join(r['weights'])}"
-            groups.setdefault(words, []).append(r)
-    print("\nOther runs: made-up scenes, settings, splits or weights that are not those of the "
-          "tables; points of Figures 3, 6 and 7")
+            settings = {name: r[name] for name in ("toy", "linear", "labels", "modality")}
+            settings = {**settings, **r["changed"]}.items()
+            words = [r["task"], r["model"], r["row"] or " ".join(r["weights"])]
+            words += [f"{name} {value}" for name, value in settings]
+            groups.setdefault(", ".join(words), []).append(r)
     for words, runs in sorted(groups.items()):
         cells = [f"{metric} {cell(runs, metric)}" for metric in runs[0]["metrics"]]
         print(f"{words}:  {'  '.join(cells)}")
 
 
-def read_results(folders):
-    results = []
-    for file in [Path(folder) / "results.json" for folder in folders]:
-        try:
-            result = read_json(file, "results of finetune.py") if file.is_file() else {}
-            if {"task", "model", "linear", "labels", "metrics", "weights"} <= result.keys():
-                # an earlier version did not write the first two
-                results.append(dict(row=None, changed={"earlier version": True}) | result)
-        except BadInput as error:
-            print(f"skipped: {error}")
-    need(results, f"no results.json in {' '.join(folders)}; expected folders of finetune.py")
-    return results
+def read_results(file):
+    result = read_json(file, "results of finetune.py")
+    need("changed" in result, f"{file} is of an older version; run its command again")
+    return result
 
 
 def print_table(papers, title, table, first, columns):
@@ -1040,21 +955,17 @@ def print_table(papers, title, table, first, columns):
     for row, values in table.items():
         line = f"{row:30s}"
         for (_, metric, settings), value in zip(columns, values[first:]):
-            settings = dict(settings, row=row).items()
-            runs = [r for r in papers if settings <= r.items()]
-            text = f"{cell(runs, metric)} | {'-' if value is None else value}"
+            runs = [r for r in papers if dict(settings, row=row).items() <= r.items()]
+            text = f"{cell(runs, metric)} | {value or '-'}"
             line += f"{text:26s}"
-        if set(values[first:first + len(columns)]) != {None}:
-            print(line)
+        print(line)
 
 
 def cell(results, metric):
     """Mean and standard deviation over the seeds, in percent."""
-    values = []
     for r in results:
         r["shown"] = True
-        if r["metrics"].get(metric) is not None:
-            values.append(r["metrics"][metric])
+    values = [r["metrics"][metric] for r in results if r["metrics"].get(metric) is not None]
     if not values:
         return "undefined" if results else "not run"
     text = percent(statistics.mean(values))
@@ -1067,132 +978,113 @@ def percent(value):
     return "undefined" if value is None else f"{100 * value:.1f}"
 
 
-def description(result):
-    """What was run, but for its weights and seed."""
-    words = [result["task"], result["model"], "linear" if result["linear"] else "fine-tune"]
-    if result["toy"]:
-        words.append("made-up scenes")
-    for name, value in result["changed"].items():
-        words.append(name if value is True else f"{name} {value}")
-    return (f"{' '.join(words)}, {100 * result['labels']:g}% labels, "
-            f"modality {result['modality'] or 'both'}")
-
-
 # ---- command line ----
 
 def get_args(argv=None):
     """The settings; {name: source}; {name: value} of what was given otherwise than the default."""
-    parser = argparse.ArgumentParser(
-        description="Transfer of pretrained encoders (Tables 1-3). A setting that is not given is "
-                    "the paper's for the task.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Transfer (Tables 1-3). A "
+                                     "setting that is not given is the paper's for the task.")
     add = parser.add_argument
     add("--task", choices=TASKS, help="data set and head, with their settings")
     add("--table", nargs="+", metavar="DIR", help="print these runs as the paper's tables")
     add("--toy", action="store_true", help="the made-up scenes of the task, and small settings")
-    add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
     add("--split", help="samples to train on; default: train; custom: a file with a name a line")
     add("--test-split", help="samples of the metrics; default: test; custom: a file")
     add("--labels", type=number(float, 1e-9, 1), help="share of the training samples; default: 1")
-    add("--modality", choices=("both", "1", "2"), help="default: both; FCN on RGB-D: 1")
+    add("--modality", type=int, choices=(0, 1, 2), help="0: both; default: 0, FCN on RGB-D 1")
     add("--depth-unit", type=number(float, 1e-9), help="of a depth file, a metre; default: 1000")
     add("--size", type=number(int, 16), help="height of the training crop in pixels")
     add("--workers", type=number(int, 0), help="that read files; default: on CUDA up to 8, else 0")
-    add = parser.add_argument_group("--task custom").add_argument
-    add("--data1", metavar="FILES", help="images of modality 1: a folder, or a pattern in quotes")
-    add("--data2", metavar="FILES", help="images of modality 2")
-    add("--target", metavar="FILES", help="masks, as folder or pattern; or a csv: name,label,...")
-    add("--classes", metavar="FILE", help="names of the classes, one a line; of masks: 0, 1, ...")
-    add("--ignore", type=number(int, 0), help="value in masks that is no label; default: 255")
-    add("--test-share", type=number(float, 0, 1), help="of samples, without lists; default: 0.2")
-    add = parser.add_argument_group("model").add_argument
     add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet, csv), fcn")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
     add("--weights", nargs="+", metavar="FILE",
         help="file with both encoders, one for each, imagenet, a whole CMX, or none: random")
     add("--bgr", action="store_true", help="--weights saw BGR images: the DeCUR authors', CMX's")
     add("--part", choices=("common", "unique", "all"), help="classify this part of the embedding")
-    add = parser.add_argument_group("optimisation").add_argument
     add("--linear", action="store_true", help="frozen encoders; default: fine-tuning")
-    add("--cached", action="store_true", help="features once: fast, but without augmentation")
+    add("--cached", action="store_true", default=None, help="features once: not augmented, fast")
     add("--epochs", type=number(int, 0), help="0: evaluate alone")
     add("--batch-size", type=number(int, 1), help="the global one")
     add("--lr", type=number(float, 1e-12), help="at the start")
     add("--weight-decay", type=number(float, 0, 1))
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
-    add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, help="default: runs/TASK-MODEL-..., named by what it is")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
     add("--save-images", type=number(int, 0), metavar="N", help="pictures of N test samples")
+    add = parser.add_argument_group("--task custom").add_argument
+    add("--data1", metavar="FILES", help="images of modality 1: a folder, or a pattern in quotes")
+    add("--data2", metavar="FILES", help="images of modality 2")
+    add("--target", metavar="FILES", help="masks, as folder or pattern; or a csv: name,label,...")
+    add("--classes", metavar="FILE", help="of masks: names of the classes 0, 1, ..., one a line")
+    add("--ignore", type=number(int, 0), help="value in masks that is no label; default: 255")
+    add("--test-share", type=number(float, 0, 1), help="of samples, without lists; default: 0.2")
     args = parser.parse_args(argv)
-    if args.table:
-        return args, {}, {}
-    return args, *settle(args)
+    sources, changed = ({}, {}) if args.table else settle(args)
+    return args, sources, changed
 
 
 def settle(args):
     """Every setting that was not given.  Returns what `fill_in` does."""
-    need(args.task and args.weights, "expected --task and --weights (a file, or none for random "
-         "weights), or --table")
-    task = dict(TASKS[args.task])
-    if args.toy:
-        task["data"] = f"data/toy-{task['scenario']}"
+    need(args.task and args.weights, "expected --task and --weights (a file, or none), or --table")
+    task, model, tables = TASKS[args.task], TASKS[args.task]["model"], []
+    where = f"data/toy-{task['scenario']}" if args.toy else task["data"]
     if args.task == "custom":
         need(args.data1 and args.data2 and args.target and not args.data and not args.toy,
-             "--task custom: expected --data1, --data2 and --target, and neither --data nor --toy")
-        task["data"] = [args.data1, args.data2]
-        task["model"] = "late" if args.target.endswith(".csv") else "fcn"
-    args.data = args.data or task["data"]
-    args.model = args.model or task["model"]
-    args.modality = {None: None, "both": 0, "1": 1, "2": 2}[args.modality]
+             "--task custom: expected --data1, --data2 and --target, no --data and no --toy")
+        where = [args.data1, args.data2]
+        model = "late" if args.target.endswith(".csv") else "fcn"
+    args.data = args.data or where
+    args.model = args.model or model
     args.weights = [str(Path(file).expanduser()) for file in args.weights]
-    args.pretraining = pretraining_of(args.weights)
-    sources, changed = fill_in(args, tables_of(args))
-    check_flags(args, task["model"])
-    if args.out is None:
-        weights = Path(args.weights[0])
-        weights = weights.resolve().parent if weights.is_file() else weights  # imagenet, none
-        parts = ["toy" if args.toy else None, args.task, args.model,
-                 "linear" if args.linear else "finetune", args.part, f"{100 * args.labels:g}",
-                 f"modality{args.modality}" if args.modality else None, weights.name,
-                 "cached" if args.cached else None, f"seed{args.seed}"]
-        args.out = Path("runs") / "-".join(part for part in parts if part)
-    args.out = args.out.expanduser()
-    return sources, changed
-
-
-def tables_of(args):
-    """[(settings, their source)] for `fill_in`."""
-    tables, p = [], args.pretraining
+    args.pretraining, _ = pretraining_of(args.weights[0])
     if args.epochs is not None:
         tables.append((dict(steps=None), "--epochs"))
-    if args.linear and args.toy:
-        tables.append((TOY_LINEAR[args.model], "--toy"))
-    elif args.linear and args.task in LINEAR:
-        tables.append(LINEAR[args.task])
+    if args.linear:
+        tables.append(LINEAR.get(f"toy {args.model}" if args.toy else args.task, ({}, "")))
     if args.toy:
         tables.append((TOYS[args.model], "--toy"))
-    if args.task == "custom" and p:
-        tables.append((dict(backbone=p["backbone"], size=p["size"]), "--weights"))
-    return tables + RECIPES.get((args.task, args.model), []) + [(REST, "default")]
+    if args.task == "custom" and args.pretraining:
+        about = {name: args.pretraining[name] for name in ("backbone", "size")}
+        tables.append((about, "--weights"))
+    tables += RECIPES.get((args.task, args.model), [])
+    sources, changed = fill_in(args, [*tables, (REST, "default")])
+    free_sources, _ = fill_in(args, [(FREE, "default")])
+    check_flags(args, model)
+    args.out = (args.out or Path("runs") / name_of(args)).expanduser()
+    return sources | free_sources, changed
+
+
+def name_of(args):
+    """The name of --out: what is run."""
+    weights = Path(args.weights[0])             # or none, imagenet
+    weights = weights.resolve().parent if weights.is_file() else weights
+    words = ["toy" if args.toy else None, args.task, args.model,
+             "linear" if args.linear else "finetune", args.part, f"{100 * args.labels:g}",
+             f"modality{args.modality}" if args.modality else None, weights.name,
+             "cached" if args.cached else None, f"seed{args.seed}"]
+    return "-".join(word for word in words if word)
 
 
 def check_flags(args, model):
     """What no single flag can tell.  model: of the task."""
-    custom, cmx = args.task == "custom", args.model == "cmx"
-    possible = (args.task, args.model) in RECIPES and (not custom or args.model == model)
-    need(args.toy or possible, f"--model {args.model}: expected another for --task {args.task}, as "
-         f"{model}")
+    custom, cmx, late = args.task == "custom", args.model == "cmx", args.model == "late"
+    fits = args.model == model or (args.task, args.model) in RECIPES and not custom
+    fits = fits or args.toy and args.task != "bigearthnet"
+    need(fits, f"--model {args.model}: expected another for --task {args.task}, as {model}")
     need(custom or not (args.data1 or args.data2 or args.target or args.classes),
          "--data1, --data2, --target, --classes: expected them with --task custom")
-    need(not (args.part or args.cached) or args.linear and args.model == "late",
+    need(not late or not (args.classes or args.save_images),
+         "--classes, --save-images: expected them with segmentation alone")
+    need(not (args.part or args.cached) or args.linear and late,
          "--part, --cached: expected them with --linear and late fusion alone")
     need(not cmx or args.backbone in MITS and not args.modality,
          "--model cmx: expected a mit as --backbone, and both modalities")
-    least = 48 if cmx else 32 if args.backbone in MITS else 16      # CMX is tested at 3/4, too
-    need(args.size >= least, f"--size {args.size}: expected {least} or more for {args.backbone}")
-    need(args.model != "late" or not args.save_images, "--save-images: expected a segmentation")
+    need(not custom or bool(args.split) == bool(args.test_split),
+         "--split, --test-split: expected two files of names, or neither, for a --test-share")
+    need(args.size >= 48 or args.backbone not in MITS,              # CMX is tested at 3/4, too
+         f"--size {args.size}: expected 48 or more for {args.backbone}")
 
 
 if __name__ == "__main__":

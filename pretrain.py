@@ -90,7 +90,7 @@ def loss_of(args, Kc, z11, z12, z21, z22):
     """The loss of --method, and DeCUR's terms.  z: NxK; None for a view that is not encoded."""
     if args.method == "decur":
         N, K = z11.shape
-        form = decur_loss_gram if 2 * N <= K else decur_loss        # equal; the cheaper of the two
+        form = decur_loss_gram if 3 * N <= 2 * K else decur_loss    # equal; the cheaper of the two
         return form(z11, z12, z21, z22, Kc, intra=not args.no_intra)
     zA, zB = [z for z in (z11, z12, z21, z22) if z is not None]     # z11, z21; one modality: both
     return COMPARED[args.method](zA, zB), {}

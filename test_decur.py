@@ -516,7 +516,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
             (decur.resnet("resnet18", 3).state_dict(), "of another shape"),
             (decur.mit("mit_b0", 3).state_dict(), "keys missing: conv1.weight"),
             (missing, "1 of 72 keys missing: layer4.0.bn2.bias"),
-            ({**good, "da1_l3.proj.weight": torch.zeros(2)}, "1 of 72 keys unexpected: da1_l3.proj.weight")):
+            (good | {"da1.weight": torch.zeros(2)}, "1 of 72 keys unexpected: da1.weight")):
         with pytest.raises(ValueError, match=words):
             decur.load_encoder(E, state)
     assert all(torch.equal(v, before[k]) for k, v in E.state_dict().items())
@@ -1040,15 +1040,6 @@ def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, sce
     assert settings["no_intra"] == ("--no-intra" in flags)
 
 
-def test_barlowtwins_is_decur_without_intra_and_decoupling(scenes, tmp_path):
-    """Table 4's row and Tables 1-2's are one run, but for rounding."""
-    for name, flags in (("a", ["--method", "barlowtwins"]), ("b", ["--no-intra", "--common", "1"])):
-        pretrain.main([*flags_of("--epochs", 2, "--data", scenes, "--out", tmp_path / name),
-                       *flags])
-    a, b = (torch.load(tmp_path / name / "encoder1.pth", weights_only=True) for name in "ab")
-    assert relative(list(a.values()), list(b.values())) < 1e-5
-
-
 def test_methods_take_the_projector_and_the_rate_that_their_papers_ask_for():
     """SimCLR Sec. 2.3, CLIP Sec. 2.3 and Table 19; App. B for segformers; all others as DeCUR."""
     def settings(flags):
@@ -1151,8 +1142,7 @@ def test_augmentation_does_not_depend_on_the_processes():
 
 
 def test_the_crop_is_an_antialiased_resize_of_a_box_on_a_cpu_and_on_a_device():
-    """Matrix products, which a device takes, against F.interpolate(antialias=True), image by image,
-    which a CPU takes; boxes smaller and larger than the crop."""
+    """A device's matrix products against F.interpolate, which a CPU takes; boxes of all sizes."""
     x = torch.rand(4, 5, 20, 24, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
     flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
@@ -1188,10 +1178,9 @@ def test_a_box_that_never_fits_becomes_the_largest_centred_one():
     assert sorted((100 * y[0, 0, 0]).round().int().tolist()) == list(range(44, 55))
 
 
-def test_colours_stay_within_range_and_never_wrap():
+def test_colours_never_wrap():
     """The authors' uint8 arithmetic wrapped bright pixels to dark: 230 * 1.4 -> 66."""
-    x = torch.full((64, 3, 4, 4), 230 / 255)
-    y = data.random_colour(x, (0.4, 0.0, 0.0, 0.0), 1.0, 0.0, drawn(64))
+    y = data.random_colour(torch.full((64, 3, 4, 4), 230 / 255), (0.4, 0, 0, 0), 1, 0, drawn(64))
     assert y.min() > 0.5 and y.max() == 1
 
 
@@ -1235,10 +1224,9 @@ def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
 
 def test_solarize_inverts_what_is_bright():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3)
-    draws = drawn(1)
-    solarized = data.random_solarize(x, 1.1, draws).flatten()
+    solarized = data.random_solarize(x, 1.1, drawn(1)).flatten()
     assert torch.allclose(solarized, torch.tensor([0.2, 0.5, 0.1]))
-    assert torch.equal(data.random_solarize(x, 0.0, draws), x)
+    assert torch.equal(data.random_solarize(x, 0.0, drawn(1)), x)
 
 
 def test_what_is_seen_from_above_is_augmented_as_section_4_says():
@@ -1340,8 +1328,7 @@ def test_frames_of_different_sizes_come_to_one_canvas_and_holes_do_not_bleed(tmp
 
 
 def test_lists_name_the_frames_of_a_split(tmp_path):
-    """Names, paths, suffixes, CRLF, second columns, a byte order mark, an accent in two forms; a
-    line with spaces is a whole name first."""
+    """Names, paths, suffixes, CRLF, second columns, spaces, a BOM, two forms of accents."""
     names = dict.fromkeys(["frame", "frame 1", "frame 2", "0", "2", "caf\u00e9", "a.b"])
     file = tmp_path / "train.txt"
     file.write_bytes("\ufeff2\r\nRGB/0.png\tLabel/0.png\r\n\r\nframe 1\nframe 2\na.b\n"
@@ -1365,11 +1352,7 @@ def camera(W=160, H=120):
 
 
 def tilted_room(W=160, H=120):
-    """Depth in metres of a room seen by a camera that is turned, 1.5 m above its floor.
-
-    Returns depth, the direction of gravity in the camera's axes, and for every pixel its plane
-    (0 floor, 1 ceiling, 2 wall) and its height above the floor in cm.
-    """
+    """Depth in m of a turned camera's room; gravity; planes (floor, ceiling, wall); heights."""
     pitch, roll = np.radians(12), np.radians(7)
     (cp, sp), (cr, sr) = ((np.cos(angle), np.sin(angle)) for angle in (pitch, roll))
     turn = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
@@ -1446,17 +1429,15 @@ def write_sunrgbd(root):
 
 
 def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
-    """`hha` takes a frame's camera, filled depth, raw holes; it goes on where it was stopped.  A
-    sensor's folder may be a link, and a link may lead back."""
+    """`hha` goes on where it was stopped.  A sensor's folder may be a link."""
     write_sunrgbd(tmp_path)
     (tmp_path / "SUNRGBD" / "xtion").rename(tmp_path / "away")
     (tmp_path / "SUNRGBD" / "xtion").symlink_to(tmp_path / "away", target_is_directory=True)
-    (tmp_path / "away" / "loop").symlink_to(tmp_path / "SUNRGBD", target_is_directory=True)
     raw = np.array([8 * 2378, 0, 8 * 8100, 1 << 3 | 2], np.uint16)
     for dtype in (np.uint16, np.int32):         # as Pillow before 10.3 gives it
         assert data.sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
     assert data.sunrgbd_depth(np.array([2378 << 3 & 65535 | 2378 >> 13], np.int32))[0] == 2.378
-    words = "2 samples .* without hha/, which `python data.py hha` writes"
+    words = "2 names .* its hha/, which `python data.py hha` writes"
     with pytest.raises(BadInput, match=words):
         open_pairs("rgbd", tmp_path, 16)
     data.write_hha(tmp_path, 1, 1000.0)
@@ -1518,16 +1499,16 @@ def test_labels_are_indices_within_the_task_and_of_the_size_of_their_image(tmp_p
     image = Image.fromarray(indices, "P")
     image.putpalette(list(range(255, -1, -1)) * 3)
     assert (data.read_label(save(tmp_path / "0.png", image)) == indices).all()
-    with pytest.raises(BadInput, match="1.png is a RGB image; expected class indices"):
+    with pytest.raises(BadInput, match="1.png is a RGB PNG; expected class indices"):
         data.read_label(save(tmp_path / "1.png", image.convert("RGB")))
-    with pytest.raises(BadInput, match="2.jpg is a JPEG; expected PNG"):
+    with pytest.raises(BadInput, match="2.jpg is a L JPEG; expected class indices"):
         data.read_label(save(tmp_path / "2.jpg", indices))
     check_label("m.png", indices, (36, 48), 40)
     with pytest.raises(BadInput, match=r"m.png is a mask of \(36, 48\) pixels for .*\(18, 24\)"):
         check_label("m.png", indices, (18, 24), 40)
-    with pytest.raises(BadInput, match=r"label 40; expected 0 \(unlabelled\) to 37$"):
+    with pytest.raises(BadInput, match=r"label 40; expected 0 \(unlabelled\) to 37"):
         check_label("m.png", torch.from_numpy(indices), (36, 48), 37)
-    with pytest.raises(BadInput, match="label 255; .*where 255 means unlabelled, write 0"):
+    with pytest.raises(BadInput, match="label 255; .*for 255 write 0"):
         check_label("m.png", np.full((2, 2), 255), (2, 2), 37)
 
 
@@ -1603,10 +1584,11 @@ def test_eight_bits_are_clipped_and_never_wrap():
 
 @pytest.mark.parametrize("r", [1, 2, 6])
 def test_bands_are_brought_to_10_m_bilinearly(r):
-    """float32 against float64, rounded half up."""
+    """Against float64, rounded half up."""
     x = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(np.uint8)
     y = F.interpolate(torch.from_numpy(x).double()[None], scale_factor=r, mode="bilinear")[0]
-    assert torch.equal(data.upsample(x, r), (y + 0.5 + 1e-9).floor().to(torch.uint8))
+    z = data.upsample(x, r)
+    assert z.dtype == np.uint8 and (z == (y + 0.5 + 1e-9).floor().numpy()).all()
 
 
 def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch):
@@ -1623,11 +1605,7 @@ def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "packed_rows", stops)
     with pytest.raises(KeyboardInterrupt):
         data.pack(root, root / "packed", 1, flush_every=2)
-    assert not (root / "packed").exists() and not (root / "packed.lock").exists()
-    (root / "packed.lock").touch()              # another run's
-    with pytest.raises(BadInput, match="packed.lock says that another run writes"):
-        data.pack(root, root / "packed", 1)
-    (root / "packed.lock").unlink()
+    assert not (root / "packed").exists()
     data.pack(root, root / "packed", 1, flush_every=2)
     assert calls == [0, 0, 1, 2, 0, 2, 3, 4] and sorted(os.listdir(root / "packed")) == [
         "ids.txt", "season0.npy", "season1.npy", "season2.npy", "season3.npy"]
@@ -1643,7 +1621,7 @@ def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch)
 @pytest.mark.parametrize("array, words", [
     (np.zeros((2, 4368), np.float32), r"float32 \(2, 4368\); expected bytes"),
     (np.zeros((1, 4368), np.uint8), "a row for each of the 2 ids"),
-    (np.zeros((2, 4367), np.uint8), "expected bytes"), (np.zeros(9, np.uint8), "expected bytes"),
+    (np.zeros((2, 4367), np.uint8), "expected bytes"), (np.zeros(9, np.uint8), "cannot be read"),
     (None, "cannot be read as a packed season")])
 def test_packed_seasons_are_checked_when_they_are_opened(array, words, tmp_path):
     """S = 24: 24^2 x 91 / 12 = 4368 bytes a location."""
@@ -1743,9 +1721,9 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
 
 @pytest.mark.parametrize("file, text, words", [
     ("json", '{"labels": null}', "the labels None; expected a list"), ("json", "5", "holds a int"),
-    ("json", '{"labels": ["Moon"]}', "the label 'Moon'"), ("json", "{}", "the labels None"),
-    ("json", '{"labels": [3]}', "the label 3"), ("csv", "a\nb,c\n", "S1 names in some lines"),
-    ("csv", "a,b\na,c\n", "the line 'a,c'; expected"), ("csv", "a,b,c\n", "the line 'a,b,c'")])
+    ("json", '{"labels": ["Moon"]}', "'Moon' is none of"), ("json", "{}", "the labels None"),
+    ("json", '{"labels": [3]}', "3 is none of"), ("csv", "a\nb,c\n", "in all lines"),
+    ("csv", "a,b\na,c\n", "each once"), ("csv", "a,b,c\n", "expected S2 names")])
 def test_lists_and_labels_of_bigearthnet_that_are_none_are_refused(file, text, words, tmp_path):
     (s2, s1), *_ = write_bigearthnet(tmp_path)
     (tmp_path / "train.csv").write_text(f"{s2}, {s1}\n")               # a space does no harm
@@ -1820,7 +1798,7 @@ def test_a_height_model_of_another_size_is_not_cropped(tmp_path):
 # ---- files that would be misread ----
 
 def test_tiff_of_any_layout_is_read_as_CxHxW(tmp_path):
-    """Bands last, planes, pages, big-endian, deflate; not LZW."""
+    """Bands last, planes, big-endian, deflate; not LZW."""
     path, rng = tmp_path / "a.tif", np.random.default_rng(0)
     x = rng.integers(0, 60000, (13, 6, 7)).astype(np.uint16)
     tifffile.imwrite(path, x.transpose(1, 2, 0), planarconfig="contig", photometric="minisblack")
@@ -1832,10 +1810,6 @@ def test_tiff_of_any_layout_is_read_as_CxHxW(tmp_path):
     Image.fromarray(x[0]).save(path, compression="tiff_lzw")
     with pytest.raises(BadInput, match="a.tif cannot be read .*pip install imagecodecs"):
         data.read_tiff(path)
-    with tifffile.TiffWriter(path) as writer:   # a page a band
-        for band in x:
-            writer.write(band, contiguous=False)
-    assert (data.read_tiff(path) == x).all()
     tifffile.imwrite(path, x)
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(BadInput, match="a.tif cannot be read as a TIFF"):
@@ -1852,12 +1826,12 @@ def test_what_a_tiff_declares_as_no_data_is_nan(tmp_path):
     assert (data.read_label(tmp_path / "a.tif") == x).all()
 
 
-def tiff(path, a, **settings):
-    tifffile.imwrite(path, a, **settings)
+def tiff(a, **settings):
+    return lambda path: tifffile.imwrite(path, a, **settings)
 
 
-def bytes_of_eps(path):
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\nshowpage\n")
+def npy(a):
+    return lambda path: np.save(path, a)
 
 
 def pages(path):
@@ -1867,19 +1841,18 @@ def pages(path):
 
 
 @pytest.mark.parametrize("name, write, words", [
-    ("a.png", bytes_of_eps, "as an image"),
-    ("a.npy", partial(np.save, arr=np.zeros((2, 2), complex)), "complex128; expected real"),
+    ("a.png", lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n"), "as an image"),
     ("a.npy", lambda path: path.write_bytes(NPZ), "holds NpzFile"),
-    ("a.npy", partial(np.save, arr=np.zeros((0, 3))), r"the shape \(0, 3\)"),
-    ("a.npy", partial(np.save, arr=np.zeros((2, 2), "S3")), "holds .S3; expected real"),
-    ("a.npy", partial(np.save, arr=np.zeros((2, 2), [("a", int)])), "expected real"),
-    ("a.npy", partial(np.save, arr=np.zeros(())), r"the shape \(\)"),
-    ("a.tif", partial(tiff, a=np.zeros((8, 8), np.complex64)), "complex64; expected real"),
-    ("a.tif", partial(tiff, a=np.zeros((32, 32, 13), np.uint16)), "32 bands of .* or 13 bands of"),
-    ("a.tif", partial(tiff, a=np.eye(8, dtype=np.uint8), photometric="miniswhite"), "MINISWHITE"),
-    ("a.tif", partial(tiff, a=np.eye(8, dtype=np.uint8), photometric="palette",
-                      colormap=np.zeros((3, 256), np.uint16)), "a PALETTE TIFF"),
-    ("a.tif", pages, "images of different sizes")])
+    ("a.npy", npy(np.zeros((2, 2), complex)), "complex128 .*expected real"),
+    ("a.npy", npy(np.zeros((0, 3))), r"of \(0, 3\)"), ("a.npy", npy(np.zeros(())), r"of \(\)"),
+    ("a.npy", npy(np.zeros((2, 2), "S3")), "holds .S3 .*expected real"),
+    ("a.npy", npy(np.zeros((2, 2), [("a", int)])), "expected real"),
+    ("a.tif", tiff(np.zeros((8, 8), np.complex64)), "complex64 .*expected real"),
+    ("a.tif", tiff(np.zeros((32, 32, 13), np.uint16)), "could be HxWxC or CxHxW"),
+    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite"), "MINISWHITE"),
+    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="palette",
+                   colormap=np.zeros((3, 256), np.uint16)), "1 PALETTE images"),
+    ("a.tif", pages, "2 MINISBLACK images; expected one")])
 def test_images_that_would_be_misread_are_refused(name, write, words, tmp_path):
     write(tmp_path / name)
     with pytest.raises(BadInput, match=f"{name} .*{words}"):
@@ -1887,8 +1860,7 @@ def test_images_that_would_be_misread_are_refused(name, write, words, tmp_path):
 
 
 def test_images_are_read_as_they_are_meant(tmp_path):
-    """Alpha is dropped from TIFF as from PNG; a camera held upright turns its JPEG; grey of 16 bits
-    is no colour; an image too large for Pillow says so."""
+    """No alpha; a JPEG turned upright; grey of 16 bits is no colour; too large for Pillow."""
     rgba = np.random.default_rng(0).integers(0, 256, (6, 7, 4)).astype(np.uint8)
     for name in ("a.tif", "a.png"):
         assert (read_image(save(tmp_path / name, rgba)) == rgba[..., :3].transpose(2, 0, 1)).all()
@@ -1901,14 +1873,14 @@ def test_images_are_read_as_they_are_meant(tmp_path):
     with pytest.raises(BadInput, match="0.png is a I;16 image; expected colours or grey of 8 bits"):
         data.RGBD(root, 16)[0]
     Image.new("1", (30000, 12000)).save(tmp_path / "c.png")
-    with pytest.raises(BadInput, match="more than 178 million pixels.*cut it into tiles"):
+    with pytest.raises(BadInput, match="exceeds limit.*cut it into tiles"):
         read_image(tmp_path / "c.png")
 
 
 # ---- names and one's own pairs ----
 
-def write_pairs(root, names1, names2):
-    for name in (*names1, *names2):
+def write_pairs(root, *names):
+    for name in names:
         save(root / name, np.random.default_rng(len(name)).integers(0, 256, (8, 9), np.uint8))
 
 
@@ -1917,40 +1889,41 @@ def write_pairs(root, names1, names2):
     (["a/Ghana_1_S1Hand.png", "a/Peru_2_S1Hand.png"],
      ["a/Ghana_1_S2Hand.png", "a/Peru_2_S2Hand.png"], "a/*_S1Hand a/*_S2Hand"),
     (["a/R_s1_9_p1.png", "a/R_s1_9_p2.png"], ["b/R_s2_9_p1.png", "b/R_s2_9_p2.png"],
-     "a/*_s1* b/*_s2*"),
+     "a/*_s1_* b/*_s2_*"),
     (["a/f-1.color.png", "a/f-2.color.png"], ["b/f-1.depth.png", "b/f-2.depth.png"],
      "a/*.color b/*.depth"),
     (["a/1.png", "a/2.png"], ["b/1_d.png", "b/2_d.png"], "a/* b/*_d")])
 def test_names_that_differ_by_a_fixed_part_pair_by_patterns(names1, names2, patterns, tmp_path):
-    """The five forms of real paired sets; the error without patterns names the ones that work."""
-    write_pairs(tmp_path, names1, names2)
+    """The five forms of real paired sets; without patterns the error gives them."""
+    write_pairs(tmp_path, *names1, *names2)
     where = [f"{tmp_path}/{pattern}.png" for pattern in patterns.split()]
     pairs = open_pairs("custom", where, 8)
     assert len(pairs) == 2 and pairs[1][0][0].shape == (1, 8, 9)
     folders = [os.path.dirname(pattern) for pattern in where]
     if folders[0] != folders[1]:
-        words = re.escape(f"--data1 '{where[0]}' --data2 '{where[1]}'")
         stems = [re.escape(Path(names[0]).stem) for names in (names1, names2)]
-        with pytest.raises(BadInput, match=rf"a \({stems[0]}, .*b \({stems[1]}, .*{words}"):
+        hint = ".*".join(re.escape(f"'{pattern}'") for pattern in where)
+        words = rf"a \['{stems[0]}', .*b \['{stems[1]}', .*{hint} \(2 pairs\)"
+        with pytest.raises(BadInput, match=words):
             open_pairs("custom", folders, 8)
 
 
 def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_path):
-    write_pairs(tmp_path, ["s/x1/rgb.png", "s/x2/rgb.png"], ["s/x1/d.png", "s/x2/d.png"])
+    write_pairs(tmp_path, "s/x1/rgb.png", "s/x2/rgb.png", "s/x1/d.png", "s/x2/d.png")
     files = named_files(f"{tmp_path}/s/*/rgb.png")
     assert list(files) == ["x1", "x2"] and files["x2"] == f"{tmp_path}/s/x2/rgb.png"
     accents = [unicodedata.normalize(form, "\u00e9") for form in ("NFC", "NFD")]
-    write_pairs(tmp_path, [f"c/{accents[0]}.png"], [f"d/{accents[1]}.png"])
+    write_pairs(tmp_path, f"c/{accents[0]}.png", f"d/{accents[1]}.png")
     assert open_pairs("custom", (tmp_path / "c", tmp_path / "d"), 8).ids == ["\u00e9"]
 
 
 @pytest.mark.parametrize("where, words", [
-    (("a/", "b/../a"), "both modalities are"), (("a/*.png", "b/*_*.png"), "1 and 2 stars"),
-    (("a", "nowhere"), "no folder"), (("a", "b/*.tif"), "no image under"),
-    (("twice", "a"), "1.jpg and .*1.png have one name"), (("a", "c"), "1 names .*none.*3 in both")])
+    (("a/", "b/../a"), "two different folders"), (("a/*.png", "b/*_*.png"), "as many stars"),
+    (("a", "nowhere"), "no image .*nowhere"), (("a", "b/*.tif"), "no image .*b/.*tif"),
+    (("twice", "a"), "1.png, .*1.jpg: one name"), (("a", "c"), r"1 names .*\[\].*3 in both")])
 def test_folders_that_do_not_pair_are_refused(where, words, tmp_path):
-    write_pairs(tmp_path, ["a/1.png", "a/2.png", "a/3.png", "b/1_x.png"], ["twice/1.png"])
-    write_pairs(tmp_path, ["twice/1.jpg"], ["c/1.png", "c/2.png", "c/3.png", "c/4.png"])
+    write_pairs(tmp_path, "a/1.png", "a/2.png", "a/3.png", "b/1_x.png", "twice/1.png",
+                "twice/1.jpg", "c/1.png", "c/2.png", "c/3.png", "c/4.png")
     with pytest.raises(BadInput, match=words):
         open_pairs("custom", [str(tmp_path / folder) for folder in where], 8)
 
@@ -1997,10 +1970,9 @@ def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
 @pytest.mark.parametrize("a, words", [
     (np.zeros((1, 8, 9), np.float32), r"\(.float32., 1, 8, 9\).*expected \(.float32., 2, 8, 9\)"),
     (np.zeros((2, 8, 8), np.float32), r"\(.float32., 2, 8, 8\)"),
-    (np.full((2, 8, 9), 1e35, np.float32), "values beyond 1e30"),
     (np.zeros((2, 8, 9), np.float64), r"\(.float64., 2")])
 def test_ones_own_images_are_like_the_first_of_their_folder(a, words, tmp_path):
-    write_pairs(tmp_path, ["two/0.png", "two/1.png"], [])
+    write_pairs(tmp_path, "two/0.png", "two/1.png")
     (tmp_path / "one").mkdir()
     np.save(tmp_path / "one" / "0.npy", np.ones((2, 8, 9), np.float32))
     np.save(tmp_path / "one" / "1.npy", a)
@@ -2010,14 +1982,11 @@ def test_ones_own_images_are_like_the_first_of_their_folder(a, words, tmp_path):
 
 # ---- made-up scenes ----
 
-def toy(folder, scenes=48, held_out=16):
-    data.make_toy("rgbd", folder, scenes, held_out)
-    return folder
-
-
 def test_made_up_scenes_are_seeded_and_hold_what_factors_csv_says(tmp_path):
     """The common object is nearer than the wall, bright; no painting in depth, no pane in RGB."""
-    a, b = toy(tmp_path / "a", 6, 2), toy(tmp_path / "b", 6, 2)
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        data.make_toy("rgbd", folder, 6, 2)
     files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
     assert len(files) == 8 * 3 + 3
     assert all((a / f).read_bytes() == (b / f).read_bytes() for f in files)
@@ -2040,11 +2009,11 @@ def test_made_up_scenes_are_seeded_and_hold_what_factors_csv_says(tmp_path):
     assert panes[0] > 10 and panes[1] > 30
 
 
-def test_shapes_have_the_same_area():
+@pytest.mark.parametrize("shape", data.SHAPES)
+def test_shapes_have_the_same_area(shape):
     """Otherwise mean brightness would give the factor away; 4 in units of the shape's radius."""
     v, u = (np.mgrid[0:600, 0:600] - 299.5) / 100
-    for shape in data.SHAPES:
-        assert data.draw_shape(shape, u, v).sum() / 1e4 == pytest.approx(4, rel=0.01)
+    assert data.draw_shape(shape, u, v).sum() / 1e4 == pytest.approx(4, rel=0.01)
 
 
 @pytest.mark.parametrize("scene", [data.indoor_scene, data.satellite_scene, data.aerial_scene])
@@ -2071,8 +2040,7 @@ def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene):
 
 
 def test_where_a_sensor_s_own_objects_stand_does_not_tell_where_the_other_s_do():
-    """Else the modalities could agree on that.  Indoors: columns of the centres.  From above: the
-    same third of the cells in half of the scenes."""
+    """Else the modalities could agree on that: columns of centres; the same third of the cells."""
     columns, same = [], []
     for seed in range(200):
         own = data.place_three(np.random.default_rng(seed), 48, 64)[0][1:]
@@ -2111,8 +2079,7 @@ def test_made_up_scenes_do_not_replace_a_file(tmp_path):
 # ---- what the network sees, and the commands ----
 
 def test_images_are_shown_as_one_sees_them():
-    """Colours as they are, the normaliser undone; depth is stretched and grey, 13 bands are not
-    white."""
+    """Colours as they are; depth is stretched and grey, 13 bands are not white."""
     rgb, depth = torch.rand(1, 3, 4, 5), torch.rand(1, 1, 9, 9) * 0.1
     x = data.visible(data.normalise(rgb, "rgb")[0], "rgb")
     assert np.allclose(x, rgb[0].permute(1, 2, 0), atol=1e-6)
@@ -2124,10 +2091,10 @@ def test_images_are_shown_as_one_sees_them():
 
 def wrong_depth_unit(root):
     """5000 steps a metre, read at 1000: 1.5 m looks like 7.5 m, 2.5 m like 12.5 m."""
+    z = np.linspace(0.5, 2.5, 36)[:, None].repeat(48, 1)
     for i in range(3):
         rgb = np.random.default_rng(i).integers(0, 256, (36, 48, 3), np.uint8)
         save(root / "RGB" / f"{i}.png", rgb)
-        z = np.linspace(0.5, 2.5, 36)[:, None].repeat(48, 1)
         save(root / "Depth" / f"{i}.png", (5000 * z).astype(np.uint16))
     return open_pairs("rgbd", root, 16)
 
@@ -2145,19 +2112,16 @@ def undeclared_no_data(root):
     x = np.random.default_rng(0).normal(5, 1, (8, 40, 40)).astype(np.float32)
     x[:, :4] = -9999
     for name in "ab":
+        (root / name).mkdir(parents=True)
         for i in range(8):
-            (root / name).mkdir(exist_ok=True)
             np.save(root / name / f"{i}.npy", x[i])
     return open_pairs("custom", (root / "a", root / "b"), 8)
 
 
-def far_too_many_steps(root):
-    return data.RGBD(write_frames(root), 16, depth_unit=10000.0)
-
-
 @pytest.mark.parametrize("write, words", [
     (wrong_depth_unit, r"depth: 2\d % beyond 10 m: is --depth-unit 1000 right\?"),
-    (far_too_many_steps, "depth: half of the values lie from 0.02"),
+    (lambda root: data.RGBD(write_frames(root), 16, depth_unit=10000.0),
+     "depth: half of the values lie from 0.02"),
     (linear_s1, "sar: 100 % beyond .*in dB"),
     (undeclared_no_data, "custom1: half of the values .*: is a `no data` value")])
 def test_inputs_that_look_wrong_are_told(write, words, tmp_path):
@@ -2192,12 +2156,13 @@ def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path
     assert code == 1 and len(bad) == 2 and bad[0] == "0000003\tno partner"
     assert bad[1].startswith("0000001\t") and "VH.tif" in bad[1]
     assert "3 samples read, 2 bad, of which 1 without a partner" in text
-    assert "1 bad, such as 0000001: " in text and "1 bad, such as 0000003: no partner" in text
+    assert "1 such as 0000003: no partner" in text and "1 such as 0000001: " in text
     file.write_bytes(whole)
     os.rename(tmp_path / "away", root / "s2c" / "0000003")
     code, text = checked(flags, capsys)
-    assert code == 0 and re.search("ms B8A .*reflectance", text) and "bad-ids" not in text
-    assert re.search(r"sar VV +-\d+\.\d+ +-1\d\.\d+ +-\d.* dB", text)
+    assert code == 0 and "missing: VV 0.0%, VH 0.0%, B1 0.0%" in text and "bad-ids" not in text
+    assert re.search(r"sar VV +-2\d\.\d+ +-1\d\.\d+ .* dB\n", text)  # the villages stand at -14
+    assert re.search(r"\nms B8A +0\.\d+ .* reflectance\n", text)
     assert Image.open(out / "contact-sheet.png").size == (4 * 16, 4 * 16)
 
 
@@ -2365,10 +2330,10 @@ def test_where_there_is_no_terminal_progress_is_a_line_every_30_s(capsys):
             bar.start_t -= 40                   # as if so much time had passed
             bar.last_print_t -= 40
             bar.update()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and all(line.startswith("test: ") for line in lines)
+    lines = capsys.readouterr().err.split()
+    assert lines.count("test:") == 4
     list(data.progress(range(4), "test"))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.strip() == ""
 
 
 FINE = "--task sunrgbd --toy --size 48 --batch-size 16 --epochs 2"
@@ -2387,11 +2352,11 @@ def losses_of(out):
 
 
 @pytest.fixture(scope="session")
-def weights(scenes, tmp_path_factory):
+def tiny_weights(scenes, tmp_path_factory):
     """The checkpoint of a pretraining of three steps; the encoders beside it."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
-    pretrain.main(shlex.split(f"--scenario rgbd --toy --data {scenes} --epochs 1 --batch-size 16 "
-                              f"--projector 16-32 --out {out}"))
+    pretrain.main(shlex.split(f"--scenario rgbd --toy --data {scenes} --epochs 1 "
+                              f"--batch-size 16 --projector 16-32 --out {out}"))
     return out / "checkpoint.pt"
 
 
@@ -2418,12 +2383,9 @@ def slow_average_precision(scores, labels):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_average_precision_is_the_area_under_the_curve(seed):
-    """Ties and an absent class; micro is the ranking of all decisions, macro the mean over classes
-    with a positive.
-    """
+    """Micro ranks all decisions; macro is the mean over classes with a positive."""
     g = torch.Generator().manual_seed(seed)
-    # odd seeds: many ties
-    scores = torch.randint(6 if seed % 2 else 10**6, (20, 4), generator=g).float()
+    scores = torch.randint(6 if seed % 2 else 10**6, (20, 4), generator=g).float()  # odd: many ties
     labels = (torch.rand(20, 4, generator=g) < 0.3).float()
     labels[:, 3] = 0
     micro = slow_average_precision(scores.flatten().tolist(), labels.flatten().tolist())
@@ -2438,9 +2400,7 @@ def test_average_precision_is_the_area_under_the_curve(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_iou_and_accuracy_are_counts_of_pixels(seed):
-    """Ignored pixels count nowhere; a class that is neither predicted nor labelled is not in the
-    mean.
-    """
+    """Ignored ones count nowhere, a class neither predicted nor labelled is not in the mean."""
     g = torch.Generator().manual_seed(seed)
     pred = torch.randint(4, (2, 9, 9), generator=g)
     gt = torch.randint(-1, 4, (2, 9, 9), generator=g)
@@ -2465,9 +2425,7 @@ def test_iou_and_accuracy_are_counts_of_pixels(seed):
 # ---- heads ----
 
 def test_the_fcn_is_the_papers_convolution_after_upsampling():
-    """App. B in its own words: concatenate, upsample, 1x1 convolutions, add; the order of the first
-    two is free.
-    """
+    """App. B in its own words: concatenate, upsample, 1x1 convolutions, add."""
     torch.manual_seed(0)
     net = finetune.FCN([decur.resnet("resnet-toy", c) for c in (3, 1)], 5).double().eval()
     x = [torch.randn(2, c, 40, 56, dtype=torch.float64) for c in (3, 1)]
@@ -2486,8 +2444,8 @@ def test_late_fusion_is_one_linear_layer_on_both_features():
     features = torch.cat([E(images) for E, images in zip(encoders, x)], 1)
     assert torch.equal(net(*x), net.fc(features)) and not net.fc.bias.any()
     part = finetune.LateFusion(encoders, [10, 10], 12, slice(10, 20)).eval()
-    kept = torch.cat([features[:, 10:20], features[:, 138:148]], 1)
-    assert torch.equal(part(*x), part.fc(kept))
+    sliced = torch.cat([features[:, 10:20], features[:, 138:148]], 1)
+    assert torch.equal(part(*x), part.fc(sliced))
 
 
 @pytest.mark.parametrize("name, count", [("mit_b0", 12_130_544), ("mit_b2", 66_581_424)])
@@ -2549,9 +2507,7 @@ def test_rectification_and_fusion_of_cmx_by_hand():
 
 
 def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
-    """Modality 2 goes to the extra_ stream; what a run of CMX saved is what it loads; BGR turns
-    both inputs around.
-    """
+    """Modality 2 goes to the extra_ stream; what CMX saved is what it loads; BGR turns inputs."""
     E = [decur.mit("mit_b0", 3) for _ in range(2)]
     for k, e in enumerate(E, 1):
         torch.save(e.state_dict(), tmp_path / f"{k}.pth")
@@ -2566,9 +2522,8 @@ def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
     assert "all keys" in lines[0]
     assert all(torch.equal(t, again.state_dict()[key]) for key, t in net.state_dict().items())
     args.bgr = True
-    turned = finetune.build(args, [3, 3], 40, ("rgb", "hha"))[0]
-    assert torch.equal(turned.encoders[1].patch_embed1.proj.weight,
-                       E[1].patch_embed1.proj.weight.flip(1))
+    turned = finetune.build(args, [3, 3], 40, ("rgb", "hha"))[0].encoders[1].patch_embed1.proj
+    assert torch.equal(turned.weight, E[1].patch_embed1.proj.weight.flip(1))
     with pytest.raises(BadInput, match="size mismatch"):
         finetune.build(args, [3, 3], 37, ("rgb", "hha"))
 
@@ -2576,17 +2531,14 @@ def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
 # ---- samples, augmentation, schedule ----
 
 def test_a_box_takes_image_and_mask_along():
-    """Images by the triangle filter, masks by the nearest pixel, mirrored together, outside 0 and
-    unlabelled.
-    """
+    """Mirrored together; outside is 0 and unlabelled."""
     mask = torch.arange(48).view(1, 6, 8)
     image = mask[:, None].float()
     boxes = [torch.full((1, 1), float(v)) for v in (1, 2, 4, 4, 1)]
     assert torch.equal(finetune.resample(mask, boxes, (4, 4)), mask[:, 1:5, 2:6].flip(2))
     assert torch.allclose(finetune.resample(image, boxes, (4, 4))[:, 0],
                           mask[:, 1:5, 2:6].flip(2).float())
-    # CMX's scale 0.5: the frame in the middle
-    outside = [torch.full((1, 1), float(v)) for v in (-3, -4, 12, 16, 0)]
+    outside = [torch.full((1, 1), float(v)) for v in (-3, -4, 12, 16, 0)]  # CMX's scale 0.5
     small = finetune.resample(mask, outside, (6, 8)) >= 0
     assert small[0, 1:4, 2:6].all() and not small[0, [0, -1]].any()
     assert not small[0, :, [0, 1, -1]].any()
@@ -2625,11 +2577,10 @@ def test_scales_and_mirror_images_are_added_as_probabilities_that_cannot_overflo
         both = (net(y) + net(y.flip(3)).flip(3)).exp()
         expected = expected + F.interpolate(both, (12, 16), mode="bilinear")
     assert torch.allclose(finetune.scores(net, [x], scales), expected)
-    large = finetune.scores(lambda x: 100 * (x > 0.5).float() - 20, [x], scales)
-    assert large.isfinite().all()
+    assert finetune.scores(lambda x: 100 * (x > 0.5).float() - 20, [x], scales).isfinite().all()
     certain = torch.tensor([45.0, 0, 60]).view(1, 3, 1, 1)
-    assert (finetune.scores(lambda x: certain.expand(2, 3, *x.shape[2:]), [x],
-                            scales).argmax(1) == 2).all()
+    large = finetune.scores(lambda x: certain.expand(2, 3, *x.shape[2:]), [x], scales)
+    assert (large.argmax(1) == 2).all()
 
 
 @pytest.mark.parametrize("name, at, steps, rates", [
@@ -2662,19 +2613,15 @@ def test_transfer_defaults_are_the_papers_and_say_where_they_come_from(flags, se
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--task geonrw", "--weights"), ("--part common", "--linear and late"),
+    ("--part common", "--linear and late"),
     ("--cached --linear", "late fusion alone"), ("--model cmx", "as fcn"),
-    ("--model late", "as fcn"), ("--size 31 --backbone mit_b0", "32 or more"),
-    ("--target masks", "--task custom"),
-    ("--task custom --weights none --data1 a", "--data2 and --target"),
+    ("--model late", "as fcn"), ("--size 47 --backbone mit_b0", "48 or more"),
+    ("--target masks", "--task custom"), ("--task bigearthnet --toy --model fcn", "as late"),
+    ("--task custom --data1 a", "--data2 and --target"),
     ("--task sunrgbd --model cmx --backbone resnet50", "expected a mit")])
-def test_flags_that_do_not_go_together_are_refused(flags, words):
-    if "--task" not in flags:
-        flags = f"--task geonrw --weights none {flags}"
-    elif "--task geonrw" not in flags and "none" not in flags:
-        flags += " --weights none"
-    with pytest.raises(BadInput, match=words):
-        finetune.get_args(flags.split())
+def test_flags_of_transfer_that_do_not_go_together_are_refused(flags, words):
+    with pytest.raises(BadInput, match=words):      # the last --task counts
+        finetune.get_args(f"--task geonrw --weights none {flags}".split())
 
 
 # ---- the program ----
@@ -2703,16 +2650,18 @@ def test_every_head_trains_frozen_and_fine_tuned(flags, scenes, tmp_path, capsys
         assert len(np.unique(picture[:240, 640:960].reshape(-1, 3), axis=0)) > 2
 
 
-def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes, tmp_path):
+def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes):
     """Of their batch norms, as the mean over the batches."""
-    fine(f"{FINE} --data {scenes} --model late --linear --weights none --out {tmp_path / 'o'}")
-    state = torch.load(tmp_path / "o" / "checkpoint.pt", weights_only=True)["model"]
-    frames = data.open_pairs("rgbd", scenes, 32, "train")
-    x = torch.stack([frames[i][0][0] for i in range(48)])
-    E = decur.resnet("resnet-toy", 3)
-    E.load_state_dict({key: state[f"encoders.0.{key}"] for key in E.state_dict()})
+    args = finetune.get_args(f"{FINE} --data {scenes} --model late --linear --weights none "
+                             f"--workers 0".split())[0]
+    (samples, _), _ = finetune.open_task(args, 0)
+    net, _ = finetune.build(args, [3, 1], 12, samples.modalities)
+    finetune.freeze(net, samples, np.arange(48), args, torch.device("cpu"))
+    x = torch.stack([samples[i][0] for i in range(48)])
+    E = net.encoders[0]
     seen = E.conv1(data.plain(x, "rgb", 48)).mean((0, 2, 3))
     assert torch.allclose(E.bn1.running_mean, seen, atol=0.01) and seen.abs().max() > 0.1
+    assert not any(p.requires_grad for p in net.encoders.parameters())
 
 
 def test_a_frozen_encoder_that_moves_voids_the_run(scenes, tmp_path, monkeypatch):
@@ -2724,7 +2673,8 @@ def test_a_frozen_encoder_that_moves_voids_the_run(scenes, tmp_path, monkeypatch
 
     monkeypatch.setattr(decur.ResNet, "forward", moves)
     with pytest.raises(SystemExit, match="frozen encoder has changed"):
-        fine(f"{FINE} --data {scenes} --model late --linear --weights none --out {tmp_path / 'o'}")
+        fine(f"{FINE} --data {scenes} --model late --linear --weights none --epochs 0 "
+             f"--out {tmp_path / 'o'}")
     assert not (tmp_path / "o" / "results.json").exists()
 
 
@@ -2771,47 +2721,41 @@ def test_two_processes_transfer_as_one(scenes, tmp_path):
 @pytest.mark.parametrize("label, flags, words", [
     (np.full((48, 64), 77), "", r"has the label 77; expected 0 \(unlabelled\) to 13"),
     (np.ones((24, 64)), "", r"is a mask of \(24, 64\) pixels for an image of \(48, 64\)"),
-    (None, "--test-split val", "no .*val.txt")])
+    (np.zeros((48, 64)), "--test-split val", "no .*val.txt"),
+    (np.zeros((48, 64)), "", None)])
 def test_bad_labels_and_splits_are_named(label, flags, words, scenes, tmp_path):
-    folder = shutil.copytree(scenes, tmp_path / "scenes")
-    if label is not None:
-        name = (folder / "test.txt").read_text().split()[0]
-        Image.fromarray(label.astype(np.uint8)).save(folder / "Label" / f"{name}.png")
-    with pytest.raises(BadInput, match=words):
-        fine(f"{FINE} --data {folder} --model fcn --weights none --epochs 0 {flags} "
-             f"--out {tmp_path / 'o'}")
-
-
-def test_without_a_label_the_metrics_are_undefined(scenes, tmp_path, capsys):
+    """Without any label the metrics are undefined."""
     folder = shutil.copytree(scenes, tmp_path / "scenes")
     for path in (folder / "Label").glob("*.png"):
-        Image.fromarray(np.zeros((48, 64), np.uint8)).save(path)
-    result = fine(f"{FINE} --data {folder} --model fcn --weights none --epochs 0 "
-                  f"--out {tmp_path / 'o'}")
-    assert result["metrics"] == {"mIoU": None, "accuracy": None}
-    assert "mIoU undefined" in capsys.readouterr().out
+        Image.fromarray(label.astype(np.uint8)).save(path)
+    flags = f"{FINE} --data {folder} --model fcn --weights none --epochs 0 {flags}"
+    if words:
+        with pytest.raises(BadInput, match=words):
+            fine(f"{flags} --out {tmp_path / 'o'}")
+    else:
+        assert fine(f"{flags} --out {tmp_path / 'o'}")["metrics"] == dict(mIoU=None, accuracy=None)
 
 
-def test_weights_and_parts_of_the_embedding(weights, scenes, tmp_path):
+def test_weights_and_parts_of_the_embedding(tiny_weights, scenes, tmp_path):
     flags = f"{FINE} --data {scenes} --model late --linear --cached --weights"
-    whole = fine(f"{flags} {weights} --out {tmp_path / 'a'}")
-    assert whole["weights_sha256"] == [pretrain.sha256_of(weights)]
+    whole = fine(f"{flags} {tiny_weights} --out {tmp_path / 'a'}")
+    assert whole["weights_sha256"] == [pretrain.sha256_of(tiny_weights)]
     assert whole["pretraining"]["method"] == "decur" and whole["pretraining"]["stopped"] is None
     assert whole["row"] == "late, DeCUR" and whole["changed"] == {
         "batch_size": 16, "epochs": 2, "cached": True, "pretraining epochs": 1,
         "pretraining batch_size": 16, "pretraining projector": "16-32"}
-    pair = [weights.with_name(f"encoder{m}.pth") for m in (1, 2)]
+    pair = [tiny_weights.with_name(f"encoder{m}.pth") for m in (1, 2)]
     same = fine(f"{flags} {pair[0]} {pair[1]} --out {tmp_path / 'b'}")
     assert same["metrics"] == whole["metrics"]
     for part, dims in (("common", 24), ("unique", 8), ("all", 32)):
-        fine(f"{flags} {weights} --part {part} --out {tmp_path / part}")
+        fine(f"{flags} {tiny_weights} --part {part} --out {tmp_path / part}")
         state = torch.load(tmp_path / part / "checkpoint.pt", weights_only=True)["model"]
         assert state["fc.weight"].shape == (12, 2 * dims)
-    for files, reason in ((pair[:1], "encoders: 1, expected 2"),
-                          (pair[::-1], "conv1.weight takes 1 input channels"),
-                          (["results.json"], "results.json")):
+    for files, reason in ((f"{pair[0]}", "encoders: 1, expected 2"),
+                          (f"{pair[1]} {pair[0]}", "conv1.weight takes 1 input channels"),
+                          (f"{pair[0]} --part all", "expected a whole checkpoint.pt"),
+                          ("results.json", "results.json")):
         with pytest.raises(BadInput, match=reason):
-            files = " ".join(str(file) for file in files)
             fine(f"{flags} {files} --out {tmp_path / 'x'}")
 
 
@@ -2822,11 +2766,8 @@ def own(scenes, tmp_path_factory):
     """40 pairs of the made-up frames whose names differ by a suffix, with masks and tables."""
     root = tmp_path_factory.mktemp("own")
     names = sorted(path.stem for path in (scenes / "RGB").iterdir())[:40]
-    shapes = {}
-    for line in (scenes / "factors.csv").read_text().split()[1:]:
-        name, *factors = line.split(",")
-        shapes[name] = [data.SHAPES[int(factor)] for factor in factors]
     (root / "masks").mkdir()
+    factors = dict(line.split(",", 1) for line in (scenes / "factors.csv").read_text().split())
     single, several = ["name,label"], []
     for name in names:
         shutil.copy(scenes / "RGB" / f"{name}.png", root / f"{name}_rgb.png")
@@ -2835,69 +2776,55 @@ def own(scenes, tmp_path_factory):
         mask = np.where(mask > 1, 7, 0).astype(np.uint8)            # object, and class 0 counts
         mask[:4] = 255
         Image.fromarray(mask).save(root / "masks" / f"{name}.png")
-        single.append(f"{name},{shapes[name][0]}")
-        several.append(f"{name},{shapes[name][1]}, far {shapes[name][2]}")
+        shapes = [data.SHAPES[int(factor)] for factor in factors[name].split(",")]
+        single.append(f"{name},{shapes[0]}")
+        several.append(f"{name},{shapes[1]}, far {shapes[2]}")
     (root / "single.csv").write_text("\ufeff" + "\n".join(single), "utf-8")
     (root / "several.csv").write_text("\n".join(several[:30]) + "\n")
-    (root / "train.txt").write_text("\n".join(names[:24]))
-    (root / "test.txt").write_text("\n".join(names[24:30]))
+    (root / "tree.csv").write_text("\n".join([*single[1:30], f"{names[29]},tree"]))
+    (root / "train").write_text("\n".join(names[:24]))
+    (root / "test").write_text("\n".join(names[24:30]))
+    (root / "names").write_text("\n".join(f"class {k}" for k in range(8)))
+    (root / "two").write_text("road\nring\n")
     return root
 
 
 def own_flags(root, target, more=""):
+    more = more.replace("ROOT", str(root))
     return (f"--task custom --data1 '{root}/*_rgb.png' --data2 '{root}/*_depth.png' "
             f"--target {root / target} --batch-size 8 --epochs 2 {more}")
 
 
-@pytest.mark.parametrize("target, more, metrics, classes", [
-    ("masks", "", ["mIoU", "accuracy"], ["0", "7"]),
-    ("masks", "--linear --modality 2", ["mIoU", "accuracy"], ["0", "7"]),
-    ("single.csv", "--linear", ["mean accuracy", "accuracy"], sorted(data.SHAPES)),
-    ("several.csv", "--linear --cached --labels 0.5", ["mAP micro", "mAP macro"], None)])
-def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes, own, weights,
-                                                  tmp_path, capsys):
-    """Masks: class 0 counts, 255 does not; a csv: one label each, or several.  The inputs are
-    normalised as the pretraining's; what the encoders did not see is said.
+@pytest.mark.parametrize("target, more, metrics, classes, samples", [
+    ("masks", "", ["mIoU", "accuracy"], ["0", "7"], (32, 8)),
+    ("masks", "--linear --modality 2 --classes ROOT/names", ["mIoU", "accuracy"],
+     [f"class {k}" for k in range(8)], (32, 8)),
+    ("single.csv", "--linear", ["mean accuracy", "accuracy"], sorted(data.SHAPES), (32, 8)),
+    ("tree.csv", "--linear --split ROOT/train --test-split ROOT/test",
+     ["mean accuracy", "accuracy"], sorted([*data.SHAPES, "tree"]), (24, 6)),
+    ("several.csv", "--linear --cached --labels 0.5", ["mAP micro", "mAP macro"], None, (12, 6))])
+def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes, samples, own,
+                                                  tiny_weights, tmp_path, capsys):
+    """Masks: class 0 counts, 255 does not; a csv: one label each, or several.  A class that only
+    the test has is scored.  Images of 8 bits are normalised as the pretraining's.
     """
-    flags = own_flags(own, target, more)
-    result = fine(f"{flags} --weights {weights} --out {tmp_path / 'o'}")
+    result = fine(own_flags(own, target, f"{more} --weights {tiny_weights} --out {tmp_path / 'o'}"))
     assert list(result["metrics"]) == metrics and result["backbone"] == "resnet-toy"
     assert classes is None or list(result["classes"]) == classes
     assert all(0 <= value <= 1 for value in result["metrics"].values())
-    assert result["samples"] + result["test_samples"] == 40 - (10 if classes is None else 0) - (
-        12 if "labels" in more else 0)
+    assert (result["samples"], result["test_samples"]) == samples
     text = capsys.readouterr().out
-    assert "normalised as rgb of rgbd" in text and "normalised as depth of rgbd" in text
+    assert "modality 1 are normalised as rgb of rgbd" in text
+    assert "modality 2 are normalised by their own" in text
     assert result["row"] is None and all(name in text for name in result["classes"])
+    assert result["classes"].get("tree", 0) == 0
+    assert ("no training sample has the class tree" in text) == (target == "tree.csv")
 
 
-def test_own_labels_by_lists_and_names(own, weights, tmp_path, capsys):
-    """A class that only the test has is named and scored."""
-    table = (own / "single.csv").read_text("utf-8-sig").splitlines()[1:31]
-    table[26] = table[26].split(",")[0] + ",tree"
-    (own / "tree.csv").write_text("\n".join(table))
-    lists = f"--split {own / 'train.txt'} --test-split {own / 'test.txt'}"
-    result = fine(own_flags(own, "tree.csv", f"{lists} --weights none --linear --backbone "
-                                             f"resnet-toy --out {tmp_path / 'a'}"))
-    assert (result["samples"], result["test_samples"]) == (24, 6)
-    assert "no training sample has the class tree" in capsys.readouterr().out
-    assert result["classes"]["tree"] == 0
-    (own / "names.txt").write_text("\n".join(f"class {k}" for k in range(8)))
-    again = fine(own_flags(own, "masks", f"--classes {own / 'names.txt'} --weights none --epochs 0 "
-                                         f"--backbone resnet-toy --out {tmp_path / 'b'}"))
-    assert list(again["classes"])[7] == "class 7"
-
-
-def test_weights_that_saw_other_inputs_say_so(own, scenes, tmp_path, capsys):
-    """Of one's own pairs, normalised by their own mean and std; here they see ImageNet's."""
-    pairs = f"--data1 '{own}/*_rgb.png' --data2 '{own}/*_depth.png'"
+def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, tmp_path, capsys):
+    pairs = f"--data1 '{own}/*_rgb.png' --data2 '{own}/*_depth.png' --epochs 1 --batch-size 16"
     pretrain.main(shlex.split(f"--scenario custom {pairs} --backbone resnet-toy --size 48 "
-                              f"--epochs 1 --batch-size 16 --projector 8-16 "
-                              f"--out {tmp_path / 'pre'}"))
-    flags = f"{FINE} --data {scenes} --model late --linear --cached --modality 1"
-    fine(f"{flags} --weights {tmp_path / 'pre' / 'encoder1.pth'} --out {tmp_path / 'o'}")
-    assert re.search(r"encoder1.pth was trained on channel 1.*; here it sees red green blue",
-                     capsys.readouterr().out)
+                              f"--projector 8-16 --out {tmp_path / 'pre'}"))
     result = fine(own_flags(own, "single.csv", f"--weights {tmp_path / 'pre' / 'checkpoint.pt'} "
                                                f"--out {tmp_path / 'own'}"))
     assert result["size"] == 48 and "normalised as" not in capsys.readouterr().out
@@ -2907,20 +2834,18 @@ def test_weights_that_saw_other_inputs_say_so(own, scenes, tmp_path, capsys):
     ("unknown.csv", "nobody,disk\n0000,ring\n", "", r"names \['nobody'\], which has no pair"),
     ("one.csv", "0000,disk\n0001,disk\n", "", "has one class"),
     ("twice.csv", "0000,disk\n0000,ring\n", "", "has 0000 twice"),
-    ("strange.csv", "0000,disk\n0001,ring\n", "--classes names", r"has \{'disk'\}; expected"),
-    ("masks", None, "--classes names", r"has \{7\}; expected those of"),
-    ("masks", None, "--split a.txt", "expected two files"),
+    ("single.csv", None, "--classes ROOT/two", "segmentation alone"),
+    ("masks", None, "--classes ROOT/two", r"masks have other values than 0 to 1"),
+    ("masks", None, "--split ROOT/train", "expected two files"),
     ("masks", None, "--test-share 0", "nothing to train or to test"),
     ("small", None, "", r"a mask of \(24, 64\) pixels for an image of \(48, 64\)")])
 def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own, tmp_path):
-    (tmp_path / "names").write_text("road\nring\n")
     if text:
         (own / target).write_text(text)
     if target == "small":
         shutil.copytree(own / "masks", own / "small")
         for path in (own / "small").iterdir():
             Image.open(path).resize((64, 24), 0).save(path)
-    more = more.replace("names", str(tmp_path / "names"))
     with pytest.raises(BadInput, match=words):
         fine(own_flags(own, target, f"{more} --weights none --backbone resnet-toy "
                                     f"--out {tmp_path / 'o'}"))
@@ -2959,23 +2884,28 @@ def test_the_tables_show_what_is_the_papers_and_name_what_is_not(tmp_path, capsy
     result_of(tmp_path, "cmx", cmx, None, scores, ("same", "same"))
     result_of(tmp_path, "decur", cmx, f"{b2} --weights b2.pth b2.pth", dict(scores, mIoU=0.51))
     result_of(tmp_path, "fcn", "--task nyuv2 --weights none", None, dict(scores, mIoU=0.29))
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "results.json").write_text("{")
     finetune.main(["--table", *[str(path) for path in sorted(tmp_path.iterdir())]])
     out = capsys.readouterr().out
-    assert re.search(r"^DeCUR +80\.0 \+- 1\.4 \(n 2\) \| 79\.4 +not run \| 81\.7", out, re.M)
-    assert re.search(r"^VICReg +70\.0 \| 74\.5", out, re.M)
-    assert re.search(r"^cmx, ImageNet +50\.0 \| 49\.7 +80\.0 \| 82\.8", out, re.M)
-    assert re.search(r"^cmx, DeCUR +51\.0 \| 50\.6", out, re.M)
-    assert re.search(r"^SA-Gate, quoted +not run \| 49\.4", out, re.M)
-    fcn = r"^fcn, Supervised +not run \| 27\.4 +not run \| 68\.2 +29\.0 \| 29\.2"
-    assert re.search(fcn, out, re.M) and "skipped: " in out
+    for words in (r"DeCUR +80\.0 \+- 1\.4 \(n 2\) \| 79\.4 +not run \| 81\.7",
+                  r"VICReg +70\.0 \| 74\.5", r"cmx, DeCUR +51\.0 \| 50\.6",
+                  r"cmx, ImageNet +50\.0 \| 49\.7 +80\.0 \| 82\.8",
+                  r"fcn, Supervised +not run \| 27\.4 +not run \| 68\.2 +29\.0 \| 29\.2"):
+        assert re.search(f"^{words}", out, re.M), words
     others = out[out.index("\nOther runs"):]
     for words in (r"cached.* 10\.0", r"test_split val.* 20\.0", r"pretraining epochs 5.* 30\.0",
-                  r"10% labels.* 40\.0", r"pretraining lr_bias 0\.0004.* 50\.0",
+                  r"labels 0\.1.* 40\.0", r"pretraining lr_bias 0\.0004.* 50\.0",
                   r"pretraining weights \['imagenet'\].* 60\.0", r"common 0\.5.* 61\.0",
                   r"pretraining projector 512-512-512.* 65\.0"):
         assert re.search(words, others), words
+    (tmp_path / "seed0" / "results.json").write_text("{")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text("{}")
+    finetune.main(["--table", *[str(path) for path in sorted(tmp_path.iterdir())]])
+    out = capsys.readouterr().out
+    assert re.search("left out: .*seed0", out) and re.search("left out: .*old", out)
+    assert "SA-Gate, quoted" in out and "cmx, ImageNet" in out
+    with pytest.raises(BadInput, match="expected folders with a results.json"):
+        finetune.main(["--table", str(tmp_path / "old")])
 
 
 TINY = "--scenario rgbd --split train --size 32 --backbone resnet-toy --projector 32-32-32 " \
@@ -3216,9 +3146,9 @@ def test_a_sentence_says_what_was_measured_and_whether_it_is_so():
     """0.74 against 0.90 further left is so; the other way round, and equal, it is not."""
     claim = explain.claim
     assert claim("further left", dict(common=0.9, unique=0.74), "unique") == \
-        "further left: common 0.9, unique 0.74: so"
-    assert claim("a", dict(common=0.74, unique=0.9), "unique").endswith(": not so here")
-    assert claim("a", dict(common=0.5, unique=0.5), "unique").endswith(": not so here")
+        "further left: common 0.9, unique 0.74: unique is lower"
+    assert claim("a", dict(common=0.74, unique=0.9), "unique").endswith(": unique is not lower")
+    assert claim("a", dict(common=0.5, unique=0.5), "unique").endswith(": unique is not lower")
     assert claim("a", dict(common=0.5), "unique") == "a: common 0.5"
 
 
@@ -3248,7 +3178,7 @@ def test_explain_makes_every_picture_and_its_numbers(runs, tmp_path, capsys):
             page = np.array(image)
         page[8:-8, 8:-8] = 255
         assert page.shape[1] <= 1000 and (page == 255).all()            # nothing runs over the page
-    assert len(re.findall(r": (so|not so here)$", printed, re.M)) == 10
+    assert len(re.findall(r": \w+ is (not )?lower$", printed, re.M)) == 10
     numbers = {name: np.load(out / f"{name}.npz") for name in names}
     assert numbers["alignment"]["common"].shape == (2, 24)
     assert numbers["alignment"]["compared"].shape == (2, 32)
