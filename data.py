@@ -980,7 +980,7 @@ def paired(files1, files2, where, strict):
         first = [name for name in lonely if name in files1][:2]
         second = [name for name in lonely if name in files2][:2]
         hint = ""
-        if files1 and files2:
+        if files1 and files2 and "*" not in str(where[0]):
             hint = pattern_hint(min(files1.values()), min(files2.values()))
         raise BadInput(f"{len(lonely)} names are in only one of {where[0]} {first} and {where[1]} "
                        f"{second}, {len(both)} in both; expected equal names{hint}; remove or "
