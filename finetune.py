@@ -653,6 +653,10 @@ def open_own(args):
             kind = "single-label"
             targets = {name: target.argmax() for name, target in targets.items()}
         target_of = targets.get
+        unlabelled = [name for name, own in labels.items() if not own]
+        if unlabelled:
+            lines.append(f"warning: {len(unlabelled)} names of --target have no label, such as "
+                         f"{unlabelled[0]}, so that the task is multi-label; remove their lines?")
     splits = split_of(args, [name for name in pairs.ids if name in labels])
     lines.append(f"{len(labels)} of {len(pairs)} pairs have labels: {kind}, {len(values)} classes")
     learned, tested = [set().union(*(labels[name] for name in ids)) for ids in splits]

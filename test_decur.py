@@ -2819,6 +2819,17 @@ def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes
     assert result["row"] is None and all(name in text for name in result["classes"])
     assert result["classes"].get("tree", 0) == 0
     assert ("no training sample has the class tree" in text) == (target == "tree.csv")
+    assert "have no label" not in text
+
+
+def test_a_line_without_a_label_is_told(own, tmp_path):
+    """Else one forgotten label would turn the whole task multi-label in silence."""
+    lines = (own / "single.csv").read_text().splitlines()
+    (own / "blank.csv").write_text("\n".join([*lines[:-1], lines[-1].split(",")[0] + ","]))
+    args = finetune.get_args(shlex.split(own_flags(own, "blank.csv", "--weights none")))[0]
+    samples, words = finetune.open_own(args)
+    assert samples[0].kind == "multi-label"
+    assert any("1 names of --target have no label" in line for line in words)
 
 
 def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, tmp_path, capsys):
