@@ -70,7 +70,6 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also
 TREE = "the first lines of data.py show the tree"
 SCENES = "or try made-up scenes: pretrain.py --toy"
 
-
 PICTURES = (".jpg", ".jpeg", ".png")
 IMAGES = (*PICTURES, ".tif", ".tiff", ".npy")
 COLOURS = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "L": "L",
@@ -818,7 +817,7 @@ def hha(depth_m, raw_m, K):
     for a in sums:
         a[:11] = a[:, :11] = 0
     N = normals(sums, u, v, z, 10).reshape(3, -1)                          # smooth ones for gravity
-    g = gravity(N[:, ~np.isnan(N[0])])
+    g = gravity(N.compress(~np.isnan(N[0]), 1))
     # Within 0.1 degrees of the camera's y axis gravity counts as that axis.
     up = -z * (g[0] * u + g[1] * v + g[2] if np.degrees(np.arccos(min(g[1], 1))) > 0.1 else v)
     height = up - (up.min() if up.min() <= -90 else -130)  # no floor in sight: camera 130 cm high
@@ -843,20 +842,24 @@ def normals(sums, u, v, z, radius):
     A, B, C = vv * n - v1 * v1, u1 * v1 - uv * n, uv * v1 - u1 * vv
     D, E, G = uu * n - u1 * u1, uv * u1 - uu * v1, uu * vv - uv * uv
     N = np.stack([A * uq + B * vq + C * q1, B * uq + D * vq + E * q1, C * uq + E * vq + G * q1])
-    length = np.sqrt((N * N).sum(0))                                   # HxW
+    length = np.sqrt(np.einsum("chw,chw->hw", N, N))                   # HxW
     length[(n < 0.5) | (length == 0)] = np.nan
     side = (N[0] * u + N[1] * v + N[2]) * z     # its own point's; without a point, N_z >= 0
     length[np.where(side == 0, N[2], side) < 0] *= -1
-    return N / length
+    N /= length
+    return N
 
 
 def gravity(N):
     """Gravity's direction: floors face it, walls stand along it; ten steps from down.  N: 3xP."""
     g = np.array([0.0, 1.0, 0.0])
+    i, j = np.triu_indices(3)
+    products, A = N[i] * N[j], np.empty((3, 3))                         # 6xP, once
     for limit in np.radians([45] * 5 + [15] * 5):
         s = np.abs(g @ N)
         weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # +1 wall, -1 floor
-        axis = np.linalg.eigh((N * weight) @ N.T)[1][:, 0]  # least along walls, most along floors
+        A[i, j] = A[j, i] = products @ weight                           # the sum of weight n n^T
+        axis = np.linalg.eigh(A)[1][:, 0]       # least along walls, most along floors
         g = axis if g @ axis >= 0 else -axis
     return g
 
@@ -915,7 +918,8 @@ def read_like(path, row):
     """read_image, of which channels, dtype and size have to be those of the row."""
     a = read_image(path)
     form, expected = (str(a.dtype), *a.shape), (row["dtype"], len(row["bands"]), *row["size"])
-    need(form == expected, f"{path} holds {form}; expected {expected}, as the first of its folder")
+    need(form == expected, f"{path} holds {form}; expected {expected}, as the first of its folder, "
+         f"or as the checkpoint knows it: are --data1 and --data2 in their order?")
     need(np.abs(a[np.isfinite(a)].astype(float)).max(initial=0) < 1e30,
          f"{path} holds values beyond 1e30; expected NaN where there is no value")
     return a
@@ -979,35 +983,10 @@ def paired(files1, files2, where, strict):
     if lonely and (strict or not both):
         first = [name for name in lonely if name in files1][:2]
         second = [name for name in lonely if name in files2][:2]
-        hint = ""
-        if files1 and files2 and "*" not in str(where[0]):
-            hint = pattern_hint(min(files1.values()), min(files2.values()))
         raise BadInput(f"{len(lonely)} names are in only one of {where[0]} {first} and {where[1]} "
-                       f"{second}, {len(both)} in both; expected equal names{hint}; remove or "
-                       f"rename the others")
+                       f"{second}, {len(both)} in both; expected equal names: remove or rename the "
+                       f"others, or with custom give patterns like --data1 '{where[0]}/*_A.tif'")
     return both, lonely
-
-
-def pattern_hint(path1, path2):
-    """If the names of two files differ by one fixed part, such as a7_rgb and a7_depth: patterns."""
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in (path1, path2)]
-    start = len(os.path.commonprefix(stems))
-    while start > 0 and not all(stem[start:start + 1] in ("_", ".", "-", "") for stem in stems):
-        start -= 1                              # the separator belongs to the fixed part
-    rests = [stem[start:] for stem in stems]
-    end = len(os.path.commonprefix([rest[::-1] for rest in rests]))
-    while end > 0 and rests[0][len(rests[0]) - end - 1] not in "_.-":
-        end -= 1
-    patterns = []
-    for path, rest in zip((path1, path2), rests):
-        name = f"{'*' if start else ''}{rest[:len(rest) - end]}{'*' if end else ''}"
-        patterns.append(os.path.join(os.path.dirname(path), name + os.path.splitext(path)[1]))
-    if start == end == 0 or len(set(patterns)) == 1:
-        return ""
-    names1, names2 = (named_files(pattern, IMAGES).keys() for pattern in patterns)
-    if not names1 & names2:
-        return ""
-    return f", or --data1 '{patterns[0]}' --data2 '{patterns[1]}' ({len(names1 & names2)} pairs)"
 
 
 # ---- readers ----
@@ -1021,6 +1000,8 @@ def reading(path, kind):
         raise
     except Exception as error:                  # a damaged file raises nearly anything
         remedy = "copy or download it again"
+        if isinstance(error, FileNotFoundError):
+            remedy = "give a file that exists"
         if "imagecodecs" in str(error):         # LZW, zstd, JPEG, predictor 3
             remedy = "pip install imagecodecs, or save it without compression"
         if isinstance(error, Image.DecompressionBombError):
@@ -1159,17 +1140,28 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
 
 
 class Samples(Dataset):
-    """A data set whose index is (epoch, i), for one loader over all epochs of a run."""
+    """A data set whose index is (epoch, i), for one loader over all epochs of a run.
 
-    def __init__(self, data):
-        self.data = data
+    keep: up to 1 GB of samples stay in memory, decoded; not of satellites, whose seasons change.
+    """
+
+    def __init__(self, data, keep=False):
+        changes = getattr(data, "modalities", None) == SSL4EO.modalities
+        self.data, self.decoded, self.room = data, {}, 2 ** 30 if keep and not changes else 0
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, index):
         self.data.epoch, i = index
-        return self.data[i]
+        if i in self.decoded:
+            return self.decoded[i]
+        sample = self.data[i]
+        if self.room > 0:
+            self.decoded[i] = sample
+            for views in sample:
+                self.room -= sum(x.nbytes for x in (views if isinstance(views, list) else [views]))
+        return sample
 
 
 def collate(samples):
@@ -1369,6 +1361,8 @@ def guarded(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)                           # as a shell has it
+    except BrokenPipeError:                     # as of `| head`, who has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError, RuntimeError) as error:
         line = str(error).strip().splitlines()[-1:]  # a worker puts its traceback before it
         line = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", "".join(line))

@@ -326,6 +326,7 @@ class Explained:
             other, others = open_net(args.compare, device)
             need_equal(others, settings, ("scenario", "modalities", "channels", "size"),
                        args.compare)
+        made_folder(args.out)
         print(f"{count} of {n} pairs of {' and '.join(self.modalities)} from "
               f"{' '.join(self.root)}; N {N}  K {self.K}  Kc {self.Kc}; {device.type}")
         first = len(self.batch_rows) * N
@@ -363,8 +364,16 @@ def open_net(path, device):
         net.load_state_dict(checkpoint["model"])
         return net.to(device).eval().requires_grad_(False), settings
     except (BadInput, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} cannot be explained ({repr(error)[:150]}); expected the checkpoint "
-                       f"of a whole pretraining, with both encoders; give another") from None
+        reason = " ".join(str(error).split())[:150]
+        raise BadInput(f"{path} cannot be explained ({reason}); expected the checkpoint of a whole "
+                       f"pretraining, with both encoders; give another") from None
+
+
+def made_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out} cannot be made ({error}); give another") from None
 
 
 def need_equal(settings, first, names, path):
@@ -408,10 +417,6 @@ def main(argv=None):
     rank, _, device = processes()
     if rank > 0:                                # under torchrun the first process does it all
         return
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {args.out} cannot be made ({error}); give another") from None
     if args.sweep:
         sweep(args, device)
         return
@@ -544,6 +549,7 @@ def sweep(args, device):
     root = args.data or trained_on(args.sweep[0] / "checkpoint.pt", runs[0][2])
     accuracies = read_runs(runs, root, args, device)
     need(accuracies, f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
+    made_folder(args.out)
     picture = picture_accuracies(accuracies, runs[0][2]["modalities"])
     save_picture(args.out, "sweep", *picture, f"{len(runs)} runs")
 
@@ -575,9 +581,9 @@ def picture_curves(e):
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
     steps, names = log["step"], [name for name in TERMS if any(log.get(name, ()))]  # 0: ablated
-    image, pen = page(944, TOP + 300 + M, f"Pretraining: the loss and its terms; grey: chance "
-                      f"{chance:.1f}, floor {floor:.1f}; right: C1, C2, Cc, Cu",
-                      [(name, TERMS[name]) for name in names])
+    legend = [(name.replace("L", "L and C"), TERMS[name]) for name in names]
+    image, pen = page(944, TOP + 300 + M, f"Pretraining: the loss and its terms L; grey: chance "
+                      f"{chance:.1f}, floor {floor:.1f}; right: mean diagonals C", legend)
     lines = {name: log[name] for name in names}
     lines |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
     logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in lines.items()}  # a loss can be 0

@@ -643,7 +643,8 @@ def open_own(args):
         need(not strange, f"--target {args.target}: masks have other values than 0 to "
              f"{values[-1]}, those of --classes, and --ignore {args.ignore}: {strange[:4]}")
     strangers = sorted(labels.keys() - set(pairs.ids))
-    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair")
+    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair; expected "
+         f"names such as {pairs.ids[0]}: in a csv, name,label with commas and no other header")
     kind, target_of = "segmentation", partial(mask_target, files, values)
     if not files:
         kind, targets = "multi-label", {}
@@ -705,7 +706,11 @@ def split_of(args, ids):
     """Names to train on and to test, by two lists, or a seeded share to test."""
     if args.split:
         names = dict.fromkeys(ids)
-        return [read_list(Path(file), names) for file in (args.split, args.test_split)]
+        splits = [read_list(Path(file), names) for file in (args.split, args.test_split)]
+        shared = sorted(set(splits[0]) & set(splits[1]))
+        need(not shared, f"{len(shared)} names are in both of {args.split} and {args.test_split} "
+             f"(the first: {shared[:1]}); expected other samples to test on")
+        return splits
     order = np.random.default_rng((args.seed, len(ids))).permutation(len(ids))
     n = round(args.test_share * len(ids))
     need(0 < n < len(ids), f"--test-share {args.test_share} leaves nothing to train or to test")
@@ -727,11 +732,12 @@ def save_picture(args, data, i, x, target, s):
     panels += [colours[label] for label in labels]
     wide = Image.fromarray(np.concatenate(panels, 1))
     wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
-    classes = np.unique(labels)
-    sheet = ImageOps.expand(wide, (0, 0, 0, 20 * len(classes)), (90, 90, 90))
+    words = [(f"{data.ids[i]}: {len(x)} inputs, label, prediction", (255, 255, 255))]
+    words += [(names[k], tuple(colours[k].tolist())) for k in np.unique(labels)]
+    sheet = ImageOps.expand(wide, (0, 0, 0, 20 * len(words)), (90, 90, 90))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for j, k in enumerate(classes):
-        draw.text((4, wide.height + 20 * j + 1), names[k], tuple(colours[k].tolist()), font)
+    for j, (text, colour) in enumerate(words):
+        draw.text((4, wide.height + 20 * j + 1), text, colour, font)
     (args.out / "images").mkdir(exist_ok=True)
     sheet.save(args.out / "images" / f"{data.ids[i].replace('/', '_')}.png")
 
@@ -940,6 +946,8 @@ def print_tables(folders):
             settings = {name: r[name] for name in ("toy", "linear", "labels", "modality")}
             settings = {**settings, **r["changed"]}.items()
             words = [r["task"], r["model"], r["row"] or " ".join(r["weights"])]
+            if words[2].startswith(words[1]):
+                del words[1]                    # Table 3's rows name the model
             words += [f"{name} {value}" for name, value in settings]
             groups.setdefault(", ".join(words), []).append(r)
     for words, runs in sorted(groups.items()):
@@ -1057,7 +1065,7 @@ def settle(args):
     free_sources, _ = fill_in(args, [(FREE, "default")])
     check_flags(args, model)
     args.out = (args.out or Path("runs") / name_of(args)).expanduser()
-    return sources | free_sources, changed
+    return free_sources | sources, changed
 
 
 def name_of(args):

@@ -56,12 +56,12 @@ METHODS = {
     "clip": dict(common=1.0, projector="1024"),  # CLIP, Sec. 2.3 and Table 19
 }
 # --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step
-# (eta / (1 - momentum) is 1 / 100): a thousand steps want more than the paper's tens of thousands.
+# (eta / (1 - momentum) is 1 / 100): 480 steps want more than the paper's tens of thousands.
 # K is above N, as in the paper, but not far: the scenes share few features, and k dimensions that
 # agree on r of them end at a diagonal of 1 / (1 + lambda (k / r - 1)).
-TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", epochs=60, batch_size=128,
+TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", epochs=30, batch_size=128,
            lr=2.0, split="train")
-TOY_SAR = TOY | dict(epochs=120)                # of half as many scenes
+TOY_SAR = TOY | dict(epochs=60)                 # of half as many scenes
 REST = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
 
 
@@ -238,8 +238,9 @@ class Run:
             workers = default_workers(self.device.type)
         sampler = batch_order(indices, N, args.seed, rows, self.step, steps)
         self.loader = iter(DataLoader(
-            Samples(data), batch_sampler=sampler, collate_fn=collate_fn, num_workers=workers,
-            worker_init_fn=leave_group, pin_memory=self.device.type == "cuda"))
+            Samples(data, keep=workers == 0), batch_sampler=sampler, collate_fn=collate_fn,
+            num_workers=workers, worker_init_fn=leave_group,
+            pin_memory=self.device.type == "cuda"))
 
     def begin(self, net, optimizer, settings, **about):
         """Load the checkpoint to go on from, if there is one; make the folder.
@@ -327,7 +328,7 @@ class Run:
             self.say(f"  {name.replace('_', '-'):14s} {str(getattr(self.args, name)):16s} {source}")
         self.say(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
                  f"{torch.__version__}", *lines)
-        if self.step:
+        if self.args.resume:
             self.say(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
 
     def save(self):
