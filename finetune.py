@@ -633,6 +633,9 @@ def open_own(args):
         files, labels = named_files(args.target, (".png", ".tif", ".tiff")), {}
         for name, file in progress(files.items(), desc="masks"):
             labels[name] = set(np.unique(read_label(file)).tolist()) - {args.ignore}
+    strangers = sorted(labels.keys() - set(pairs.ids))
+    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair; "
+         f"expected names such as {pairs.ids[0]}; in a csv `name,label`, and no other header")
     values = sorted(set().union(*labels.values()))                  # words, or numbers in masks
     classes = [str(value) for value in values]
     need(len(values) > 1, f"--target {args.target} has one class, {classes}; expected two or more")
@@ -642,9 +645,6 @@ def open_own(args):
         strange = [name for name, own in labels.items() if not own <= set(values)]
         need(not strange, f"--target {args.target}: masks have other values than 0 to "
              f"{values[-1]}, those of --classes, and --ignore {args.ignore}: {strange[:4]}")
-    strangers = sorted(labels.keys() - set(pairs.ids))
-    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair; expected "
-         f"names such as {pairs.ids[0]}: in a csv, name,label with commas and no other header")
     kind, target_of = "segmentation", partial(mask_target, files, values)
     if not files:
         kind, targets = "multi-label", {}
