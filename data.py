@@ -509,12 +509,12 @@ class BigEarthNet:
         if not file.is_file():
             file = self.root / f"bigearthnet-{split}.csv"
         need(file.is_file(), f"no {split}.csv or {file}; {TREE}")
-        rows = [re.split(r"\s*,\s*", line) for line in read_lines(file)]
-        columns = set(map(len, rows))
-        need(len({row[0] for row in rows}) == len(rows) and columns in ({1}, {2}),
+        lines = [re.split(r"\s*,\s*", line) for line in read_lines(file)]
+        columns = set(map(len, lines))
+        need(len({line[0] for line in lines}) == len(lines) and columns in ({1}, {2}),
              f"{file}: expected S2 names, or `S2 name,S1 name` in all lines, each once")
         if columns == {2}:
-            return dict(rows)
+            return dict(lines)
         link = {}                               # the json of an S1 patch alone has it: cached
         cache = self.root / "pairs.csv"
         if cache.is_file():
@@ -525,7 +525,7 @@ class BigEarthNet:
                 link[about.get("corresponding_s2_patch")] = s1
             with contextlib.suppress(OSError):  # a folder that is only to be read
                 write_text(cache, "".join(f"{s2},{s1}\n" for s2, s1 in link.items()))
-        return {s2: link.get(s2, "?") for s2, in rows}
+        return {s2: link.get(s2, "?") for s2, in lines}
 
     def __len__(self):
         return len(self.ids)
@@ -869,10 +869,11 @@ def gravity(N):
 class Pairs:
     """Two folders, or patterns, of images of equal names: ([C1xHxW], [C2xHxW]), all of a folder of
     one size: uint8, or float32, mean +- 3 standard deviations being 0..1.  names: the file of a
-    list.  rows: what `measured` gave, kept in the checkpoint.  augment_as: a modality for each."""
+    list.  inputs: what `measured` gave, kept in checkpoints.  augment_as: a modality for each."""
     modalities = ("custom1", "custom2")
 
-    def __init__(self, where1, where2, names=None, rows=None, augment_as=(None, None), strict=True):
+    def __init__(self, where1, where2, names=None, inputs=None, augment_as=(None, None),
+                 strict=True):
         where = [os.path.normpath(os.path.expanduser(path)) for path in (where1, where2)]
         stars = [max(1, pattern.count("*")) for pattern in where]
         need(where[0] != where[1] and stars[0] == stars[1], f"{where1} and {where2}: expected two "
@@ -882,12 +883,12 @@ class Pairs:
         if names:
             self.ids = read_list(Path(names), dict.fromkeys(self.ids))
         paths = [list(map(files.get, self.ids)) for files in self.files]
-        if rows:                                # images of this folder may be of another size
+        if inputs:                              # images of this folder may be of another size
             sizes = [list(read_image(path).shape[1:]) for path, *_ in paths]
-            self.rows = [row | dict(size=size) for row, size in zip(rows, sizes)]
+            self.inputs = [row | dict(size=size) for row, size in zip(inputs, sizes)]
         else:
-            self.rows = [measured(side, strict) for side in paths]
-        for name, row, kind in zip(self.modalities, self.rows, augment_as):
+            self.inputs = [measured(side, strict) for side in paths]
+        for name, row, kind in zip(self.modalities, self.inputs, augment_as):
             MODALITIES[name] = row
             kind = kind or {1: "dem", 2: "sar", 3: "aerial"}.get(len(row["bands"]), "ms")
             AUGMENTATIONS[name] = AUGMENTATIONS[kind]
@@ -901,7 +902,7 @@ class Pairs:
 
     def __getitem__(self, i):
         x1, x2 = (read_custom(files[self.ids[i]], row)
-                  for files, row in zip(self.files, self.rows))
+                  for files, row in zip(self.files, self.inputs))
         return [x1], [x2]
 
 
@@ -1555,12 +1556,12 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as folder:
         part = Path(folder) / root.name
-        rows = list(progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
-        for split, these in (("train", rows[:scenes]), ("test", rows[scenes:])):
+        written = list(progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
+        for split, these in (("train", written[:scenes]), ("test", written[scenes:])):
             (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in these))
         with open(part / "factors.csv", "w", newline="") as file:
             csv.writer(file).writerow(("id", "common", "unique1", "unique2"))
-            csv.writer(file).writerows((name, *classes) for name, classes in rows)
+            csv.writer(file).writerows((name, *classes) for name, classes in written)
         if scenario == "sar-optical":
             pack(part, part / "packed", 1)
         if scenario == "rgb-dem":

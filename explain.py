@@ -394,7 +394,7 @@ def trained_on(path, settings):
 
 def open_data(settings, root, split):
     """The data set, or BadInput if it is not of the kind that the checkpoint knows."""
-    custom = dict(rows=settings["inputs"]) if settings["scenario"] == "custom" else {}
+    custom = dict(inputs=settings["inputs"]) if settings["scenario"] == "custom" else {}
     need(len(root) == (2 if custom else 1),
          f"--data {' '.join(root)}: expected two folders or patterns for custom, one otherwise")
     data = open_pairs(settings["scenario"], root if custom else root[0], settings["size"], split,

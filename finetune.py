@@ -682,9 +682,9 @@ def own_pairs(args):
     """The pairs, and lines about them: images of 8 bits are normalised as the weights know them."""
     folders, p = [args.data1, args.data2], args.pretraining
     if p.get("scenario") == "custom":
-        return open_pairs("custom", folders, args.size, rows=p["inputs"]), []
+        return open_pairs("custom", folders, args.size, inputs=p["inputs"]), []
     pairs, lines = open_pairs("custom", folders, args.size), []
-    for m, row, seen in zip((0, 1), pairs.rows, p.get("inputs", [])):
+    for m, row, seen in zip((0, 1), pairs.inputs, p.get("inputs", [])):
         source = "by their own mean and standard deviation"
         if row["dtype"] == "uint8" and len(row["bands"]) == len(seen["bands"]):
             row.update(mean=seen["mean"], std=seen["std"])
@@ -816,11 +816,11 @@ def finish(run, args, result, ids):
         write_text(args.out / "ids.txt", "".join(f"{name}\n" for name in ids))
         write_text(args.out / "results.json", json.dumps(result, indent=1, default=str))
     for name, value in result["classes"].items():
-        run.say(f"  {name:40s} {percent(value)}")
+        run.print(f"  {name:40s} {percent(value)}")
     if args.linear:
-        run.say("the frozen encoders have not changed by one bit")
+        run.print("the frozen encoders have not changed by one bit")
     words = [f"{name} {percent(value)}" for name, value in result["metrics"].items()]
-    run.say("  ".join(words), f"wrote {args.out}/results.json")
+    run.print("  ".join(words), f"wrote {args.out}/results.json")
 
 
 # ---- the paper's tables, and what was run ----

@@ -186,7 +186,7 @@ def main(argv=None):
     K = args.widths[-1] if args.widths else branches[0].E.dims[-1]
     Kc = round(args.common * K)
     if args.weights and run.step == 0:
-        run.say(*start_from(args.weights, [f.E for f in branches], args, encoded))
+        run.print(*start_from(args.weights, [f.E for f in branches], args, encoded))
     model = distributed(net, world, device)
 
     # ---- run ----
@@ -204,9 +204,9 @@ def main(argv=None):
     if rank == 0 and not run.stopped:
         for m, (modality, f) in enumerate(zip(encoded, branches), args.modality or 1):
             export(args.out / f"encoder{m}.pth", f.E, modality, settings)
-        run.say(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
+        run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
-        run.say(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
+        run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     leave()
 
 
@@ -290,17 +290,17 @@ class Run:
         self.bar.close()
         self.listen(signal.SIG_DFL)             # all is saved: a signal may end it at once
         if self.stopped:
-            self.say(f"stopped after step {self.step} of {self.steps} and saved; "
-                     f"to go on, give the same command with --resume")
+            self.print(f"stopped after step {self.step} of {self.steps} and saved; "
+                       f"to go on, give the same command with --resume")
 
     def log(self, loss, terms=None, numbers_of=dict):
-        """A line every 50 steps, in a run of less than 500 every step.
+        """A line every 50 steps; of a short run, about 50 lines.
 
         terms: scalars of which the loss is the sum; numbers_of(): more of them.  They stay on the
         device until they are logged, and only then is it looked whether each loss was finite.
         """
         self.finite &= loss.isfinite()
-        number, every = self.step + 1, 50 if self.steps >= 500 else 1
+        number, every = self.step + 1, min(50, max(1, self.steps // 50))
         if number % every and number not in (1, self.steps):
             return
         line = dict(epoch=self.step // self.steps_per_epoch + 1, step=number, loss=loss.item())
@@ -316,20 +316,22 @@ class Run:
         line |= dict(lr=self.optimizer.param_groups[0]["lr"], pairs_per_s=pairs / seconds,
                      data=self.waited / seconds)
         self.logged, self.logged_step, self.waited = time.time(), number, 0.0
-        self.say(f"epoch {line['epoch']:03d} step {number:06d}/{self.steps:06d}  {words_of(line)}  "
-                 f"lr {line['lr']:.4g}  {line['pairs_per_s']:.0f} pairs/s  data {line['data']:.0%}")
+        self.print(f"epoch {line['epoch']:03d} step {number:06d}/{self.steps:06d}  "
+                   f"{words_of(line)}  lr {line['lr']:.4g}  {line['pairs_per_s']:.0f} pairs/s  "
+                   f"data {line['data']:.0%}")
         with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def introduce(self, sources, *lines):
         """What runs: the command, each setting with its source, and more lines."""
-        self.say(" ".join(sys.argv))
+        self.print(" ".join(sys.argv))
         for name, source in sources.items():
-            self.say(f"  {name.replace('_', '-'):14s} {str(getattr(self.args, name)):16s} {source}")
-        self.say(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
-                 f"{torch.__version__}", *lines)
+            value = str(getattr(self.args, name))
+            self.print(f"  {name.replace('_', '-'):14s} {value:16s} {source}")
+        self.print(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
+                   f"{torch.__version__}", *lines)
         if self.args.resume:
-            self.say(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
+            self.print(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
 
     def save(self):
         if self.rank > 0:
@@ -342,7 +344,7 @@ class Run:
         write_atomically(self.args.out / "checkpoint.pt", partial(torch.save, checkpoint))
         self.saved = time.time()
 
-    def say(self, *lines):
+    def print(self, *lines):
         """Print on the first process, above the bar.  Where nobody reads any more, stop."""
         if self.rank > 0:
             return
@@ -664,7 +666,7 @@ def open_data(args):
     if args.scenario == "custom":
         before = earlier(args)
         custom = dict(augment_as=(args.augment1, args.augment2),
-                      rows=before["settings"]["inputs"] if before else None)
+                      inputs=before["settings"]["inputs"] if before else None)
     return open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
                       **custom)
 
