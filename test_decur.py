@@ -2035,6 +2035,14 @@ def test_an_error_in_a_worker_is_one_line_and_not_a_wait(function, job, words, c
     assert error.value.code == 2 and re.fullmatch(f"error: {words}\n", capsys.readouterr().err)
 
 
+def test_a_reader_who_has_read_enough_is_no_error():
+    """`python data.py check ... | head`"""
+    program = "import data; data.guarded(lambda: [print(i) for i in range(100000)])"
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -1"
+    result = subprocess.run(shell, shell=True, cwd=HERE, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("0\n", "")
+
+
 def test_bad_input_is_one_line_and_code_2_also_without_a_proper_stdout(monkeypatch, capsys):
     for stdout in (None, object(), sys.stdout):
         monkeypatch.setattr(sys, "stdout", stdout)
@@ -2604,6 +2612,9 @@ def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_p
     ("unknown.csv", "nobody,disk\n0000,ring\n", "", r"names \['nobody'\], which has no pair"),
     ("one.csv", "0000,disk\n0001,disk\n", "", "has one class"),
     ("twice.csv", "0000,disk\n0000,ring\n", "", "has 0000 twice"),
+    ("semicolon.csv", "0000;disk\n", "", r"names \['0000;disk'\], .*in a csv `name,label`"),
+    ("nowhere.csv", None, "", "nowhere.csv .*give a file that exists"),
+    ("single.csv", None, "--split train --test-split train", "24 names are in both of train"),
     ("single.csv", None, "--classes two", "segmentation alone"),
     ("masks", None, "--classes two", r"masks have other values than 0 to 1"),
     ("masks", None, "--split train", "expected two files"),
