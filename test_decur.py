@@ -865,7 +865,7 @@ class Evil:
 
 @pytest.mark.parametrize("damage", [
     lambda whole: whole[:len(whole) // 2], lambda whole: b"", lambda whole: b"text",
-    lambda whole: pickle.dumps(Evil()), lambda whole: pickle.dumps([1, 2])])
+    lambda whole: pickle.dumps(Evil(), 2), lambda whole: pickle.dumps([1, 2], 2)])
 def test_a_damaged_checkpoint_is_named_and_left_alone(damage, pretrained, scenes, tmp_path):
     content = damage((pretrained[0] / "checkpoint.pt").read_bytes())
     (tmp_path / "checkpoint.pt").write_bytes(content)
