@@ -581,7 +581,8 @@ def picture_curves(e):
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
     steps, names = log["step"], [name for name in TERMS if any(log.get(name, ()))]  # 0: ablated
-    legend = [(name.replace("L", "L and C"), TERMS[name]) for name in names]
+    legend = [("loss", INK)]
+    legend += [(f"{name}, {name.replace('L', 'C')}", TERMS[name]) for name in names[1:]]
     image, pen = page(944, TOP + 300 + M, f"Pretraining: the loss and its terms L; grey: chance "
                       f"{chance:.1f}, floor {floor:.1f}; right: mean diagonals C", legend)
     lines = {name: log[name] for name in names}
