@@ -478,8 +478,9 @@ CLASSES19 = {
     "Inland waters": ("Water courses", "Water bodies"),
     "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
 }
-CLASSES43 = {name: k for k, (same, names) in enumerate(CLASSES19.items())
-             for name in names or (same,)}
+CLASSES43 = {}                                  # their indices
+for k, (same, names) in enumerate(CLASSES19.items()):
+    CLASSES43 |= dict.fromkeys(names or (same,), k)
 DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airports",
              "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
              "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats")
@@ -818,9 +819,12 @@ def hha(depth_m, raw_m, K):
         a[:11] = a[:, :11] = 0
     N = normals(sums, u, v, z, 10).reshape(3, -1)                          # smooth ones for gravity
     g = gravity(N.compress(~np.isnan(N[0]), 1))
-    # Within 0.1 degrees of the camera's y axis gravity counts as that axis.
-    up = -z * (g[0] * u + g[1] * v + g[2] if np.degrees(np.arccos(min(g[1], 1))) > 0.1 else v)
-    height = up - (up.min() if up.min() <= -90 else -130)  # no floor in sight: camera 130 cm high
+    if np.degrees(np.arccos(min(g[1], 1))) <= 0.1:
+        up = -z * v                             # so near the camera's y axis, it counts as that
+    else:
+        up = -z * (g[0] * u + g[1] * v + g[2])
+    lowest = up.min()
+    height = up - (lowest if lowest <= -90 else -130)  # no floor in sight: camera 130 cm high
     cosine = np.einsum("c,chw->hw", g, normals(sums, u, v, z, 3)).clip(-1, 1)
     angle = np.where(np.isnan(cosine), 180, np.degrees(np.arccos(cosine)))
     out = np.stack([31000 / np.maximum(z, 100), height, angle + 128 - 90], -1)  # HxWx3

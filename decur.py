@@ -532,10 +532,11 @@ def load_encoder(E, state, bgr=False):
         raise ValueError(f"BGR weights for an encoder of {E.channels} input channels: expected 3")
     common = [key for key in own if key in state]
     counters = [key for key in own if key.endswith("num_batches_tracked")]  # new in torch 0.4.1
-    for words, keys in (
-            ("of another shape", [key for key in common if own[key].shape != state[key].shape]),
-            ("missing", [key for key in own if key not in state and key not in counters]),
-            ("unexpected", [key for key in state if key not in own and key not in CLASSIFIER])):
+    reshaped = [key for key in common if own[key].shape != state[key].shape]
+    missing = [key for key in own if key not in state and key not in counters]
+    unexpected = [key for key in state if key not in own and key not in CLASSIFIER]
+    for words, keys in (("of another shape", reshaped), ("missing", missing),
+                        ("unexpected", unexpected)):
         if keys:
             raise ValueError(f"{len(keys)} of {len(own)} keys {words}: {' '.join(keys[:4])}; "
                              f"expected all, and only a classifier beside: another backbone?")

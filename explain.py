@@ -658,8 +658,9 @@ def picture_tsne(e):
     points = np.stack([y.cpu().numpy() for y, _ in results])            # batches x 2k x 2
     unique = e.dimensions >= e.Kc               # k
     side, shares = 448, collections.defaultdict(list)
-    legend = [(f"{e.modalities[m]} {part}", *MARKS[first + m])
-              for part, first in e.parts(0, 2).items() for m in (0, 1)]
+    legend = []
+    for part, first in e.parts(0, 2).items():
+        legend += [(f"{name} {part}", *MARKS[first + m]) for m, name in enumerate(e.modalities)]
     image, pen = page(944, TOP + -(-n // 2) * (side + M),
                       "t-SNE: a mark is a dimension, a panel a batch", legend)
     for i, y in enumerate(points):

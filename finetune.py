@@ -660,7 +660,8 @@ def open_own(args):
                          f"{unlabelled[0]}, so that the task is multi-label; remove their lines?")
     splits = split_of(args, [name for name in pairs.ids if name in labels])
     lines.append(f"{len(labels)} of {len(pairs)} pairs have labels: {kind}, {len(values)} classes")
-    learned, tested = [set().union(*(labels[name] for name in ids)) for ids in splits]
+    learned = set().union(*(labels[name] for name in splits[0]))
+    tested = set().union(*(labels[name] for name in splits[1]))
     for value in sorted(tested - learned):
         lines.append(f"warning: no training sample has the class {classes[values.index(value)]}; "
                      f"it is scored all the same")

@@ -636,8 +636,9 @@ def plain_values(value):
 
 
 def described(row):
-    numbers = [" ".join(f"{x:.4g}" for x in row[name]) for name in ("mean", "std")]
-    return (f"{' '.join(row['bands'])} ({row['range']}; mean {numbers[0]}, std {numbers[1]})")
+    mean = " ".join(f"{x:.4g}" for x in row["mean"])
+    std = " ".join(f"{x:.4g}" for x in row["std"])
+    return f"{' '.join(row['bands'])} ({row['range']}; mean {mean}, std {std})"
 
 
 @torch.no_grad()
@@ -679,7 +680,8 @@ def described_run(args, data, net, Kc, K):
         lines.append(f"augmentations of {modality}: {AUGMENTATIONS[modality]}")
     lines += input_warnings(data)
     for f in net.children():
-        E, P = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (f.E, f.P)]
+        E = sum(p.numel() for p in f.E.parameters()) / 1e6
+        P = sum(p.numel() for p in f.P.parameters()) / 1e6
         lines.append(f"parameters: encoder {E:.2f} M, projector {P:.2f} M")
     if args.method == "decur":
         lines.append(f"N {args.batch_size}  K {K}  Kc {Kc}")
