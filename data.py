@@ -68,7 +68,7 @@ from tqdm import tqdm
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
 
 TREE = "the first lines of data.py show the tree"
-SCENES = "or try made-up scenes: pretrain.py --toy"
+SCENES = "or try made-up scenes: --toy"
 
 PICTURES = (".jpg", ".jpeg", ".png")
 IMAGES = (*PICTURES, ".tif", ".tiff", ".npy")
@@ -933,20 +933,21 @@ def read_like(path, row):
 def measured(paths, strict, most=200):
     """The row of MODALITIES for one's own images, from at most 200 of them: mean and std of x in
     [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits."""
-    row, sums = None, 0
+    row, sums, reason = None, 0, None
     for path in progress(evenly(paths, most), "measuring"):
         try:
             a = read_like(path, row) if row else read_image(path)
-        except BadInput:
+        except BadInput as error:
             if strict:
                 raise
-            continue                            # `check` will name it
+            reason = error                      # `check` will list it
+            continue
         row = row or dict(bands=[f"channel {c + 1}" for c in range(len(a))],
                           size=list(a.shape[1:]), dtype=str(a.dtype))
         a = a.reshape(len(a), -1).astype(float)
         a[~np.isfinite(a)] = np.nan
         sums += np.stack([np.isfinite(a).sum(1), np.nansum(a, 1), np.nansum(a * a, 1)])
-    need(row, f"none of {len(paths)} images can be read, such as {paths[0]}")
+    need(row, f"none of {len(paths)} images can be read; the last: {reason}")
     n, mean, square = sums / np.maximum(sums[0], 1)
     std = np.sqrt(np.maximum(square - mean ** 2, 0))
     std[std <= 1e-6 * np.abs(mean)] = 1         # a constant channel
@@ -964,12 +965,14 @@ def named_files(where, suffixes=PICTURES):
     """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
     what the stars stand for, joined by _."""
     files, pairs, where = {}, [], os.path.expanduser(where)
+    folder = os.path.dirname(f"{where}/".split("*")[0]) or "."
+    need(os.path.isdir(folder), f"no folder {folder}; expected images in it; {TREE}")
     if "*" in where:
         parts = Path(where).as_posix().split("*")
         form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
         for path in glob.glob("*".join(map(glob.escape, parts))):
             pairs.append(("_".join(form.fullmatch(Path(path).as_posix()).groups()), path))
-    elif os.path.isdir(where):
+    else:
         pairs = [(os.path.splitext(entry.name)[0], entry.path) for entry in os.scandir(where)]
     for name, path in sorted(pairs):
         base = os.path.basename(path)
@@ -978,7 +981,8 @@ def named_files(where, suffixes=PICTURES):
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
         need(name not in files, f"{path}, {files.get(name)}: one name; expected one file for each")
         files[name] = path
-    need(files, f"no image (of {', '.join(suffixes)}) under {where}; {TREE}")
+    need(files, f"no image (of {', '.join(suffixes)}) under {where}, but {folder} has "
+         f"{sorted(os.listdir(folder))[:2]}; {TREE}")
     return files
 
 
@@ -990,7 +994,8 @@ def paired(files1, files2, where, strict):
         second = [name for name in lonely if name in files2][:2]
         raise BadInput(f"{len(lonely)} names are in only one of {where[0]} {first} and {where[1]} "
                        f"{second}, {len(both)} in both; expected equal names: remove or rename the "
-                       f"others, or with custom give patterns like --data1 '{where[0]}/*_A.tif'")
+                       f"others, or with custom give patterns like --data1 'chips/*_A.tif', whose "
+                       f"stars stand for what is equal")
     return both, lonely
 
 
@@ -1330,6 +1335,16 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+class OnePattern(argparse.Action):
+    """For argparse's action=, with nargs="+": a shell makes a list of a pattern without quotes."""
+
+    def __call__(self, parser, args, values, option=None):
+        if len(values) > 1:
+            parser.error(f"{option}: {len(values)} files, such as {values[0]}; expected a folder, "
+                         f"or a pattern in quotes: '*.tif'")
+        setattr(args, self.dest, values[0])
+
+
 def cores():
     """How many this process may use; a cgroup or Slurm may give it less than the machine has."""
     if hasattr(os, "sched_getaffinity"):
@@ -1359,11 +1374,11 @@ def progress(*args, **settings):
 
 
 def guarded(main):
-    """main(), with bad input as one line on stderr and exit code 2."""
+    """Exit with what main() returns; with bad input, one line on stderr and exit code 2."""
     with contextlib.suppress(AttributeError):   # a notebook's stdout; None where it is closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        main()
+        sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)                           # as a shell has it
     except BrokenPipeError:                     # as of `| head`, who has read enough
@@ -1627,7 +1642,8 @@ def check(dataset, out, workers, size):
         print(f"warning: {line}")
     if good:
         contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", size)
-        print(f"pairs as the network will see them: {out / 'contact-sheet.png'}")
+        print(f"a row a pair, two augmented views of {' and two of '.join(dataset.modalities)}, as "
+              f"the network will see them: {out / 'contact-sheet.png'}")
     print(f"{len(dataset)} samples read, {len(bad)} bad, "
           f"of which {len(dataset.lonely)} without a partner")
     write_text(out / "bad-ids.txt", "".join(f"{line}\n" for line in bad))
@@ -1798,13 +1814,17 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     folder = dict(metavar="DIR", type=os.path.expanduser)
-    own = dict(folder, help="of custom: a folder, or a pattern such as 'chips/*_S1Hand.tif'")
+    own = dict(metavar="FILES", nargs="+", action=OnePattern,
+               help="of custom: a folder, or a pattern in quotes such as 'chips/*_S1Hand.tif'")
+    augment = dict(choices=AUGMENTATIONS, help="of custom: draw the views as of this modality")
     flags = {
         "--scenario": dict(choices=[*TOYS, "custom"]),
         "--task": dict(choices=TASKS, help="a transfer task instead of a scenario"),
         "--data": dict(folder, help="default: the scenario's or the task's, in data/"),
         "--data1": own,
         "--data2": own,
+        "--augment1": augment,
+        "--augment2": augment,
         "--split": dict(help="default: all; of a task train; of custom the file of a list"),
         "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
         "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
@@ -1814,7 +1834,7 @@ def get_args(argv=None):
         "--workers": dict(type=number(int, 0), default=cores(), help="default: one a core")}
     for command, text, names in (
             ("check", "read every file; exit code 1 if any is bad", "--scenario --task --data "
-             "--data1 --data2 --split --size --depth-unit --out --workers"),
+             "--data1 --data2 --augment1 --augment2 --split --size --depth-unit --out --workers"),
             ("pack", "SSL4EO-S12 into four arrays, once", "--data --out --workers"),
             ("crop", "GeoNRW's tiles into patches, once", "--data --out --workers"),
             ("hha", "RGB-depth: HHA for every frame that has none",
@@ -1834,7 +1854,8 @@ def open_checked(args):
          "check: expected --data1 and --data2 with --scenario custom, else --data")
     root = own if name == "custom" else args.data or f"data/{name}"
     split = args.split or ("train" if args.task else "all")
-    data = open_pairs(name, root, args.size, split, args.depth_unit, strict=False)
+    custom = dict(augment_as=(args.augment1, args.augment2)) if name == "custom" else {}
+    data = open_pairs(name, root, args.size, split, args.depth_unit, strict=False, **custom)
     return data, Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
 
 

@@ -524,7 +524,8 @@ def read_runs(runs, root, args, device):
         raise BadInput(f"{path} is damaged ({error!r}); expected a line for each scene, id and "
                        f"three numbers; make the folder again: data.py toy") from None
     accuracies, seeds = collections.defaultdict(list), set()
-    for label, net, settings in progress(runs, "runs", unit="run"):
+    for label, net, settings in runs:
+        print(f"probes of {label}, seed {settings['seed']}")
         seed = None if settings["seed"] in seeds else settings["seed"]  # yardsticks: once a seed
         seeds.add(seed)
         for m, f in enumerate((net.f1, net.f2)):
@@ -564,12 +565,14 @@ MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # commo
 
 
 def claim(words, numbers, less):
-    """What should be, what was measured, and whether numbers[less] is the smaller of the two."""
+    """What should be, what was measured, and whether numbers[less] is clearly the smaller one."""
     measured = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
     if len(numbers) < 2:
         return f"{words}: {measured}"
-    lower = "lower" if numbers[less] < max(numbers.values()) else "not lower"
-    return f"{words}: {measured}: {less} is {lower}"
+    highest, answer = max(numbers.values()), "yes"
+    if numbers[less] > highest - 0.05 * abs(highest):
+        answer = "hardly" if numbers[less] < highest else "no"
+    return f"{words}: {measured}: is {less} lower? {answer}"
 
 
 def picture_curves(e):

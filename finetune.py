@@ -32,10 +32,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, check_label, default_workers, guarded,
-                  leave_group, make_toy, moved, named_files, need, normalise, number, open_pairs,
-                  progress, random_boxes, read_json, read_label, read_lines, read_list, resize,
-                  separable, triangle_filter, unit, visible, write_text)
+from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_label,
+                  default_workers, guarded, leave_group, make_toy, moved, named_files, need,
+                  normalise, number, open_pairs, progress, random_boxes, read_json, read_label,
+                  read_lines, read_list, resize, separable, triangle_filter, unit, visible,
+                  write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
 from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
                       load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
@@ -70,8 +71,8 @@ FCN_RGBD = [
 CMX_NYU = dict(modality=0, batch_size=8, optimizer="adamw", lr=6e-5, weight_decay=0.01,
                schedule="warm poly", size=480, scale=None, test_scales=(0.75, 1.0, 1.25))
 OWN = dict(modality=0, batch_size=32, epochs=50, optimizer="adamw", lr=1e-4, weight_decay=0.01,
-           schedule="poly", scale=(0.5, 1.0), split=None, test_split=None, test_share=0.2,
-           ignore=255)
+           schedule="poly", scale=(0.5, 1.0), test_crop=1.0, split=None, test_split=None,
+           test_share=0.2, ignore=255)
 RECIPES = {
     ("bigearthnet", "late"): [
         (dict(backbone="resnet50", batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
@@ -152,6 +153,8 @@ def test(net, data, args, device, rank=0, world=1):
     ranking = torch.zeros(2, n, C, device=device)  # scores and labels; 0 where another process is
     for x, target in batches_of(data, np.arange(first, last), args, device, world, "test"):
         s = scores(net, x, args.test_scales)                        # NxC, or NxCxHxW
+        if target.ndim == 3 and s.shape[2:] != target.shape[1:]:
+            s = F.interpolate(s, target.shape[1:], mode="bilinear")
         if data.kind == "multi-label":
             ranking[:, first:first + len(s)] = torch.stack((s, target))
         else:
@@ -504,8 +507,12 @@ class Labelled:
 
 def open_task(args, rank):
     """The data sets of both splits, and lines about them."""
+    lines = []
+    if args.pretraining.get("stopped"):
+        lines.append(f"warning: its pretraining was stopped {args.pretraining['stopped']}")
     if args.task == "custom":
-        return open_own(args)
+        both, more = open_own(args)
+        return both, lines + more
     task, name, target_of = TASKS[args.task], args.task, None
     classes, size, labels = task["classes"], args.size, None
     if task["scenario"] == "rgbd":
@@ -521,7 +528,7 @@ def open_task(args, rank):
     for split in (args.split, args.test_split):
         data = open_pairs(name, args.data, size, split, args.depth_unit, classes=labels)
         both.append(Labelled(data, classes, kind, target_of))
-    return both, []
+    return both, lines
 
 
 def read_factors(root):
@@ -598,7 +605,8 @@ def resample(x, boxes, size):
 
 def prepared(batch, args, modalities, device, draws=None):
     """A batch of files -> what the model sees, [NxCxHxW], and the target.  With draws it is
-    augmented; without, it is the frame, or its middle where the task crops.
+    augmented; without, it is the frame, or with test_crop its middle, as large as the crops of
+    training; masks stay as they are.
     """
     *x, target = [moved(t, device) for t in batch]
     if args.cached and draws:                   # a batch of features
@@ -617,7 +625,7 @@ def prepared(batch, args, modalities, device, draws=None):
     else:
         return x, target
     x = [resample(images, boxes, size) for images in x]
-    if target.ndim == 3:
+    if target.ndim == 3 and draws:
         target = resample(target, boxes, size)
     return x, target
 
@@ -635,10 +643,12 @@ def open_own(args):
             labels[name] = set(np.unique(read_label(file)).tolist()) - {args.ignore}
     strangers = sorted(labels.keys() - set(pairs.ids))
     need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair; "
-         f"expected names such as {pairs.ids[0]}; in a csv `name,label`, and no other header")
+         f"expected names such as {pairs.ids[0]}: in a csv `name,label` with a comma, and no other "
+         f"header; of masks a pattern like 'masks/*_mask.png'")
     values = sorted(set().union(*labels.values()))                  # words, or numbers in masks
     classes = [str(value) for value in values]
-    need(len(values) > 1, f"--target {args.target} has one class, {classes}; expected two or more")
+    need(len(values) > 1, f"--target {args.target} has the classes {classes}; expected two or more "
+         f"(in masks {args.ignore} is no label, or another --ignore)")
     if args.classes:
         classes = read_lines(Path(args.classes).expanduser())
         values = list(range(len(classes)))
@@ -729,7 +739,10 @@ def save_picture(args, data, i, x, target, s):
     colours = np.random.default_rng(0).integers(50, 256, (len(names), 3), np.uint8)
     colours[0] = 0
     labels = [target.cpu().numpy() + 1, s.argmax(0).cpu().numpy() + 1]  # HxW each
-    panels = [np.uint8(255 * visible(image, data.modalities[m])) for image, m in zip(x, used(args))]
+    panels = []
+    for image, m in zip(x, used(args)):
+        image = resize(image[None].float(), target.shape)[0]
+        panels.append(np.uint8(255 * visible(image, data.modalities[m])))
     panels += [colours[label] for label in labels]
     wide = Image.fromarray(np.concatenate(panels, 1))
     wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
@@ -796,7 +809,7 @@ def main(argv=None):
                 sys.exit("a frozen encoder has changed, which must not be: the results are void")
         result.update(changed=not_the_papers(args, changed), seconds=time.time() - started)
         finish(run, args, result, sorted(data.ids[i] for i in chosen))
-    leave()
+    return leave(run)
 
 
 def freeze(net, data, chosen, args, device):
@@ -1027,9 +1040,10 @@ def get_args(argv=None):
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
     add("--save-images", type=number(int, 0), metavar="N", help="pictures of N test samples")
     add = parser.add_argument_group("--task custom").add_argument
-    add("--data1", metavar="FILES", help="images of modality 1: a folder, or a pattern in quotes")
-    add("--data2", metavar="FILES", help="images of modality 2")
-    add("--target", metavar="FILES", help="masks, as folder or pattern; or a csv: name,label,...")
+    files = dict(metavar="FILES", nargs="+", action=OnePattern)
+    add("--data1", **files, help="images of modality 1: a folder, or a pattern in quotes")
+    add("--data2", **files, help="images of modality 2")
+    add("--target", **files, help="masks, as folder or pattern; or a csv: name,label,...")
     add("--classes", metavar="FILE", help="of masks: names of the classes 0, 1, ..., one a line")
     add("--ignore", type=number(int, 0), help="value in masks that is no label; default: 255")
     add("--test-share", type=number(float, 0, 1), help="of samples, without lists; default: 0.2")

@@ -29,9 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, Samples, augment, both_views, collate,
-                  default_workers, epoch_batches, guarded, input_warnings, leave_group, make_toy,
-                  mixed, need, number, open_pairs, read_json, write_atomically, write_text)
+from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, OnePattern, Samples, augment,
+                  both_views, collate, default_workers, epoch_batches, guarded, input_warnings,
+                  leave_group, make_toy, mixed, need, number, open_pairs, read_json,
+                  write_atomically, write_text)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, bounds, clip_loss, decur_loss,
                    decur_loss_gram, diagonals, load_encoder, read_weights, simclr_loss, vicreg_loss)
 
@@ -207,7 +208,7 @@ def main(argv=None):
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
-    leave()
+    return leave(run)
 
 
 # ---- what stands around a loop, here and in finetune.py ----
@@ -231,7 +232,7 @@ class Run:
         self.checkpoint = earlier(args)
         self.step = self.checkpoint["step"] if self.checkpoint else 0
         self.steps_per_epoch = max(1, len(indices) // N)
-        self.signalled = self.stopped = False
+        self.signalled = self.stopped = 0       # or the signal's number
         self.waited = 0.0                       # seconds for batches, since the last line
         workers = args.workers
         if workers is None:
@@ -283,7 +284,7 @@ class Run:
             self.step += 1
             self.bar.update()
             if self.world == 1 or self.step % 10 == 0:              # all leave at the same step
-                self.stopped = bool(agreed(self.signalled, self.device))
+                self.stopped = agreed(self.signalled, self.device)
             minutes = (time.time() - self.saved) / 60
             if self.stopped or self.step == self.steps or minutes > self.args.save_every:
                 self.save()
@@ -353,7 +354,7 @@ class Run:
                 tqdm.write(line, file=sys.stdout)
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")
-            self.signalled = True
+            self.signalled = 13                 # SIGPIPE, which Windows lacks
 
     def listen(self, handler):
         """SIGTERM, Ctrl-C, a closed terminal and Slurm's warning end the step and save."""
@@ -362,7 +363,7 @@ class Run:
                 signal.signal(getattr(signal, name), handler)
 
     def stop(self, number, frame):
-        self.signalled = True
+        self.signalled = number
         signal.signal(number, signal.SIG_DFL)   # a second one kills
 
 
@@ -493,9 +494,11 @@ def join(world):
         dist.init_process_group("nccl" if own_gpu else "gloo")
 
 
-def leave():
+def leave(run):
+    """The program's exit code: 0, or as a shell has it for a signal."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 128 + run.stopped if run.stopped else 0
 
 
 def distributed(net, world, device):
@@ -549,12 +552,12 @@ def load_checkpoint(path):
     """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = [type(checkpoint[name]) for name in ("model", "settings", "step")]
-        reason = None if kinds[1:] == [dict, int] else "it is no checkpoint of this project"
+        kinds = [type(checkpoint.get(name)) for name in ("settings", "step")]
+        reason = None if kinds == [dict, int] else "it holds something else"
     except Exception as error:                  # torch raises half a dozen kinds for bad files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-    need(reason is None, f"{path} cannot be used ({reason}); expected a whole checkpoint.pt of "
-         f"tensors and plain values; give another, or delete it to begin anew")
+    need(reason is None, f"{path} cannot be used ({reason}); expected a whole checkpoint.pt of a "
+         f"run, tensors and plain values alone; give another, or at --resume a new --out")
     return checkpoint
 
 
@@ -733,10 +736,11 @@ def get_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="default: data/SCENARIO")
     for m in (1, 2):
-        add(f"--data{m}", metavar="FILES", help="with custom: a folder, or a pattern in quotes "
-            "like 'chips/*_S1.tif': what * stands for is the pair's name")
+        add(f"--data{m}", metavar="FILES", nargs="+", action=OnePattern, help="with custom: a "
+            "folder, or a pattern in quotes like 'chips/*_S1.tif': * stands for the pair's name")
         add(f"--augment{m}", choices=AUGMENTATIONS, help="with custom: augment as this modality")
-    add("--split", help="pairs to use: all, train or test; default: all, rgb-dem and --toy train")
+    add("--split", help="pairs to use: all, train, test, of custom a file with a name a line; "
+        "default: all, rgb-dem and --toy train")
     add("--depth-unit", type=number(float, 1e-9), help="depth steps a metre; default: 1000")
     add("--size", type=number(int, 16), help="crop in pixels; default: 224")
     add("--workers", type=number(int, 0), help="that read files; default: on CUDA up to 8, else 0")
