@@ -202,8 +202,8 @@ def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
     u = draws(23).double()                                              # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
-    w = (area * log_ratio.exp()).sqrt().round()                         # Bx10
-    h = (area / log_ratio.exp()).sqrt().round()                         # Bx10
+    w = (area * log_ratio.exp()).sqrt().round().clamp(min=1)            # Bx10
+    h = (area / log_ratio.exp()).sqrt().round().clamp(min=1)            # Bx10
     fits = torch.cat([(w <= W) & (h <= H), torch.ones(B, 1, dtype=bool)], 1)
     first = fits.int().argmax(1, keepdim=True)                          # Bx1
     w = torch.cat([w, torch.full((B, 1), min(W, round(H * ratio[1])))], 1).gather(1, first)  # Bx1
@@ -374,8 +374,9 @@ class SSL4EO:
         self.packed = packed if (packed / "ids.txt").is_file() else None
         if self.packed:
             self.ids = read_lines(packed / "ids.txt")
-            for season in range(4):
-                open_season(packed, season, len(self.ids))
+            sizes = {open_season(packed, season, len(self.ids)).shape for season in range(4)}
+            need(len(sizes) == 1, f"{packed} has seasons of the sizes {sizes}; expected one size; "
+                 f"delete it and pack again")
         else:                                   # 97 ids have no folder; some copies' are shorter
             need((self.root / "s1").is_dir() or not any(self.root.glob("**/*.zarr.zip")),
                  f"{root} holds SSL4EO-S12 v1.1, of other values; expected v1.0; {TREE}")
@@ -406,16 +407,18 @@ class SSL4EO:
             return unpacked(rows[self.row[self.ids[i]]])
         bands = {}
         for band, path in self.files(i, season):
-            bands[band] = to_8bit(band, read_tiff(path)[0], SSL4EO_S1)
+            bands[band] = to_8bit(band, read_band(path), SSL4EO_S1)
         return in_blocks(bands, self.ids[i])
 
     def raw(self, i):
-        """(name, CxHxW) of the four seasons as they lie on disk."""
+        """(name, HxW or CxHxW) of the four seasons as they lie on disk."""
         for season in range(4):
             if self.packed:
                 yield from zip(("10 m", "20 m", "60 m"), self.season(i, season))
             else:
-                yield from ((band, read_tiff(path)) for band, path in self.files(i, season))
+                bands = {band: read_band(path) for band, path in self.files(i, season)}
+                in_blocks(bands, self.ids[i])   # their sizes
+                yield from bands.items()
 
     def __getitem__(self, i):
         # Paper: "one random season is selected to generate each augmented view".  Here: drawn for
@@ -519,11 +522,12 @@ class BigEarthNet:
         link = {}                               # the json of an S1 patch alone has it: cached
         cache = self.root / "pairs.csv"
         if cache.is_file():
-            link = dict(line.split(",") for line in read_lines(cache))
+            with contextlib.suppress(ValueError):  # damaged: written anew
+                link = dict(line.split(",") for line in read_lines(cache))
         if set(link.values()) != s1_names:      # not yet written, or patches came or went since
             for s1 in progress(sorted(s1_names), "S1 patches"):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", LABELS)
-                link[about.get("corresponding_s2_patch")] = s1
+                link[str(about.get("corresponding_s2_patch"))] = s1
             with contextlib.suppress(OSError):  # a folder that is only to be read
                 write_text(cache, "".join(f"{s2},{s1}\n" for s2, s1 in link.items()))
         return {s2: link.get(s2, "?") for s2, in lines}
@@ -534,13 +538,13 @@ class BigEarthNet:
     def raw(self, i):
         s1, s2 = self.partner[self.ids[i]], self.ids[i]
         for band in S1:
-            yield band, read_tiff(self.folders[0] / s1 / f"{s1}_{band}.tif")
+            yield band, read_band(self.folders[0] / s1 / f"{s1}_{band}.tif")
         for band in S2:
             if band != "B10":                   # Level 2A has no cirrus band
-                yield band, read_tiff(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
+                yield band, read_band(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
 
     def __getitem__(self, i):
-        bands = {band: to_8bit(band, x[0], BIGEARTHNET_S1) for band, x in self.raw(i)}
+        bands = {band: to_8bit(band, x, BIGEARTHNET_S1) for band, x in self.raw(i)}
         # an empty band where the encoders of SSL4EO-S12, of 13 bands, expect B10
         blocks = in_blocks(bands | {"B10": np.zeros_like(bands["B1"])}, self.ids[i])
         return *stack_bands(blocks), self.classes(i)
@@ -619,9 +623,12 @@ class GeoNRW:
 def read_part(stem, part):
     """rgb, dem or seg of a tile or a patch, CxHxW."""
     if part == "seg":
-        return read_label(f"{stem}_seg.tif")[None].astype(np.uint8)
+        label = read_label(f"{stem}_seg.tif")
+        need(0 <= label.min() <= label.max() < 256, f"{stem}_seg.tif holds {label.min()} to "
+             f"{label.max()}; expected classes, 0 (none) to 10")
+        return label[None].astype(np.uint8)
     if part == "dem":
-        return read_image(f"{stem}_dem.tif")
+        return read_band(f"{stem}_dem.tif")[None]
     jp2 = f"{stem}_rgb.jp2"                     # of a tile; a patch is a png
     return read_image(jp2 if os.path.isfile(jp2) else f"{stem}_rgb.png")
 
@@ -661,6 +668,7 @@ class RGBD:
             files1 = {frame: image for frame, (image, *_) in frames.items()}
             files2 = {frame: hha_file(image) for frame, image in files1.items()
                       if os.path.isfile(hha_file(image))}
+            need(files2, f"{root} has no HHA yet; run `python data.py hha --data {root}` first")
         else:
             where = root / "RGB", root / second
             files1, files2 = map(named_files, where)
@@ -732,15 +740,20 @@ def read_depth(path, canvas, depth_unit):
 
 def sunrgbd_frames(root):
     """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
-    frame is a folder with image/ and intrinsics.txt, at any depth."""
+    frame is a folder with image/ or depth/, at any depth, and has to have all of these."""
     tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
+    places, parts = set(), ("image", "depth_bfx", "depth")
     for folder, subfolders, files in os.walk(tree, followlinks=True):
-        if "image" in subfolders and "intrinsics.txt" in files:
+        place = os.path.realpath(folder)
+        if place in places:                     # a link leads back
             subfolders.clear()
-            parts = [only_file(os.path.join(folder, part))
-                     for part in ("image", "depth_bfx", "depth")]
+        elif "image" in subfolders or "depth" in subfolders:
+            subfolders.clear()
+            need("intrinsics.txt" in files, f"no {folder}/intrinsics.txt; unpack SUNRGBD.zip again")
             name = Path(folder).relative_to(tree).as_posix()
-            frames[name] = (*parts, os.path.join(folder, "intrinsics.txt"))
+            paths = [only_file(os.path.join(folder, part)) for part in parts]
+            frames[name] = (*paths, os.path.join(folder, "intrinsics.txt"))
+        places.add(place)
     return dict(sorted(frames.items()))
 
 
@@ -878,7 +891,7 @@ class Pairs:
 
     def __init__(self, where1, where2, names=None, inputs=None, augment_as=(None, None),
                  strict=True):
-        where = [os.path.normpath(os.path.expanduser(path)) for path in (where1, where2)]
+        where = [os.path.normpath(path) for path in (where1, where2)]
         stars = [max(1, pattern.count("*")) for pattern in where]
         need(where[0] != where[1] and stars[0] == stars[1], f"{where1} and {where2}: expected two "
              f"different folders, or patterns with as many stars: these stand for equal names")
@@ -964,10 +977,12 @@ def measured(paths, strict, most=200):
 def named_files(where, suffixes=PICTURES):
     """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
     what the stars stand for, joined by _."""
-    files, pairs, where = {}, [], os.path.expanduser(where)
-    folder = os.path.dirname(f"{where}/".split("*")[0]) or "."
+    files, pairs, where = {}, [], os.fspath(where)
+    folder = where
+    if "*" in where and not os.path.isdir(where):
+        folder = os.path.dirname(where.split("*")[0]) or "."
     need(os.path.isdir(folder), f"no folder {folder}; expected images in it; {TREE}")
-    if "*" in where:
+    if folder != where:
         parts = Path(where).as_posix().split("*")
         form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
         for path in glob.glob("*".join(map(glob.escape, parts))):
@@ -1077,6 +1092,13 @@ def read_tiff(path):
         return a
 
 
+def read_band(path):
+    """A TIFF of one band -> HxW."""
+    a = read_tiff(path)
+    need(len(a) == 1, f"{path} holds {len(a)} bands; expected one: a file for each band")
+    return a[0]
+
+
 def read_lines(path):
     """The lines of a list that are not empty, without spaces around them."""
     with reading(path, "a list in utf-8"):
@@ -1133,7 +1155,7 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
     `check`: samples without a partner go into .lonely."""
     if name == "custom":
         return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
-    root = Path(root).expanduser()
+    root = Path(root)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
     if name in TASKS:
         classes = classes or TASKS[name]
@@ -1279,8 +1301,9 @@ def what_is_seen(data, indices):
 
 
 def input_warnings(data, n=16):
-    """One line for each thing that looks wrong in what the network will see, from n samples."""
-    return what_is_seen(data, evenly(range(len(data)), n))[1]
+    """A line for each thing that looks wrong in what the network will see, from n samples."""
+    _, warnings = what_is_seen(data, evenly(range(len(data)), n))
+    return [f"warning: {words}" for words in warnings]
 
 
 def evenly(indices, n):
@@ -1335,6 +1358,13 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def expanded(text):
+    """For argparse's type=: a file, folder or pattern; ~ is one's home."""
+    if not text:                                # as of a shell's variable that is not set
+        raise argparse.ArgumentTypeError("nothing; expected a name")
+    return os.path.expanduser(text)
+
+
 class OnePattern(argparse.Action):
     """For argparse's action=, with nargs="+": a shell makes a list of a pattern without quotes."""
 
@@ -1384,10 +1414,14 @@ def guarded(main):
     except BrokenPipeError:                     # as of `| head`, who has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[-1:]  # a worker puts its traceback before it
-        line = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", "".join(line))
+        line = str(error).strip()
+        if "Traceback" in line:                 # of a worker
+            line = line.splitlines()[-1]
+        line = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(line.splitlines()))
         if "DataLoader worker" in line:
             line = "a process that reads files was killed: out of memory? Take fewer --workers"
+        elif "stack expects each tensor" in line:
+            line = f"samples differ in size ({line}); take the odd ones out"
         elif isinstance(error, RuntimeError):
             raise
         if sys.stderr is not None:
@@ -1563,7 +1597,7 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
     """Writes made-up scenes under root, once, as a whole or not at all; of several processes the
     first does, the others wait.  Beside the scenario's layout, packed or cropped, stand train.txt,
     test.txt and factors.csv, with the classes as indices of SHAPES."""
-    root = Path(root).expanduser()
+    root = Path(root)
     while rank > 0 and not root.is_dir():
         time.sleep(0.5)
     if root.is_dir():
@@ -1587,6 +1621,17 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
             crop(part, part / "cropped", 1)
         if not root.is_dir():                   # another run may have been faster
             os.replace(part, root)
+
+
+def read_factors(root):
+    """{scene: its three classes, indices of SHAPES} of made-up scenes."""
+    factors, path = {}, Path(root) / "factors.csv"
+    with reading(path, "the classes of made-up scenes"):
+        for line in read_lines(path)[1:]:
+            scene, *classes = line.split(",")
+            factors[scene] = [range(len(SHAPES)).index(int(k)) for k in classes]
+            need(len(classes) == 3, f"{path} has the line {line}; expected id and three numbers")
+    return factors
 
 
 # ---- commands: check, pack, crop, hha, toy ----
@@ -1674,13 +1719,18 @@ def contact_sheet(dataset, indices, path, size):
 
 
 @contextlib.contextmanager
-def built(out):
-    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it.
-    Two runs at once write the same bytes to the same places."""
+def built(out, made_of=""):
+    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it, if
+    it is made of the same.  Two runs at once write the same bytes to the same places."""
     need(not Path(out).exists(), f"{out} exists; expected a new --out, or delete it")
     part = Path(f"{out}.part")
     part.mkdir(parents=True, exist_ok=True)
+    record = part / "made-of.txt"
+    need(not record.is_file() or record.read_text("utf-8") == made_of, f"{part} was begun with "
+         f"other samples or settings; give those, or delete it")
+    write_text(record, made_of)
     yield part
+    record.unlink()
     os.replace(part, out)
 
 
@@ -1688,11 +1738,10 @@ def pack(root, out, workers, flush_every=256):
     """SSL4EO-S12's 60 files a location -> ids.txt and four arrays, season0.npy to season3.npy, with
     a row a location: its 15 bands in 8 bits at native size, 0.5 MB."""
     data = SSL4EO(root)
-    with built(out) as part:
-        ids, done = part / "ids.txt", part / "done"
-        need(not ids.is_file() or read_lines(ids) == data.ids,
-             f"{part} was begun with other locations than {root} has now; delete it")
-        write_text(ids, "\n".join(data.ids) + "\n")
+    ids = "\n".join(data.ids) + "\n"
+    with built(out, ids) as part:
+        write_text(part / "ids.txt", ids)
+        done = part / "done"
         start = int(done.read_text()) if done.is_file() else 0
         shape = len(data), len(packed_rows(data, 0)[0])
         maps = [opened_map(part / f"season{k}.npy", shape) for k in range(4)]
@@ -1764,7 +1813,7 @@ def write_hha(root, workers, depth_unit, intrinsics=None):
             missing = [name for name in depth if name not in raw]
             need(not missing, f"{len(missing)} frames of {root / 'Depth'} are not in RawDepth (the "
                  f"first: {missing[:1]}); complete it, or take RawDepth away")
-            part = stack.enter_context(built(root / "HHA"))
+            part = stack.enter_context(built(root / "HHA", f"{depth_unit} {camera.tolist()}"))
             jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
                     for name, path in depth.items()]
         else:
@@ -1813,8 +1862,8 @@ def filled(z):
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    folder = dict(metavar="DIR", type=os.path.expanduser)
-    own = dict(metavar="FILES", nargs="+", action=OnePattern,
+    folder = dict(metavar="DIR", type=expanded)
+    own = dict(metavar="FILES", type=expanded, nargs="+", action=OnePattern,
                help="of custom: a folder, or a pattern in quotes such as 'chips/*_S1Hand.tif'")
     augment = dict(choices=AUGMENTATIONS, help="of custom: draw the views as of this modality")
     flags = {
@@ -1825,7 +1874,8 @@ def get_args(argv=None):
         "--data2": own,
         "--augment1": augment,
         "--augment2": augment,
-        "--split": dict(help="default: all; of a task train; of custom the file of a list"),
+        "--split": dict(type=expanded,
+                        help="default: all; of a task train; of custom the file of a list"),
         "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
         "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
                              help="steps of a depth file a metre; default: 1000"),

@@ -481,7 +481,9 @@ def read_weights(file, backbone):
         return [imagenet_weights(backbone)]
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError):
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError):
         raise ValueError(f"{file} is damaged, or no file of tensors and plain values alone: "
                          f"it could run code") from None
     for key in ("model", "state_dict"):

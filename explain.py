@@ -21,7 +21,6 @@ evaluation mode and see whole images, not augmented.
 """
 import argparse
 import collections
-import csv
 import json
 import math
 import re
@@ -35,9 +34,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, guarded, need, number,
-                  open_pairs, plain, progress, random_resized_crop, read_json, visible,
-                  write_atomically)
+from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, expanded, guarded, need,
+                  number, open_pairs, plain, progress, random_resized_crop, read_factors, read_json,
+                  visible, write_atomically)
 from decur import BN, DeCUR, bounds, branch
 from pretrain import load_checkpoint, measure_statistics, processes, settings_of
 
@@ -362,6 +361,7 @@ def open_net(path, device):
             need(isinstance(settings[name], kind), f"{name} is {settings[name]}")
         net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
         net.load_state_dict(checkpoint["model"])
+        need(all(t.isfinite().all() for t in net.state_dict().values()), "a weight is not finite")
         return net.to(device).eval().requires_grad_(False), settings
     except (BadInput, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
@@ -507,22 +507,17 @@ def read_features(settings, m, f, seed, x, y, x_test, y_test):
 def read_runs(runs, root, args, device):
     """{(label, m, features): accuracies, seeds x factors} of made-up scenes, of which the factors
     are known; None if there are none under root.  runs: (label, net, settings) each."""
-    settings, path = runs[0][2], Path(root[0]) / "factors.csv"
-    if not path.is_file():
+    settings, x, y = runs[0][2], [], []
+    if not (Path(root[0]) / "factors.csv").is_file():
         return None
-    x, y, classes = [], [], {}
-    try:
-        for line in csv.reader(path.read_text(encoding="utf-8").splitlines()[1:]):
-            classes[line[0]] = [int(value) for value in line[1:]]
-        for split in ("train", "test"):
-            data = open_data(settings, root, split)
-            y.append(torch.tensor([classes[i] for i in data.ids], device=device))
-            loader = batches(data, range(len(data)), settings["size"], 256, args.workers, device,
-                             split)
-            x.append([torch.cat(images) for images in zip(*loader)])    # NxCxSxS each
-    except (IndexError, KeyError, ValueError, csv.Error) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); expected a line for each scene, id and "
-                       f"three numbers; make the folder again: data.py toy") from None
+    factors = read_factors(root[0])
+    for split in ("train", "test"):
+        data = open_data(settings, root, split)
+        missing = [name for name in data.ids if name not in factors]
+        need(not missing, f"factors.csv lacks {missing[:1]}; make the scenes again: data.py toy")
+        y.append(torch.tensor([factors[name] for name in data.ids], device=device))
+        loader = batches(data, range(len(data)), settings["size"], 256, args.workers, device, split)
+        x.append([torch.cat(images) for images in zip(*loader)])        # NxCxSxS each
     accuracies, seeds = collections.defaultdict(list), set()
     for label, net, settings in runs:
         print(f"probes of {label}, seed {settings['seed']}")
@@ -613,7 +608,9 @@ def read_log(path):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for name in lines[0]:
             log[name] = [line[name] for line in lines]
-        np.array(list(log.values()), float)     # numbers, all of them
+        finite = np.isfinite(np.array(list(log.values()), float)).all()  # numbers, all of them
+        if not finite or min(log["step"]) < 1:
+            raise ValueError("a number is not finite, or a step below 1")
         return log
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path} is damaged ({error!r}); expected the numbers of a step on each "
@@ -944,7 +941,7 @@ def viridis(value):
 
 
 def path(text):
-    return Path(text).expanduser()
+    return Path(expanded(text))
 
 
 def get_args(argv=None):
@@ -958,9 +955,9 @@ def get_args(argv=None):
     add("--only", nargs="+", choices=PICTURES, default=list(PICTURES)[:-1],
         help="pictures to make; default: all, but not embeddings")
     add("--out", type=path, help="default: explain/ beside the checkpoint, with --sweep explain/")
-    add("--data", nargs="+", metavar="DIR",
+    add("--data", type=expanded, nargs="+", metavar="DIR",
         help="for custom two folders or patterns; default: what the checkpoint was trained on")
-    add("--split", help="default: what the checkpoint was trained on")
+    add("--split", type=expanded, help="default: what the checkpoint was trained on")
     add("--samples", type=number(int, 8),
         help="pairs, drawn at random; default: 512 or 4 N, whichever is more, if there are so many")
     add("--seed", type=number(int, 0), default=0, help="of the draw, the probes; default: 0")
@@ -969,7 +966,8 @@ def get_args(argv=None):
     add("--layer", help="of GradCAM; default: the last convolution, or MiT stage")
     add("--pairs", type=number(int, 1), default=6, help="on the GradCAM page; default: 6")
     add("--steps", type=number(int, 1), default=64, help="of integrated gradients; default: 64")
-    add("--batch-size", type=number(int, 1), default=64, help="for memory alone; default: 64")
+    add("--batch-size", type=number(int, 1), default=64,
+        help="for memory; the same but for rounding, which moves a t-SNE's points; default: 64")
     args = parser.parse_args(argv)
     args.out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
     return args

@@ -33,10 +33,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_label,
-                  default_workers, guarded, leave_group, make_toy, moved, named_files, need,
-                  normalise, number, open_pairs, progress, random_boxes, read_json, read_label,
-                  read_lines, read_list, resize, separable, triangle_filter, unit, visible,
-                  write_text)
+                  default_workers, expanded, guarded, input_warnings, leave_group, make_toy, moved,
+                  named_files, need, normalise, number, open_pairs, progress, random_boxes,
+                  read_factors, read_json, read_label, read_lines, read_list, reading, resize,
+                  separable, triangle_filter, unit, visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
 from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
                       load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
@@ -512,7 +512,7 @@ def open_task(args, rank):
         lines.append(f"warning: its pretraining was stopped {args.pretraining['stopped']}")
     if args.task == "custom":
         both, more = open_own(args)
-        return both, lines + more
+        return both, lines + more + input_warnings(both[0].data)
     task, name, target_of = TASKS[args.task], args.task, None
     classes, size, labels = task["classes"], args.size, None
     if task["scenario"] == "rgbd":
@@ -522,23 +522,19 @@ def open_task(args, rank):
         classes, labels = SCENE_CLASSES, len(SCENE_CLASSES)
     if args.toy and args.model == "late":       # which objects are there; the masks are not used
         name, classes, labels = task["scenario"], SCENE_CLASSES[1:], None
-        target_of = read_factors(args.data).get
+        target_of = partial(factors_target, read_factors(args.data))
     kind = "multi-label" if args.model == "late" else "segmentation"
     both = []
     for split in (args.split, args.test_split):
         data = open_pairs(name, args.data, size, split, args.depth_unit, classes=labels)
         both.append(Labelled(data, classes, kind, target_of))
-    return both, lines
+    return both, lines + input_warnings(both[0].data)
 
 
-def read_factors(root):
-    """{made-up scene: 12 zeros and ones}"""
-    factors = {}
-    for line in read_lines(f"{root}/factors.csv")[1:]:
-        scene, *shapes = line.split(",")
-        shapes = torch.tensor([int(shape) for shape in shapes])
-        factors[scene] = F.one_hot(shapes, len(SHAPES)).flatten().float()
-    return factors
+def factors_target(factors, scene):
+    """12 zeros and ones."""
+    need(scene in factors, f"factors.csv lacks {scene}; make the scenes again: data.py toy")
+    return F.one_hot(torch.tensor(factors[scene]), len(SHAPES)).flatten().float()
 
 
 def subset(n, fraction, seed):
@@ -650,8 +646,10 @@ def open_own(args):
     need(len(values) > 1, f"--target {args.target} has the classes {classes}; expected two or more "
          f"(in masks {args.ignore} is no label, or another --ignore)")
     if args.classes:
-        classes = read_lines(Path(args.classes).expanduser())
+        classes = read_lines(args.classes)
         values = list(range(len(classes)))
+        need(len(set(classes)) == len(classes), f"{args.classes} has a name twice; expected each "
+             f"once")
         strange = [name for name, own in labels.items() if not own <= set(values)]
         need(not strange, f"--target {args.target}: masks have other values than 0 to "
              f"{values[-1]}, those of --classes, and --ignore {args.ignore}: {strange[:4]}")
@@ -681,7 +679,9 @@ def open_own(args):
 def read_table(file):
     """name,label[,label...] a line -> {name: its labels}."""
     labels = {}
-    for line in csv.reader(read_lines(Path(file).expanduser())):
+    with reading(file, "a csv"):
+        lines = list(csv.reader(read_lines(file), strict=True))
+    for line in lines:
         name, *own = [cell.strip() for cell in line]
         need(name not in labels, f"{file} has {name} twice; expected a line for each name")
         labels[name] = {label for label in own if label}
@@ -724,7 +724,8 @@ def split_of(args, ids):
         return splits
     order = np.random.default_rng((args.seed, len(ids))).permutation(len(ids))
     n = round(args.test_share * len(ids))
-    need(0 < n < len(ids), f"--test-share {args.test_share} leaves nothing to train or to test")
+    need(0 < n < len(ids), f"--test-share {args.test_share} of {len(ids)} samples is {n}; expected "
+         f"some to train on and some to test: another share, or more labels")
     splits = []
     for part in (order[n:], order[:n]):
         splits.append([ids[i] for i in sorted(part)])
@@ -971,7 +972,11 @@ def print_tables(folders):
 
 def read_results(file):
     result = read_json(file, "results of finetune.py")
-    need("changed" in result, f"{file} is of an older version; run its command again")
+    kinds = dict(task=str, model=str, toy=bool, linear=bool, changed=dict, metrics=dict,
+                 weights=list)
+    odd = [name for name, kind in kinds.items() if not isinstance(result.get(name), kind)]
+    need(not odd, f"{file} is damaged or of an older version ({' '.join(odd)}); run its command "
+         f"again")
     return result
 
 
@@ -1014,17 +1019,18 @@ def get_args(argv=None):
     add("--task", choices=TASKS, help="data set and head, with their settings")
     add("--table", nargs="+", metavar="DIR", help="print these runs as the paper's tables")
     add("--toy", action="store_true", help="the made-up scenes of the task, and small settings")
-    add("--data", metavar="DIR", help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
-    add("--split", help="samples to train on; default: train; custom: a file with a name a line")
-    add("--test-split", help="samples of the metrics; default: test; custom: a file")
+    add("--data", type=expanded, metavar="DIR",
+        help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
+    add("--split", type=expanded, help="to train on; default: train; custom: a file of names")
+    add("--test-split", type=expanded, help="to test on; default: test; custom: a file of names")
     add("--labels", type=number(float, 1e-9, 1), help="share of the training samples; default: 1")
     add("--modality", type=int, choices=(0, 1, 2), help="0: both; default: 0, FCN on RGB-D 1")
-    add("--depth-unit", type=number(float, 1e-9), help="of a depth file, a metre; default: 1000")
-    add("--size", type=number(int, 16), help="height of the training crop in pixels")
+    add("--depth-unit", type=number(float, 1e-3, 1e9), help="depth steps a metre; default: 1000")
+    add("--size", type=number(int, 16, 4096), help="height of the training crop in pixels")
     add("--workers", type=number(int, 0), help="that read files; default: on CUDA up to 8, else 0")
     add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet, csv), fcn")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
-    add("--weights", nargs="+", metavar="FILE",
+    add("--weights", type=expanded, nargs="+", metavar="FILE",
         help="file with both encoders, one for each, imagenet, a whole CMX, or none: random")
     add("--bgr", action="store_true", help="--weights saw BGR images: the DeCUR authors', CMX's")
     add("--part", choices=("common", "unique", "all"), help="classify this part of the embedding")
@@ -1032,19 +1038,20 @@ def get_args(argv=None):
     add("--cached", action="store_true", default=None, help="features once: not augmented, fast")
     add("--epochs", type=number(int, 0), help="0: evaluate alone")
     add("--batch-size", type=number(int, 1), help="the global one")
-    add("--lr", type=number(float, 1e-12), help="at the start")
+    add("--lr", type=number(float, 1e-12, 1e6), help="at the start")
     add("--weight-decay", type=number(float, 0, 1))
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
-    add("--out", type=Path, help="default: runs/TASK-MODEL-..., named by what it is")
+    add("--out", type=expanded, help="default: runs/TASK-MODEL-..., named by what it is")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
     add("--save-images", type=number(int, 0), metavar="N", help="pictures of N test samples")
     add = parser.add_argument_group("--task custom").add_argument
-    files = dict(metavar="FILES", nargs="+", action=OnePattern)
+    files = dict(metavar="FILES", type=expanded, nargs="+", action=OnePattern)
     add("--data1", **files, help="images of modality 1: a folder, or a pattern in quotes")
     add("--data2", **files, help="images of modality 2")
     add("--target", **files, help="masks, as folder or pattern; or a csv: name,label,...")
-    add("--classes", metavar="FILE", help="of masks: names of the classes 0, 1, ..., one a line")
+    add("--classes", type=expanded, metavar="FILE",
+        help="of masks: names of the classes 0, 1, ..., one a line")
     add("--ignore", type=number(int, 0), help="value in masks that is no label; default: 255")
     add("--test-share", type=number(float, 0, 1), help="of samples, without lists; default: 0.2")
     args = parser.parse_args(argv)
@@ -1064,7 +1071,6 @@ def settle(args):
         model = "late" if args.target.endswith(".csv") else "fcn"
     args.data = args.data or where
     args.model = args.model or model
-    args.weights = [str(Path(file).expanduser()) for file in args.weights]
     args.pretraining, _ = pretraining_of(args.weights[0])
     if args.epochs is not None:
         tables.append((dict(steps=None), "--epochs"))
@@ -1079,7 +1085,7 @@ def settle(args):
     sources, changed = fill_in(args, [*tables, (REST, "default")])
     free_sources, _ = fill_in(args, [(FREE, "default")])
     check_flags(args, model)
-    args.out = (args.out or Path("runs") / name_of(args)).expanduser()
+    args.out = Path(args.out or f"runs/{name_of(args)}")
     return free_sources | sources, changed
 
 

@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, OnePattern, Samples, augment,
-                  both_views, collate, default_workers, epoch_batches, guarded, input_warnings,
-                  leave_group, make_toy, mixed, need, number, open_pairs, read_json,
-                  write_atomically, write_text)
+                  both_views, collate, default_workers, epoch_batches, expanded, guarded,
+                  input_warnings, leave_group, make_toy, mixed, need, number, open_pairs, read_json,
+                  reading, write_atomically, write_text)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, bounds, clip_loss, decur_loss,
                    decur_loss_gram, diagonals, load_encoder, read_weights, simclr_loss, vicreg_loss)
 
@@ -253,16 +253,18 @@ class Run:
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         if self.checkpoint:
             same_settings(self.args.out, settings, self.checkpoint["settings"])
-            net.load_state_dict(self.checkpoint["model"])
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
+            with reading(self.args.out / "checkpoint.pt", "a checkpoint of this run"):
+                net.load_state_dict(self.checkpoint["model"])
+                optimizer.load_state_dict(self.checkpoint["optimizer"])
             self.checkpoint = None
         most, least = agreed(self.step, self.device), -agreed(-self.step, self.device)
         need(most == least, f"{self.args.out} is at step {most} for one process, at {least} for "
              f"another; expected an --out that all of them see")
+        self.batch = next(self.loader, None)    # if it cannot be read, there is no folder yet
         if self.rank == 0:
             record = dict(settings, **about, argv=sys.argv, processes=self.world,
                           device=str(self.device), torch=str(torch.__version__))
-            open_folder(self.args.out, record, self.step)
+            open_folder(self.args.out, record, self.step, self.args.resume)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.listen(self.stop)
 
@@ -274,7 +276,8 @@ class Run:
         self.logged_step = self.step
         while self.step < self.steps and not self.stopped:
             start = time.time()
-            batch = next(self.loader)
+            batch = self.batch or next(self.loader)
+            self.batch = None
             self.waited += time.time() - start
             self.draws.restart(self.step)                           # the augmentations'
             torch.manual_seed(mixed(self.args.seed, self.step, 1 + self.rank))  # drop path, dropout
@@ -396,7 +399,7 @@ def same_settings(out, settings, before):
              f"give the settings of that run, or a new --out")
 
 
-def open_folder(out, record, step):
+def open_folder(out, record, step, resume):
     """The run's folder: args.json, and log.jsonl without what is damaged or came after `step`."""
     log_file, lines = out / "log.jsonl", []
     if step and log_file.exists():
@@ -406,6 +409,8 @@ def open_folder(out, record, step):
                     lines.append(f"{line}\n")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            open(log_file, "x").close()         # of two runs that begin at once, one is refused
         write_text(out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
         write_text(log_file, "".join(lines))
     except OSError as error:
@@ -490,6 +495,8 @@ def processes():
 def join(world):
     """Processes meet.  By gloo on CPUs, and where several share a GPU."""
     if world > 1 and not dist.is_initialized():
+        need("MASTER_ADDR" in os.environ, f"WORLD_SIZE={world}, but no MASTER_ADDR in the "
+             f"environment; expected all that torchrun sets, or nothing")
         own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
         dist.init_process_group("nccl" if own_gpu else "gloo")
 
@@ -563,14 +570,19 @@ def load_checkpoint(path):
 
 def settings_of(checkpoint):
     """The settings of a pretraining, and whether it was `stopped` before its end, or None."""
-    settings, step = checkpoint["settings"], checkpoint["step"]
-    names = ("scenario", "method", "backbone", "widths", "K", "Kc", "modalities", "channels",
-             "inputs", "epochs", "pairs", "batch_size", "size", "split", "depth_unit", "seed")
-    missing = [name for name in names if name not in settings]
-    need(not missing, f"a checkpoint without {' '.join(missing)} in its settings; expected that of "
-         f"a pretraining, which pretrain.py wrote")
+    settings, step = complete(checkpoint["settings"]), checkpoint["step"]
     steps = settings["epochs"] * (settings["pairs"] // settings["batch_size"])
     return settings | dict(stopped=f"at step {step} of {steps}" if step < steps else None)
+
+
+def complete(settings):
+    names = ("scenario", "method", "backbone", "widths", "K", "Kc", "modalities", "channels",
+             "inputs", "epochs", "pairs", "batch_size", "size", "split", "depth_unit", "seed",
+             "common", "no_intra")
+    missing = [name for name in names if name not in settings]
+    need(not missing, f"settings without {' '.join(missing)}; expected those of a pretraining, "
+         f"which pretrain.py wrote")
+    return settings
 
 
 def export(path, E, modality, settings):
@@ -596,6 +608,8 @@ def start_from(files, encoders, args, modalities):
     try:
         for file in files:
             _, seen = pretraining_of(file)
+            need(not (seen and args.bgr), f"--bgr: expected it with weights of others; {file} saw "
+                 f"{MODALITIES[modalities[0]]['bands'][0]} first")
             for m, state in enumerate(read_weights(file, args.backbone)):
                 states.append((file, state, seen[m] if m < len(seen) else None))
         if args.modality and len(states) == 2:
@@ -626,7 +640,9 @@ def pretraining_of(file):
         about = read_json(beside, "what pretrain.py wrote beside an encoder")
         need(about.get("sha256") in (None, sha256_of(path)), f"{path} is not the file that "
              f"{beside.name} was written for (another sha256); copy both again")
-        return about.get("settings", {}), [about["sees"]] if "sees" in about else []
+        with reading(beside, "what pretrain.py wrote beside an encoder"):
+            described(about["sees"])
+            return complete(about["settings"]), [about["sees"]]
     try:
         settings = settings_of(load_checkpoint(path))
     except BadInput:                            # of others; what is damaged, `read_weights` refuses
@@ -734,21 +750,23 @@ def get_args(argv=None):
     add("--scenario", required=True, choices=SCENARIOS, help="two modalities, their settings")
     add("--toy", action="store_true", help="small settings, made-up scenes in data/toy-SCENARIO")
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="DIR", help="default: data/SCENARIO")
+    add("--data", type=expanded, metavar="DIR", help="default: data/SCENARIO")
     for m in (1, 2):
-        add(f"--data{m}", metavar="FILES", nargs="+", action=OnePattern, help="with custom: a "
-            "folder, or a pattern in quotes like 'chips/*_S1.tif': * stands for the pair's name")
+        add(f"--data{m}", metavar="FILES", type=expanded, nargs="+", action=OnePattern,
+            help="with custom: a folder, or a pattern in quotes like 'chips/*_S1.tif': what * "
+            "stands for is the pair's name")
         add(f"--augment{m}", choices=AUGMENTATIONS, help="with custom: augment as this modality")
-    add("--split", help="pairs to use: all, train, test, of custom a file with a name a line; "
+    add("--split", type=expanded, help="pairs to use: all, train, test, of custom a file of names; "
         "default: all, rgb-dem and --toy train")
-    add("--depth-unit", type=number(float, 1e-9), help="depth steps a metre; default: 1000")
-    add("--size", type=number(int, 16), help="crop in pixels; default: 224")
+    add("--depth-unit", type=number(float, 1e-3, 1e9), help="depth steps a metre; default: 1000")
+    add("--size", type=number(int, 16, 4096), help="crop in pixels; default: 224")
     add("--workers", type=number(int, 0), help="that read files; default: on CUDA up to 8, else 0")
     add = parser.add_argument_group("model").add_argument
     add("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
     add("--modality", type=int, choices=(1, 2), help="barlowtwins of two views of this one alone")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; a mit trains with AdamW")
-    add("--weights", nargs="+", metavar="FILE", help="of both encoders, of each, or imagenet")
+    add("--weights", type=expanded, nargs="+", metavar="FILE",
+        help="of both encoders, of each, or imagenet")
     add("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' did")
     add("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
     add("--common", type=number(float, 0, 1), help="fraction of common dimensions; 1: w/o decoup.")
@@ -756,12 +774,12 @@ def get_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=number(int, 1), help="default: 100, rgbd 200")
     add("--batch-size", type=number(int, 2), help="the global one; default: 256, rgbd 128")
-    add("--lr", type=number(float, 1e-12), help="of the weights; default: 0.2, mit 1e-4")
-    add("--lr-bias", type=number(float, 1e-12), help="of the rest; default: 0.0048, mit 1e-4")
+    add("--lr", type=number(float, 1e-12, 1e6), help="of the weights; default: 0.2, mit 1e-4")
+    add("--lr-bias", type=number(float, 1e-12, 1e6), help="of the rest; default: 0.0048, mit 1e-4")
     add("--weight-decay", type=number(float, 0, 1), help="of the weights; default: 1e-6, mit 0.01")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-...")
+    add("--out", type=expanded, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-...")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
     args = parser.parse_args(argv)
@@ -790,15 +808,14 @@ def check_flags(args):
     widths = args.projector.split("-")
     if args.projector == "none":
         widths = []
-    need(all(width.isdecimal() and int(width) > 0 for width in widths),
+    need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
          f"--projector {args.projector}: expected widths like 8192-8192-8192, or none")
     args.widths = [int(width) for width in widths]
     toy = "toy-" if args.toy else ""
     if custom:
         args.data = [args.data1, args.data2]
     args.data = args.data or f"data/{toy}{args.scenario}"
-    args.out = args.out or Path(f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
-    args.out = args.out.expanduser()
+    args.out = Path(args.out or f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
 
 
 if __name__ == "__main__":
