@@ -442,9 +442,8 @@ def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
     report = decur.load_encoder(decur.resnet("resnet18", 3), *states)
     assert report == "120 of 120 keys matched"
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    for backbone, words in (("resnet18", "no https://.*resnet18.*pth .*unreachable"),
-                            ("mit_b2", "no ImageNet weights for mit_b2")):
-        is_refused(words, decur.read_weights, "imagenet", backbone, error=ValueError)
+    is_refused("no https://.*resnet18.*pth .*unreachable", decur.read_weights, "imagenet",
+               "resnet18", error=ValueError)
 
 
 def test_bgr_weights_are_turned_around():
@@ -457,9 +456,6 @@ def test_bgr_weights_are_turned_around():
         with torch.no_grad():
             assert torch.allclose(ours(rgb), theirs(rgb.flip(1)), atol=1e-5)
             assert not torch.allclose(ours(rgb), theirs(rgb), atol=1e-3)
-    E = decur.resnet("resnet-toy", 13)
-    is_refused("13 input channels: expected 3", decur.load_encoder, E, E.state_dict(), bgr=True,
-               error=ValueError)
 
 
 # ---- processes: the loss and its gradient are those of one process with the joint batch ----
@@ -617,14 +613,6 @@ def command(flags, launcher=()):
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def started(flags, words):
-    """A running pretrain.py that has just printed `words`."""
-    process = subprocess.Popen(**command(flags))
-    while words not in process.stdout.readline():
-        assert process.poll() is None
-    return process
-
-
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """48 made-up rooms for training, 16 for tests."""
@@ -691,7 +679,9 @@ def test_resume_equals_no_interruption(signalled, pretrained, scenes, tmp_path):
     """SIGTERM or a closed pipe in mid-epoch, then --resume: the weights and log, bit for bit."""
     whole, broken = pretrained[0], tmp_path / "broken"
     flags = flags_of(scenes, broken, "--epochs 16")
-    process = started(flags, "step 000004")
+    process = subprocess.Popen(**command(flags))
+    while "step 000004" not in process.stdout.readline():
+        assert process.poll() is None
     if signalled:
         process.send_signal(signal.SIGTERM)
         assert "--resume" in process.stdout.read()
@@ -740,14 +730,18 @@ def test_resuming_ones_own_pairs_keeps_what_was_measured(runs, scenes, tmp_path,
     assert a["settings"]["inputs"] == b["settings"]["inputs"]
 
 
-def test_a_batch_order_goes_on_where_it_stood_and_ranks_share_it():
-    indices = np.arange(10, 20)
-    whole = list(pretrain.batch_order(indices, 4, 0, slice(0, 4), 0, 5))
+def test_the_order_of_batches_goes_on_where_it_stood_and_ranks_share_it():
+    """Of seed and epoch alone; every index at most once an epoch, whole batches only."""
+    order = partial(pretrain.batch_order, np.arange(10, 20), 4)
+    whole = list(order(0, slice(0, 4), 0, 5))
     assert [len(batch) for batch in whole] == [4] * 5
     assert [epoch for batch in whole for epoch, _ in batch] == [0] * 8 + [1] * 8 + [2] * 4
-    assert list(pretrain.batch_order(indices, 4, 0, slice(0, 4), 3, 5)) == whole[3:]
-    halves = [pretrain.batch_order(indices, 4, 0, rows, 0, 5) for rows in (slice(2), slice(2, 4))]
-    assert [a + b for a, b in zip(*halves)] == whole
+    first, second = (set(sum(whole[k:k + 2], [])) for k in (0, 2))
+    assert len(first) == len(second) == 8
+    assert list(order(0, slice(0, 4), 3, 5)) == whole[3:]
+    assert [a + b for a, b in zip(order(0, slice(2), 0, 5), order(0, slice(2, 4), 0, 5))] == whole
+    others = [data.epoch_batches(50, 8, *at).tolist() for at in ((3, 1), (3, 1), (3, 2), (4, 1))]
+    assert [other == others[0] for other in others] == [True, True, False, False]
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_path, monkeypatch):
@@ -793,18 +787,20 @@ def test_bad_input_is_refused_in_one_line(flags, words, scenes, pretrained, tmp_
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("true",)
+        return os.mkdir, ("evil",)
 
 
 @pytest.mark.parametrize("damage", [
     lambda whole: whole[:len(whole) // 2], lambda whole: b"", lambda whole: b"text",
     lambda whole: pickle.dumps(Evil(), 2), lambda whole: pickle.dumps([1, 2], 2)])
-def test_a_damaged_checkpoint_is_named_and_left_alone(damage, pretrained, scenes, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_left_alone(damage, pretrained, scenes, tmp_path,
+                                                      monkeypatch):
     content = damage((pretrained[0] / "checkpoint.pt").read_bytes())
     (tmp_path / "checkpoint.pt").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
     is_refused("checkpoint.pt cannot be used .*delete it to begin anew", call, pretrain,
                flags_of(scenes, tmp_path, "--resume"))
-    assert (tmp_path / "checkpoint.pt").read_bytes() == content
+    assert Path("checkpoint.pt").read_bytes() == content and not Path("evil").exists()
 
 
 def test_bad_input_exits_with_code_2_and_one_line(scenes, tmp_path):
@@ -853,9 +849,10 @@ def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, sce
 def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars():
     """App. B: "AdamW optimizer and a learning rate of 1e-4" for SegFormer's; LARS otherwise."""
     net = DeCUR("mit_b0", 3, 1, [32, 32, 32])
-    adamw, lars = (pretrain.make_optimizer(net, argparse.Namespace(
-        backbone=backbone, lr=1e-4, lr_bias=1e-4, weight_decay=0.01))
-        for backbone in ("mit_b0", "resnet50"))
+    args = argparse.Namespace(backbone="mit_b0", lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
+    adamw = pretrain.make_optimizer(net, args)
+    args.backbone = "resnet50"
+    lars = pretrain.make_optimizer(net, args)
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(lars, pretrain.LARS)
     decayed, spared = adamw.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
@@ -904,13 +901,6 @@ def save(path, image):
 
 
 # ---- the data order and the augmentations ----
-
-def test_the_data_order_is_a_function_of_seed_and_epoch():
-    batches = data.epoch_batches(50, 8, seed=3, epoch=1)
-    assert batches.shape == (6, 8) and len(set(batches.flatten())) == 48
-    others = [data.epoch_batches(50, 8, *at) for at in ((3, 1), (3, 2), (4, 1))]
-    assert [(other == batches).all() for other in others] == [True, False, False]
-
 
 def test_the_crop_is_an_antialiased_resize_of_a_box_on_a_cpu_and_on_a_device():
     """A device's matrix products against F.interpolate, which a CPU takes; boxes of all sizes."""
@@ -1073,8 +1063,7 @@ def write_frames(root, n=4):
 
 
 def test_frames_of_any_size_are_read_as_colour_and_metres_and_holes_do_not_bleed(tmp_path):
-    """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; no reading: the data set's mean.
-    Shrinking averages valid pixels only: next to a hole the depth is still 2 m, not less."""
+    """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; no reading: the data set's mean."""
     root = write_frames(tmp_path, 2)
     save(root / "RGB" / "x.jpg", Image.new("RGB", (200, 160)))
     depth = np.full((160, 200), 2000, np.uint16)
@@ -1793,9 +1782,7 @@ def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path
 
 
 def test_masks_are_indices_within_the_task_and_of_the_size_of_their_image(tmp_path, capsys):
-    """A palette's index, never its colour; JPEG would make 3 classes 20.  `check` reads them as
-    transfer will, also of a name that is no utf-8.
-    """
+    """A palette's index, never its colour; `check` reads as transfer will, whatever the name."""
     root = write_frames(tmp_path / "d", 7)
     grey = Image.new("L", (48, 36))
     palette = Image.fromarray(np.arange(36 * 48, dtype=np.uint8).reshape(36, 48) % 38, "P")
@@ -1827,12 +1814,12 @@ def test_check_of_ones_own_pairs_finds_what_holds_nothing_and_what_is_squeezed(t
     assert "not one finite value" in bad
 
 
-def stops_with(words, program, flags, capsys):
-    """The program prints one line, which has these words, and exits with code 2."""
+def last_words(capsys, function, *args):
+    """What a script says on stderr that runs function(*args), which ends it with code 2."""
     with pytest.raises(SystemExit) as error:
-        data.guarded(lambda: call(program, flags))
+        data.guarded(lambda: function(*args))
     assert error.value.code == 2
-    assert re.search(words, capsys.readouterr().err)
+    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program, flag, values", [
@@ -1845,10 +1832,7 @@ def stops_with(words, program, flags, capsys):
     (pretrain, "--scenario rgbd --seed", "-1")])
 def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     for value in values.split():
-        stops_with(f"{value}: expected", program, f"{flag} {value}", capsys)
-
-
-NRW = "--task geonrw --weights none"
+        assert f"{value}: expected" in last_words(capsys, call, program, f"{flag} {value}")
 
 
 @pytest.mark.parametrize("program, flags, words", [
@@ -1861,26 +1845,25 @@ NRW = "--task geonrw --weights none"
     (data, "pack --data nowhere", "no folder nowhere"),
     (data, "crop --data nowhere", "no folder nowhere"),
     (data, "hha --data nowhere", "no SUN RGB-D frame under nowhere"),
-    (finetune, f"{NRW} --part common", "--linear and late"),
-    (finetune, f"{NRW} --cached --linear", "late fusion alone"),
-    (finetune, f"{NRW} --model cmx", "as fcn"), (finetune, f"{NRW} --model late", "as fcn"),
-    (finetune, f"{NRW} --size 47 --backbone mit_b0", "48 or more"),
-    (finetune, f"{NRW} --target masks", "--task custom"),
-    (finetune, f"{NRW} --task bigearthnet --toy --model fcn", "as late"),  # the last --task counts
-    (finetune, f"{NRW} --task custom --data1 a", "--data2 and --target"),
-    (finetune, f"{NRW} --task sunrgbd --model cmx --backbone resnet50", "expected a mit")])
+    (finetune, "--part common", "--linear and late"), (finetune, "--model cmx", "as fcn"),
+    (finetune, "--cached --linear", "late fusion alone"), (finetune, "--model late", "as fcn"),
+    (finetune, "--size 47 --backbone mit_b0", "48 or more"),
+    (finetune, "--target masks", "--task custom"),
+    (finetune, "--task bigearthnet --toy --model fcn", "as late"),
+    (finetune, "--task custom --data1 a", "--data2 and --target"),
+    (finetune, "--task sunrgbd --model cmx --backbone resnet50", "expected a mit")])
 def test_flags_that_do_not_go_together_are_refused(program, flags, words, capsys):
-    stops_with(words, program, flags, capsys)
+    if program is finetune:                     # the last --task counts
+        flags = f"--task geonrw --weights none {flags}"
+    assert re.search(words, last_words(capsys, call, program, flags))
 
 
 # ---- what the scripts share ----
 
 def test_a_worker_that_is_killed_is_one_line_and_not_a_wait(capsys):
-    with pytest.raises(SystemExit) as error:
-        jobs = data.in_processes(signal.raise_signal, [signal.SIGKILL] * 8, 2, "test")
-        data.guarded(lambda: list(jobs))
-    assert error.value.code == 2
-    assert re.fullmatch("error: .* was killed: out of memory.*\n", capsys.readouterr().err)
+    jobs = data.in_processes(signal.raise_signal, [signal.SIGKILL] * 8, 2, "test")
+    words = "error: .* was killed: out of memory.*\n"
+    assert re.fullmatch(words, last_words(capsys, list, jobs))
 
 
 def test_a_reader_who_has_read_enough_is_no_error():
@@ -1894,10 +1877,8 @@ def test_a_reader_who_has_read_enough_is_no_error():
 def test_bad_input_is_one_line_and_code_2_also_without_a_proper_stdout(monkeypatch, capsys):
     for stdout in (None, object(), sys.stdout):
         monkeypatch.setattr(sys, "stdout", stdout)
-        with pytest.raises(SystemExit) as error:
-            data.guarded(lambda: need(False, "got, expected, remedy"))
-        assert error.value.code == 2
-    assert capsys.readouterr().err == "error: got, expected, remedy\n" * 3
+        words = last_words(capsys, need, False, "got, expected, remedy")
+        assert words == "error: got, expected, remedy\n"
 
 
 def test_processes_end_with_their_parent():
@@ -2043,14 +2024,13 @@ def test_late_fusion_is_one_linear_layer_on_both_features():
         assert torch.equal(net(*x), net.fc(features)) and not net.fc.bias.any()
 
 
-@pytest.mark.parametrize("name, count", [("mit_b0", 12_130_544), ("mit_b2", 66_581_424)])
-def test_cmx_has_the_published_size_and_names(name, count):
+def test_cmx_has_the_published_size_and_names():
     """models.md, section 2: two streams, FRMs, FFMs and the decoder, and nothing else."""
-    net = finetune.CMX(name, 40)
-    assert sum(p.numel() for p in net.parameters()) == count
+    net = finetune.CMX("mit_b2", 40)
+    assert sum(p.numel() for p in net.parameters()) == 66_581_424
     keys = set(net.state_dict())
     streams = {f"backbone.{extra}{key}" for extra in ("", "extra_")
-               for key in decur.mit(name, 3).state_dict()}
+               for key in decur.mit("mit_b2", 3).state_dict()}
     wb = r"(weight|bias)"
     norm = rf"({wb}|running_mean|running_var|num_batches_tracked)"
     published = re.compile(rf"""
@@ -2226,8 +2206,7 @@ def test_every_head_trains_frozen_and_fine_tuned(flags, scenes, tmp_path, capsys
     pictures = [np.array(Image.open(path)) for path in out.glob("images/*.png")]
     assert len(pictures) == (2 if "save" in flags else 0)
     for picture in pictures:                    # two inputs, label and prediction, 5 times as large
-        assert picture.shape[1] == 5 * 4 * 64 and len(picture) >= 5 * 48 + 2 * 20
-        assert len(np.unique(picture[:240, 640:960].reshape(-1, 3), axis=0)) > 2
+        assert picture.shape[1] == 5 * 4 * 64 and len(np.unique(picture[:240, 640:960])) > 2
 
 
 def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes):
@@ -2299,11 +2278,8 @@ def test_weights_and_parts_of_the_embedding(pretrained, scenes, tmp_path):
         fine(f"{flags} {run}/checkpoint.pt --part {part} --out {tmp_path / part}")
         state = torch.load(tmp_path / part / "checkpoint.pt", weights_only=True)["model"]
         assert state["fc.weight"].shape == (12, 2 * dims)
-    for files, reason in (
-            (f"{run}/encoder2.pth {run}/encoder1.pth", "conv1.weight takes 1 input channels"),
-            (f"{run}/encoder1.pth --part all", "expected a whole checkpoint.pt"),
-            ("results.json", "results.json")):
-        is_refused(reason, fine, f"{flags} {files} --out {tmp_path / 'x'}")
+    is_refused("expected a whole checkpoint.pt", fine,
+               f"{flags} {run}/encoder1.pth --part all --out {tmp_path / 'x'}")
 
 
 # ---- one's own labels ----
@@ -2357,9 +2333,7 @@ def own(own_folder, monkeypatch):
     ("several.csv", "--linear --cached --labels 0.5", "mAP micro, mAP macro", None, (12, 6))])
 def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes, samples, own,
                                                   pretrained, tmp_path, capsys):
-    """Of masks class 0 counts, 255 does not.  A class that only the test has is scored.  One
-    forgotten label, which turns the whole task multi-label, is told.
-    """
+    """Class 0 counts, 255 does not.  One forgotten label makes the task multi-label: it is told."""
     weights = pretrained[0] / "checkpoint.pt"
     result = fine(f"{OWN} --target {target} {more} --weights {weights} --out {tmp_path}")
     assert ", ".join(result["metrics"]) == metrics and result["backbone"] == "resnet-toy"
@@ -2496,18 +2470,6 @@ def test_alignment_losses_are_those_of_the_diagonal_of_C():
     assert torch.allclose(losses, torch.tensor([0.0, 1, 4]), atol=1e-4)
     assert counts.tolist() == [1, 1]
     assert explain.alignment_histogram(z1, z2, bins=4, top=4)[1].tolist() == [1, 1, 0, 1]
-
-
-def test_affinities_are_symmetric_and_have_the_perplexity_asked_for():
-    """At a simplex's corners nobody is nearer than others.  Of two far groups of 10 points a
-    perplexity of 5 sees one's own alone, 15 has to see both.
-    """
-    P = explain.affinities(3 * torch.eye(12), 4.0)
-    assert torch.allclose(P, (1 - torch.eye(12)) / (12 * 11))           # their sum is 1
-    x = torch.cat((torch.randn(10, 3), torch.randn(10, 3) + 40))
-    near, far = explain.affinities(x, 5.0), explain.affinities(x, 15.0)
-    assert near[:10, 10:].sum() < 1e-6 < 1e-2 < far[:10, 10:].sum()
-    assert explain.affinities(torch.ones(8, 3), 2.0).isfinite().all()
 
 
 def test_tsne_lays_aligned_dimensions_together_and_unique_ones_apart():
@@ -2757,7 +2719,7 @@ def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path):
 @pytest.mark.parametrize("changes, flags, words", (
     (dict(parts=dict(model={"f1.E.bn1.weight": torch.ones(16)})), "", UNKNOWN),
     (dict(parts=dict(settings=dict(task="sunrgbd", lr=1.0))), "", UNKNOWN),  # of finetune.py
-    (dict(widths=[64, 64]), "", UNKNOWN), (dict(size="32"), "", "checkpoint.pt cannot be explained .*size is 32"),
+    (dict(widths=[64, 64]), "", UNKNOWN), (dict(size="32"), "", r"\(size is 32\)"),
     (dict(size=16), "--compare {run}/checkpoint.pt", "checkpoint.pt: size is 32, but 16"),
     (dict(), "--checkpoint {run}/nowhere.pt", "nowhere.pt cannot be used"),
     (dict(), "--data {run}/nowhere", "no folder"),
