@@ -1752,13 +1752,13 @@ def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path
     assert re.search(r"sar VV +-2\d\.\d+ +-1\d\.\d+ .* dB\n", text)  # the villages stand at -14
     assert re.search(r"\nms B8A +0\.\d+ .* reflectance\n", text)
     assert Image.open(tmp_path / "out" / "contact-sheet.png").size == (4 * 16, 4 * 16)
-    file = next((root / "s1" / "0000001").glob("*/VH.tif"))
+    file = next((root / "s1" / "0000000").glob("*/VH.tif"))
     file.write_bytes(file.read_bytes()[:500])
     shutil.rmtree(root / "s2c" / "0000003")
     code, text, bad = checked(flags, tmp_path, capsys)
-    assert code == 1 and re.fullmatch("0000003\tno partner\n0000001\t.*VH.tif.*\n", bad)
+    assert code == 1 and re.fullmatch("0000003\tno partner\n0000000\t.*VH.tif.*\n", bad)
     assert "3 samples read, 2 bad, of which 1 without a partner" in text
-    assert "1 such as 0000003: no partner" in text and "1 such as 0000001: " in text
+    assert "1 such as 0000003: no partner" in text and "1 such as 0000000: " in text
 
 
 def test_masks_are_indices_within_the_task_and_of_the_size_of_their_image(tmp_path, capsys):
