@@ -1767,16 +1767,16 @@ def test_masks_are_indices_within_the_task_and_of_the_size_of_their_image(tmp_pa
     grey = Image.new("L", (48, 36))
     palette = Image.fromarray(np.arange(36 * 48, dtype=np.uint8).reshape(36, 48) % 38, "P")
     palette.putpalette(list(range(255, -1, -1)) * 3)
-    masks = {"0.png": palette, "1.png": grey.point(lambda _: 255), "2.png": grey.resize((24, 18)),
+    masks = {"0.png": grey.point(lambda _: 255), "1.png": palette, "2.png": grey.resize((24, 18)),
              "3.png": grey.convert("RGB"), "4.jpg": grey, "5.png": grey.point(lambda _: 38)}
     for name, mask in masks.items():
         save(root / "Label" / name, mask)
-    assert (data.read_label(root / "Label" / "0.png") == np.array(palette)).all()
+    assert (data.read_label(root / "Label" / "1.png") == np.array(palette)).all()
     for folder in ("RGB", "Depth", "Label"):
-        shutil.copy(root / folder / "0.png", root / folder / "\udcff.png")
+        shutil.copy(root / folder / "1.png", root / folder / "\udcff.png")
     code, _, bad = checked(f"--task sunrgbd --split all --data {root}", tmp_path, capsys)
     assert code == 1 and bad.count("\n") == 6 and "6\tno partner" in bad
-    for words in (r"1.png has the label 255; expected 0 \(unlabelled\) to 37; for 255 write 0",
+    for words in (r"0.png has the label 255; expected 0 \(unlabelled\) to 37; for 255 write 0",
                   r"2.png is a mask of \(18, 24\) .*\(36, 48\)", "3.png is a RGB PNG; expected",
                   "4.jpg is a L JPEG; expected class indices", "5.png has the label 38; expected"):
         assert re.search(words, bad), words
