@@ -407,17 +407,17 @@ class SSL4EO:
             return unpacked(rows[self.row[self.ids[i]]])
         bands = {}
         for band, path in self.files(i, season):
-            bands[band] = to_8bit(band, read_band(path), SSL4EO_S1)
+            bands[band] = to_8bit(band, read_band(path)[0], SSL4EO_S1)
         return in_blocks(bands, self.ids[i])
 
     def raw(self, i):
-        """(name, HxW or CxHxW) of the four seasons as they lie on disk."""
+        """(name, CxHxW) of the four seasons as they lie on disk."""
         for season in range(4):
             if self.packed:
                 yield from zip(("10 m", "20 m", "60 m"), self.season(i, season))
             else:
                 bands = {band: read_band(path) for band, path in self.files(i, season)}
-                in_blocks(bands, self.ids[i])   # their sizes
+                in_blocks({band: a[0] for band, a in bands.items()}, self.ids[i])  # their sizes
                 yield from bands.items()
 
     def __getitem__(self, i):
@@ -544,7 +544,7 @@ class BigEarthNet:
                 yield band, read_band(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
 
     def __getitem__(self, i):
-        bands = {band: to_8bit(band, x, BIGEARTHNET_S1) for band, x in self.raw(i)}
+        bands = {band: to_8bit(band, x[0], BIGEARTHNET_S1) for band, x in self.raw(i)}
         # an empty band where the encoders of SSL4EO-S12, of 13 bands, expect B10
         blocks = in_blocks(bands | {"B10": np.zeros_like(bands["B1"])}, self.ids[i])
         return *stack_bands(blocks), self.classes(i)
@@ -628,7 +628,7 @@ def read_part(stem, part):
              f"{label.max()}; expected classes, 0 (none) to 10")
         return label[None].astype(np.uint8)
     if part == "dem":
-        return read_band(f"{stem}_dem.tif")[None]
+        return read_band(f"{stem}_dem.tif")
     jp2 = f"{stem}_rgb.jp2"                     # of a tile; a patch is a png
     return read_image(jp2 if os.path.isfile(jp2) else f"{stem}_rgb.png")
 
@@ -1093,10 +1093,10 @@ def read_tiff(path):
 
 
 def read_band(path):
-    """A TIFF of one band -> HxW."""
+    """A TIFF of one band -> 1xHxW."""
     a = read_tiff(path)
     need(len(a) == 1, f"{path} holds {len(a)} bands; expected one: a file for each band")
-    return a[0]
+    return a
 
 
 def read_lines(path):
@@ -1301,9 +1301,8 @@ def what_is_seen(data, indices):
 
 
 def input_warnings(data, n=16):
-    """A line for each thing that looks wrong in what the network will see, from n samples."""
-    _, warnings = what_is_seen(data, evenly(range(len(data)), n))
-    return [f"warning: {words}" for words in warnings]
+    """One line for each thing that looks wrong in what the network will see, from n samples."""
+    return what_is_seen(data, evenly(range(len(data)), n))[1]
 
 
 def evenly(indices, n):
@@ -1646,8 +1645,8 @@ def in_processes(function, jobs, workers, text):
 
 def inspect(dataset, i):
     """Reads all of a sample.  Returns width / height of its images, for each band the number of
-    pixels without a value and of all, and what is wrong or None."""
-    ratios, counts = [], []
+    pixels without a value and of all, the shapes of its tensors, and what is wrong or None."""
+    ratios, counts, shapes = [], [], []
     try:
         for name, a in dataset.raw(i):
             there = np.isfinite(a) if name != "depth" else (a > 0) & (a < 65535)
@@ -1655,22 +1654,27 @@ def inspect(dataset, i):
             need(there.any(), f"{name} has not one finite value")
             if name in dataset.modalities:
                 ratios.append(a.shape[-1] / a.shape[-2])
-        dataset[i]
+        for x in dataset[i]:
+            shapes.append(tuple(x[0].shape if isinstance(x, list) else x.shape))
     except Exception as error:                  # an odd file raises nearly anything; list it, too
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return ratios, counts, f"{dataset.ids[i]}\t{kind}{error}"
-    return ratios, counts, None
+        return ratios, counts, shapes, f"{dataset.ids[i]}\t{kind}{error}"
+    return ratios, counts, shapes, None
 
 
 def check(dataset, out, workers, size):
     """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
     good, uneven, bad = [], [], [f"{name}\tno partner" for name in dataset.lonely]
-    look, jobs, missing = functools.partial(inspect, dataset), range(len(dataset)), {}
-    for i, (ratios, counts, error) in zip(jobs, in_processes(look, jobs, workers, "check")):
+    look, jobs, missing, usual = functools.partial(inspect, dataset), range(len(dataset)), {}, None
+    results = in_processes(look, jobs, workers, "check")
+    for i, (ratios, counts, shapes, error) in zip(jobs, results):
         for name, none, pixels in counts:
             before = missing.get(name, (0, 0))
             missing[name] = before[0] + none, before[1] + pixels
+        if error is None and usual not in (None, shapes):
+            error = f"{dataset.ids[i]}\tis of {shapes}; expected {usual}, as those before"
         if error is None:
+            usual = shapes
             good.append(i)
         else:
             bad.append(error)

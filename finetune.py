@@ -507,12 +507,8 @@ class Labelled:
 
 def open_task(args, rank):
     """The data sets of both splits, and lines about them."""
-    lines = []
-    if args.pretraining.get("stopped"):
-        lines.append(f"warning: its pretraining was stopped {args.pretraining['stopped']}")
     if args.task == "custom":
-        both, more = open_own(args)
-        return both, lines + more + input_warnings(both[0].data)
+        return open_own(args)
     task, name, target_of = TASKS[args.task], args.task, None
     classes, size, labels = task["classes"], args.size, None
     if task["scenario"] == "rgbd":
@@ -528,7 +524,7 @@ def open_task(args, rank):
     for split in (args.split, args.test_split):
         data = open_pairs(name, args.data, size, split, args.depth_unit, classes=labels)
         both.append(Labelled(data, classes, kind, target_of))
-    return both, lines + input_warnings(both[0].data)
+    return both, []
 
 
 def factors_target(factors, scene):
@@ -801,7 +797,7 @@ def main(argv=None):
     settings["weights_sha256"] = [sha256_of(file) for file in args.weights if Path(file).is_file()]
     settings.update(samples=len(chosen), test_samples=len(test_data), num_classes=len(data.classes))
     run.begin(net, make_optimizer(net, args), settings, data=args.data)
-    run.introduce(sources, f"{len(chosen)} of {len(data)} training samples", *lines, *more)
+    run.introduce(sources, *lines, *more, *described_run(args, data, len(chosen)))
     train(run, net, model, args, data.modalities)
     if not run.stopped:
         result = test(net, test_data, args, device, rank, world)
@@ -810,7 +806,16 @@ def main(argv=None):
                 sys.exit("a frozen encoder has changed, which must not be: the results are void")
         result.update(changed=not_the_papers(args, changed), seconds=time.time() - started)
         finish(run, args, result, sorted(data.ids[i] for i in chosen))
-    return leave(run)
+    leave()
+    return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
+
+
+def described_run(args, data, count):
+    warnings = input_warnings(data.data)
+    if args.pretraining.get("stopped"):
+        warnings.append(f"the pretraining was stopped {args.pretraining['stopped']}")
+    return [f"{count} of {len(data)} training samples",
+            *(f"warning: {words}" for words in warnings)]
 
 
 def freeze(net, data, chosen, args, device):

@@ -208,7 +208,8 @@ def main(argv=None):
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
-    return leave(run)
+    leave()
+    return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
 
 
 # ---- what stands around a loop, here and in finetune.py ----
@@ -501,11 +502,9 @@ def join(world):
         dist.init_process_group("nccl" if own_gpu else "gloo")
 
 
-def leave(run):
-    """The program's exit code: 0, or as a shell has it for a signal."""
+def leave():
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 128 + run.stopped if run.stopped else 0
 
 
 def distributed(net, world, device):
@@ -697,7 +696,7 @@ def described_run(args, data, net, Kc, K):
     lines = [f"{len(data)} pairs of {' and '.join(data.modalities)} from {root}"]
     for modality in data.modalities:
         lines.append(f"augmentations of {modality}: {AUGMENTATIONS[modality]}")
-    lines += input_warnings(data)
+    lines += [f"warning: {words}" for words in input_warnings(data)]
     for f in net.children():
         E = sum(p.numel() for p in f.E.parameters()) / 1e6
         P = sum(p.numel() for p in f.P.parameters()) / 1e6

@@ -1176,10 +1176,12 @@ def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
     raw = np.array([8 * 2378, 0, 8 * 8100, 1 << 3 | 2], np.uint16)
     for dtype in (np.uint16, np.int32):         # as Pillow before 10.3 gives it
         assert data.sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
-    is_refused("2 names .*`python data.py hha` writes", open_pairs, "rgbd", tmp_path, 16)
+    is_refused("has no HHA yet; run `python data.py hha", open_pairs, "rgbd", tmp_path, 16)
     data.write_hha(tmp_path, 1, 1000.0)
     frames = data.sunrgbd_frames(tmp_path)
     assert list(frames) == ["kv1/b3dodata/img_0063", "xtion/sun3ddata/hotel/hotel/0000110-1"]
+    (tmp_path / "SUNRGBD" / "kv1" / "loop").symlink_to(tmp_path / "SUNRGBD")
+    assert data.sunrgbd_frames(tmp_path) == frames
     first, second = (data.hha_file(image) for image, *_ in frames.values())
     written = second.stat().st_mtime_ns
     first.unlink()
@@ -1204,7 +1206,8 @@ def test_hha_of_the_folder_form_fills_holes_from_the_background(tmp_path):
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
     is_refused("2.png is uint8 .*16-bit", data.write_hha, root, 1, 1000.0)
-    assert not (root / "HHA").exists() and len(os.listdir(root / "HHA.part")) == 2
+    assert not (root / "HHA").exists() and len(os.listdir(root / "HHA.part")) == 3
+    is_refused("HHA.part was begun with other", data.write_hha, root, 1, 100.0)
     assert open_pairs("rgbd", root, 16).modalities == ("rgb", "depth")
     data.write_hha(write_frames(root, 3), 1, 1000.0)
     assert open_pairs("rgbd", root, 16).modalities == ("rgb", "hha")
@@ -2338,7 +2341,7 @@ def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_p
     ("single.csv", None, "--classes two", "segmentation alone"),
     ("masks", None, "--classes two", r"masks have other values than 0 to 1"),
     ("masks", None, "--split train", "expected two files"),
-    ("masks", None, "--test-share 0", "nothing to train or to test"),
+    ("masks", None, "--test-share 0", "expected some to train on and some to test"),
     ("small", None, "", r"a mask of \(24, 64\) pixels for an image of \(48, 64\)")])
 def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own, tmp_path):
     if text:
