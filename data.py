@@ -25,7 +25,7 @@ RGB-depth, the raw SUN RGB-D tree with hha/ from `data.py hha`, or the folder fo
     data/rgbd/train.txt test.txt    of either, optional: a frame or a stem a line
 
 Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
-224): all sensors lie within 4 % of that 4:3, and the smallest crop, half the area, still has S x S.
+224): all sensors lie within 4 % of that 4:3, and half of its area is more than S x S pixels.
 
 Transfer, BigEarthNet-MM v1.0:
 
@@ -42,7 +42,6 @@ views are made, or of two, one for each view.  uint8, or float32 in [0, 1].  A t
 """
 import argparse
 import contextlib
-import csv
 import errno
 import functools
 import glob
@@ -62,7 +61,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
@@ -130,7 +129,7 @@ def within_range(x):
 
 
 def normalise(x, modality):
-    """x: BxCxHxW in [0, 1] -> mean 0 and standard deviation 1 over the data set, band by band."""
+    """(x - mean) / std of the modality, band by band.  x: BxCxHxW in [0, 1]."""
     x = unit(within_range(x))
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
     if not mean.any() and (std == 1).all():
@@ -144,7 +143,8 @@ def normalise(x, modality):
 # has one augment1 for both: solarize has the mean of BYOL's 0 and 0.2, blur the authors' 0.5, and
 # their crops indoors are at least half of the area, lest the modalities show different things.
 BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
-# Seen from above no side is up: all four flip both ways (the paper names both for SAR and DEM).
+# Paper: BYOL's crops, 0.08 to 1 of the area; flips both ways for SAR and DEM.  Here: 0.2 to 1, as
+# the authors; seen from above no side is up: all four flip both ways.
 ABOVE = dict(scale=(0.2, 1.0), vflip=True)
 AUGMENTATIONS = {
     "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
@@ -249,7 +249,7 @@ def triangle_filter(start, length, n_in, n_out):
     centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
     distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
     weight = (1 - distance).clamp(min=0)
-    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]  # in part, too
+    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]  # in part: too
     return (weight / weight.sum(-1, keepdim=True)).float()
 
 
@@ -293,7 +293,7 @@ def hue_rotation(angle):
 
 
 def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
-    """Gaussian blur of the images that draw it; sigma in pixels of a 224-pixel crop, scaled so."""
+    """Gaussian blur of the images that draw it; sigma in pixels at a crop of 224."""
     u, S = draws(2), x.shape[-1]
     chosen = (u[:, 0] < blur_p).nonzero()[:, 0]
     if len(chosen) == 0:
@@ -308,12 +308,8 @@ def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
 
 
 def random_solarize(x, solarize_p, draws):
-    chosen = (draws(1) < solarize_p)[:, 0].nonzero()[:, 0]
-    if len(chosen) == 0:
-        return x
-    chosen = moved(chosen, x.device)
-    bright = x[chosen]
-    return x.index_copy(0, chosen, torch.where(bright < 0.5, bright, 1 - bright))
+    chosen = moved(draws(1) < solarize_p, x.device)[..., None, None]    # Bx1x1x1
+    return torch.where(chosen & (x >= 0.5), 1 - x, x)                   # BxCxHxW
 
 
 # ---- SSL4EO-S12 and BigEarthNet-MM: Sentinel-1 and Sentinel-2 ----
@@ -339,19 +335,9 @@ def to_8bit(band, x, s1):
 
 
 def upsample(x, r):
-    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded: exact in 16 bits to r = 8."""
-    x = np.pad(x, ((0, 0), (1, 1), (1, 1)), "edge").astype(np.uint16)
-    C, H, W = x.shape
-    for axis, shape in ((2, (C, H, r * (W - 2))), (1, (C, r * (H - 2), r * (W - 2)))):
-        old, x = np.moveaxis(x, axis, 0), np.empty(shape, np.uint16)
-        new = np.moveaxis(x, axis, 0)
-        for k in range(r):                      # the k-th of r new pixels in an old one
-            d = 2 * k + 1 - r                   # lies d / 2r off its centre
-            near = (2 * r - abs(d)) * old[1:-1]
-            near += abs(d) * (old[2:] if d > 0 else old[:-2])
-            new[k::r] = near
-    x += 2 * r * r                              # half of the divisor: rounds half up
-    return (x // (4 * r * r)).astype(np.uint8)
+    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded half up (0.501: ties, too)."""
+    x = F.interpolate(torch.tensor(x)[None].float(), scale_factor=r, mode="bilinear")[0]
+    return (x + 0.501).byte().numpy()
 
 
 def stack_bands(blocks):
@@ -461,7 +447,7 @@ def open_season(folder, season, n):
     return a
 
 
-# the official 19 classes, and which of the 43 of the json they unite (none: that of the same name)
+# the official 19 classes, and which of the 43 of the json they unite (none: the one of that name)
 CLASSES19 = {
     "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
     "Industrial or commercial units": (),
@@ -501,8 +487,9 @@ class BigEarthNet:
         s1_names, s2_names = (set(listed(folder)) for folder in self.folders)
         self.partner = self.listed_pairs(split, s1_names)
         for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
-            for s2 in read_lines(self.root / name) if (self.root / name).is_file() else ():
-                self.partner.pop(s2, None)
+            if (self.root / name).is_file():
+                for s2 in read_lines(self.root / name):
+                    self.partner.pop(s2, None)
         self.ids = [s2 for s2, s1 in self.partner.items() if s2 in s2_names and s1 in s1_names]
         self.lonely = sorted(self.partner.keys() - set(self.ids))
         refuse(strict, self.lonely, root, f"the list of {split} without both of their folders")
@@ -566,7 +553,7 @@ class BigEarthNet:
 class GeoNRW:
     """GeoNRW, whole tiles (each gives 16 patches) or what `data.py crop` has cut: ([3xHxW uint8],
     [3xHxW float32]), 250x250; with the number of classes (3xHxW, 3xHxW, HxW int64: 0 unlabelled).
-    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for those were never listed."""
+    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for the paper's are not listed."""
     modalities = ("aerial", "dem")
     test_cities = ("duesseldorf", "herne", "neuss")
 
@@ -1174,8 +1161,7 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
 class Samples(Dataset):
     """A data set whose index is (epoch, i), for one loader over all epochs of a run.
 
-    keep: up to 1 GB of samples stay in memory, decoded; not of satellites, whose seasons change.
-    """
+    keep: up to 1 GB of samples stay in memory, decoded; not of satellites: seasons change."""
 
     def __init__(self, data, keep=False):
         changes = getattr(data, "modalities", None) == SSL4EO.modalities
@@ -1194,14 +1180,6 @@ class Samples(Dataset):
             for views in sample:
                 self.room -= sum(x.nbytes for x in (views if isinstance(views, list) else [views]))
         return sample
-
-
-def collate(samples):
-    """Samples -> (x1, x2), each a list of BxCxHxW batches: one for each view that a sample has."""
-    batches = []
-    for modality in zip(*samples):
-        batches.append([torch.stack(view) for view in zip(*modality)])
-    return batches
 
 
 def both_views(views, device):
@@ -1381,9 +1359,9 @@ def cores():
     return os.cpu_count() or 1
 
 
-def default_workers(device_type):
+def default_workers():
     """--workers for each process: on CUDA at most 8; a CPU, and MPS, read in the main process."""
-    if device_type != "cuda":
+    if not torch.cuda.is_available():
         return 0
     return min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -1611,9 +1589,8 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
         written = list(progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
         for split, these in (("train", written[:scenes]), ("test", written[scenes:])):
             (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in these))
-        with open(part / "factors.csv", "w", newline="") as file:
-            csv.writer(file).writerow(("id", "common", "unique1", "unique2"))
-            csv.writer(file).writerows((name, *classes) for name, classes in written)
+        rows = "".join(f"{name},{a},{b},{c}\n" for name, (a, b, c) in written)
+        (part / "factors.csv").write_text(f"id,common,unique1,unique2\n{rows}")
         if scenario == "sar-optical":
             pack(part, part / "packed", 1)
         if scenario == "rgb-dem":
@@ -1714,7 +1691,7 @@ def contact_sheet(dataset, indices, path, size):
         samples.append([x if isinstance(x, list) else [x] for x in dataset[i][:2]])
     draws, columns = Draws(0, len(samples), slice(None)), []
     draws.restart(0)
-    for modality, batches in zip(dataset.modalities, collate(samples)):
+    for modality, batches in zip(dataset.modalities, default_collate(samples)):
         for x in both_views(batches, "cpu"):
             views = augment(x, modality, size, draws)
             columns.append(np.concatenate([visible(view, modality) for view in views], 0))
@@ -1806,12 +1783,12 @@ def save_png(path, image):
     write_atomically(path, lambda file: image.save(file, "png"))
 
 
-def write_hha(root, workers, depth_unit, intrinsics=None):
+def write_hha(root, workers, depth_unit):
     """HHA for every frame that has none: HHA/ in folder form, <frame>/hha/ in SUN RGB-D's tree."""
     root = Path(root)
     with contextlib.ExitStack() as stack:
         if (root / "Depth").is_dir():
-            camera = read_intrinsics(intrinsics or root / "intrinsics.txt")
+            camera = read_intrinsics(root / "intrinsics.txt")
             depth = named_files(root / "Depth")
             raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
             missing = [name for name in depth if name not in raw]
@@ -1883,7 +1860,6 @@ def get_args(argv=None):
         "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
         "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
                              help="steps of a depth file a metre; default: 1000"),
-        "--intrinsics": dict(folder, metavar="FILE", help="camera; default: DIR/intrinsics.txt"),
         "--out": dict(folder, help="default: where it is looked for; of check runs/check-..."),
         "--workers": dict(type=number(int, 0), default=cores(), help="default: one a core")}
     for command, text, names in (
@@ -1892,7 +1868,7 @@ def get_args(argv=None):
             ("pack", "SSL4EO-S12 into four arrays, once", "--data --out --workers"),
             ("crop", "GeoNRW's tiles into patches, once", "--data --out --workers"),
             ("hha", "RGB-depth: HHA for every frame that has none",
-             "--data --depth-unit --intrinsics --workers"),
+             "--data --depth-unit --workers"),
             ("toy", "the made-up scenes of a scenario", "--scenario --out")):
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for name in names.split():
@@ -1924,7 +1900,7 @@ def main(argv=None):
     if args.command == "crop":
         crop(root, args.out or f"{root}/cropped", args.workers)
     if args.command == "hha":
-        write_hha(root, args.workers, args.depth_unit, args.intrinsics)
+        write_hha(root, args.workers, args.depth_unit)
     if args.command == "toy":
         need(args.scenario in TOYS, f"toy: expected --scenario, one of {', '.join(TOYS)}")
         out = Path(args.out or f"data/toy-{args.scenario}")

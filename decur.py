@@ -51,8 +51,7 @@ def off_diag(C):
 def BN(z):
     """Batch normalisation without affine part: mean 0, variance 1 over the batch.  z: NxK.
 
-    The biased variance, as in nn.BatchNorm1d: only so is z.T @ z / N the correlation of Eq. 1.
-    """
+    The biased variance, as in nn.BatchNorm1d: only so is z.T @ z / N the correlation of Eq. 1."""
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
 
 
@@ -80,8 +79,7 @@ def decur_loss(z11, z12, z21, z22, Kc,
     intra            False leaves L1 and L2 out (Table 4, "w/o intra"); Kc = K is "w/o decoup."
 
     Call it outside autocast.  Returns the loss and, for the log, its terms L1 L2 Lc Lu, detached: 0
-    where an ablation leaves nothing.  Raises ValueError if Kc is not within 0..K.
-    """
+    where an ablation leaves nothing.  Raises ValueError if Kc is not within 0..K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
         raise ValueError(f"Kc = {Kc} common dimensions of K = {K}; expected 0 <= Kc <= K")
@@ -111,8 +109,7 @@ def decur_loss_gram(z11, z12, z21, z22, Kc,
     inner product of NxN Gram matrices.  Less the diagonal's squares, the off-diagonal is left.  Six
     Gram matrices serve all four terms: that of all dimensions is the sum of the two blocks'.  Time
     O(N^2 K), memory O(NK) against O(N K^2), O(K^2).  On one CPU core it is 20 times as fast at
-    N 256, K 8192, 1.6 times at N = K / 2, 0.9 times at N = 3/4 K.
-    """
+    N 256, K 8192, 1.6 times at N = K / 2, 0.9 times at N = 3/4 K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
         raise ValueError(f"Kc = {Kc} common dimensions of K = {K}; expected 0 <= Kc <= K")
@@ -147,8 +144,7 @@ def loss_gram(c, target, Ga, Gb, lmb):
 @torch.no_grad()
 def diagonals(z11, z12, z21, z22, Kc):
     """Mean diagonals C1 C2 Cc Cu in [-1, 1], for the log: they tell more than the loss, whose scale
-    goes with N and K.  z: NxK, or None for a view that is not encoded.  Empty ones are left out.
-    """
+    goes with N and K.  z: NxK, or None for a view that is not encoded.  Empty ones are left out."""
     means = {}
     if z12 is not None and z22 is not None:
         means["C1"] = (BN(z11) * BN(z12)).mean(0).mean()
@@ -166,8 +162,7 @@ def chance_and_floor(N, k, lmb=0.0051, unique=False):
 
     Chance: C_ij of independent embeddings has mean 0 and variance 1 / (N-1), so the diagonal gives
     k + k / (N-1).  Floor: the rank of C is at most N-1, so by Cauchy-Schwarz sum_ij C_ij^2 >=
-    (tr C)^2 / (N-1); minimise over tr C.  Returns two floats.
-    """
+    (tr C)^2 / (N-1); minimise over tr C.  Returns two floats."""
     if unique:
         return (k + lmb * k * (k - 1)) / (N - 1), 0.0
     a = lmb * (k / (N - 1) - 1)
@@ -206,8 +201,7 @@ def vicreg_loss(zA, zB, lmb=25, mu=25, nu=1):
     """VICReg (Bardes et al., 2022), Eq. 1-6 and its Algorithm 1; weights of its Sec. 4.2.
 
     Its Eq. 5 sums squared distances over the dimensions, its Algorithm 1 takes the mean: here the
-    mean, for which the weights were chosen.  Its published code also halves v.
-    """
+    mean, for which the weights were chosen.  Its published code also halves v."""
     N, K = zA.shape
     s = (zA - zB).pow(2).mean()                                     # Eq. 5  invariance
     v = c = 0
@@ -222,8 +216,7 @@ def vicreg_loss(zA, zB, lmb=25, mu=25, nu=1):
 def simclr_loss(zA, zB, tau=0.1):
     """NT-Xent over the 2N embeddings, SimCLR (Chen et al., 2020a), Eq. 1.
 
-    tau 0.1: the best in its Table 5.  Its projector (Sec. 2.3) is 2048-128.
-    """
+    tau 0.1: the best in its Table 5.  Its projector (Sec. 2.3) is 2048-128."""
     N = len(zA)
     z = F.normalize(torch.cat((zA, zB)))                            # 2NxK  rows of length 1
     similarity = (z @ z.T / tau).fill_diagonal_(-torch.inf)         # 2Nx2N  k != i
@@ -235,8 +228,7 @@ def clip_loss(zA, zB, tau=0.07):
     """Symmetric cross-entropy over the N pairs, CLIP (Radford et al., 2021), Fig. 3.
 
     tau 0.07: where CLIP starts (Sec. 2.5); it learns tau from there, here it stays.  Its projector
-    is linear (Sec. 2.3), for a ResNet-50 to 1024 dimensions (Table 19).
-    """
+    is linear (Sec. 2.3), for a ResNet-50 to 1024 dimensions (Table 19)."""
     logits = F.normalize(zA) @ F.normalize(zB).T / tau              # NxN
     pair = torch.arange(len(zA), device=zA.device)
     return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
@@ -254,7 +246,8 @@ RESNETS = {                                     # block, blocks a stage, width o
 class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet for any number of input channels, no classifier, names unchanged.
 
-    Call: NxCxHxW -> Nxd, the pooled feature.  `stages`: the maps, Nxd1xH/4xW/4 ... Nxd4xH/32xW/32.
+    Call: NxCxHxW -> Nxd, the pooled feature.  `stages`: four maps, of H/4 to H/32, resnet-toy's
+    of H/2 to H/8.
     """
 
     def __init__(self, name, channels):
@@ -425,8 +418,7 @@ def projector(d, widths):
     """Sec. 4, App. B: Linear, BatchNorm and ReLU for each width, for the last only Linear.
 
     Paper: silent on biases.  Here: none, as in Barlow Twins; batch norm takes them out again.
-    d: of the encoder.  widths: (8192, 8192, 8192) in the paper; () is no projector (Fig. 3b).
-    """
+    d: of the encoder.  widths: (8192, 8192, 8192) in the paper; () is no projector (Fig. 3b)."""
     layers = []
     for width in widths:
         layers += [nn.Linear(d, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
@@ -439,8 +431,7 @@ class DeCUR(nn.Module):
     a projector P.
 
     views   which of the four are encoded: what DeCUR is compared with asks for two.  z of the rest
-            is None, and a modality without views has no branch.
-    """
+            is None, and a modality without views has no branch."""
 
     def __init__(self, backbone, channels1, channels2, widths, views=(True, True, True, True)):
         super().__init__()
@@ -475,8 +466,7 @@ def read_weights(file, backbone):
 
     file   checkpoint.pt or encoder?.pth of this project, a state dict of torchvision, of SegFormer,
            of the DeCUR authors; or "imagenet" for torchvision's own of `backbone`, downloaded once
-    Raises ValueError where a file holds more than finite tensors by name: it could run code.
-    """
+    Raises ValueError where a file holds more than finite tensors by name: it could run code."""
     if file == "imagenet":
         return [imagenet_weights(backbone)]
     try:

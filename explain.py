@@ -34,8 +34,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data import (MODALITIES, BadInput, Draws, collate, epoch_batches, expanded, guarded, need,
-                  number, open_pairs, plain, progress, random_resized_crop, read_factors, read_json,
+from data import (MODALITIES, BadInput, Draws, epoch_batches, expanded, guarded, need, number,
+                  open_pairs, plain, progress, random_resized_crop, read_factors, read_json,
                   visible, write_atomically)
 from decur import BN, DeCUR, bounds, branch
 from pretrain import load_checkpoint, measure_statistics, processes, settings_of
@@ -61,8 +61,7 @@ def alignment_histogram(z1, z2, bins=20, top=1.0):
 def tsne_vis(z1, z2, text="t-SNE"):
     """One point a DIMENSION, with N samples as coordinates.  z1, z2: NxK -> 2Kx2, z1's first; KL.
 
-    Normalised features have the squared distance 2 N (1 - C_ij): near points are correlated.
-    """
+    Normalised features have the squared distance 2 N (1 - C_ij): near points are correlated."""
     feature = torch.cat((BN(z1), BN(z2)), -1)   # Nx2K
     feature = feature.permute(1, 0)             # 2KxN
     return tsne(feature, text=text)
@@ -72,8 +71,7 @@ def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
     """Exact t-SNE (van der Maaten & Hinton, 2008).  x: nxD.  Returns nx2 and the final KL(P|Q).
 
     Starts from the first two principal components, lest the global arrangement be left to chance,
-    with a rate of n / 48 (Belkina et al., 2019).
-    """
+    with the rate of Belkina et al. (2019): n / 12, over the gradient's 4."""
     n = len(x)
     P = affinities(x, min(perplexity, (n - 1) / 3))                     # nxn
     U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
@@ -113,8 +111,7 @@ def affinities(x, perplexity):
 def student(y, out):
     """1 / (1 + |y_i - y_j|^2), its diagonal 0, into out: nxn.  y: nx2.
 
-    One product of nx4 matrices; the digits that cancel are of no moment beside the 1.
-    """
+    One product of nx4 matrices; its rounding is small beside the 1."""
     length, one = y.pow(2).sum(1, keepdim=True), torch.ones_like(y[:, :1])  # nx1
     left, right = torch.cat((-2 * y, 1 + length, one), 1), torch.cat((y, one, length), 1)
     return torch.mm(left, right.T, out=out).reciprocal_().fill_diagonal_(0)
@@ -136,8 +133,7 @@ class TwoValues:
                 constants: with those of the batch itself, a normalised feature's sum over the batch
                 is zero whatever x is, and so is its gradient, and every map made of it
     Kc          the first Kc dimensions are common
-    layer       the module of f1 that GradCAM looks at
-    """
+    layer       the module of f1 that GradCAM looks at"""
 
     def __init__(self, f1, mean, var, Kc, layer):
         self.f1, self.mean, self.var, self.Kc, self.layer = f1, mean, var, Kc, layer
@@ -157,8 +153,7 @@ def gradcam(net, layer, x, target, relu=False):
     layer         a module that net calls; its output is NxCxhxw, or NxhxwxC of a LayerNorm (MiT)
     target        column of the output, 0 <= target < M
     relu          the positive part only, as Selvaraju's Eq. 2; Algorithm 2's LayerGradCam keeps all
-    Returns Nx1xhxw.  Samples do not mix as long as net is in evaluation mode.
-    """
+    Returns Nx1xhxw.  Samples do not mix as long as net is in evaluation mode."""
     outputs = []
 
     def hold(module, inputs, output):
@@ -195,8 +190,7 @@ def layers(E):
 
     Paper: that in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here: the last, in a ResNet-50
     layer4.2.conv3; --layer layer4.2.conv2 gives the other.
-    Of SegFormer the ends of its stages.
-    """
+    Of SegFormer the ends of its stages."""
     ends = ("norm1", "norm2", "norm3", "norm4")
     stages = {name: module for name, module in E.named_modules() if name in ends}
     return stages or {name: module for name, module in E.named_modules()
@@ -296,8 +290,7 @@ class Explained:
     data, samples         the data set, and which of its samples are explained
     z1, z2, batch_rows    embeddings of 4 N samples, as far as there are, and each batch's slice
     net1, net2            `TwoValues` of the two modalities
-    compared              z1 and z2 of --compare, or None
-    """
+    compared              z1 and z2 of --compare, or None"""
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -312,6 +305,7 @@ class Explained:
             usual = n
         count = args.samples or usual
         need(count <= n, f"--samples {count}: expected at most the {n} pairs under {self.root[0]}")
+        # Paper: Fig. 5 is of the whole data set.  Here: of these samples; --samples takes more.
         rng = np.random.default_rng(args.seed)
         self.samples = rng.permutation(n)[:count]
         self.dimensions = np.sort(rng.permutation(self.K)[:args.tsne_dims])
@@ -407,7 +401,7 @@ def open_data(settings, root, split):
 
 def batches(data, samples, size, batch_size, workers, device, text):
     """Batches [x1, x2] of what the networks see, BxCxSxS, under a progress bar."""
-    loader = DataLoader(Subset(data, samples), batch_size, collate_fn=collate, num_workers=workers)
+    loader = DataLoader(Subset(data, samples), batch_size, num_workers=workers)
     for views in progress(loader, text, unit="batch"):
         yield [plain(x[0].to(device), m, size) for x, m in zip(views, data.modalities)]
 
@@ -483,8 +477,7 @@ def features(f, x):
 def read_features(settings, m, f, seed, x, y, x_test, y_test):
     """{features: accuracies, one a factor} of modality m's branch f.  x: NxCxSxS, y: NxF.
 
-    With a seed also of a backbone that knows nothing, and of one that is told all.
-    """
+    With a seed also of a backbone that knows nothing, and of one that is told all."""
     Kc, z, z_test = settings["Kc"], features(f, x), features(f, x_test)  # NxK
     inputs = dict(common=(z[:, :Kc], z_test[:, :Kc]), unique=(z[:, Kc:], z_test[:, Kc:]))
     encoders = {"backbone": f.E}
@@ -534,8 +527,7 @@ def read_runs(runs, root, args, device):
 def sweep(args, device):
     """Sec. 6 on made-up scenes: Table 4, Fig. 3a and the like from many runs, over their seeds.
 
-    Runs whose folders have one name but for -SEED at its end are one line of the table.
-    """
+    Runs whose folders have one name but for -SEED at its end are one line of the table."""
     runs = []
     for folder in args.sweep:
         net, settings = open_net(folder / "checkpoint.pt", device)
@@ -630,8 +622,8 @@ def picture_alignment(e):
         losses[part] = torch.stack([alignment_histogram(z1[batch], z2[batch])[0]
                                     for batch in e.batch_rows])
     top = max(1.5, *(a.max().item() for a in losses.values()))  # up to 4, not Algorithm 2's 1
-    image, pen = page(944, TOP + -(-n // 2) * (250 + M), "Cross-modal alignment: dimensions by "
-                      "their loss, Eq. 7; bars of common and unique ones are stacked", legend)
+    image, pen = page(944, TOP + math.ceil(n / 2) * (250 + M), "Cross-modal alignment: dimensions "
+                      "by their loss, Eq. 7; bars of common and unique ones are stacked", legend)
     for i in range(n):
         heights = {part: torch.histc(a[i], 40, 0, top).numpy() * 100 / sizes[part]
                    for part, a in losses.items()}
@@ -661,7 +653,7 @@ def picture_tsne(e):
     legend = []
     for part, first in e.parts(0, 2).items():
         legend += [(f"{name} {part}", *MARKS[first + m]) for m, name in enumerate(e.modalities)]
-    image, pen = page(944, TOP + -(-n // 2) * (side + M),
+    image, pen = page(944, TOP + math.ceil(n / 2) * (side + M),
                       "t-SNE: a mark is a dimension, a panel a batch", legend)
     for i, y in enumerate(points):
         box = panel(i, 2, side, side)
@@ -878,8 +870,7 @@ def axes(pen, box, xs, ys, title, xlabel, ylabel, powers=False, words=None):
     """Axes over xs[0]..xs[1] and ys[0]..ys[1], with ticks and words.  Returns (x, y) -> pixel.
 
     powers   y is a logarithm to the base of 10
-    words    stand at 0.5, 1.5, ... in place of numbers
-    """
+    words    stand at 0.5, 1.5, ... in place of numbers"""
     left, top, right, bottom = box[0] + 36, box[1] + LINE + 8, box[2] - 8, box[3] - 2 * LINE
 
     def at(x, y):
@@ -912,7 +903,9 @@ def curve(pen, at, xs, ys, colour):
     """A line through the points, which are marked where they are few."""
     points = [at(x, y) for x, y in zip(xs, ys)]
     pen.line(points, colour, 2)
-    for x, y in points if len(points) < 20 else ():
+    if len(points) >= 20:
+        return
+    for x, y in points:
         pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
 
 

@@ -17,6 +17,7 @@ import argparse
 import copy
 import csv
 import json
+import math
 import statistics
 import sys
 import time
@@ -38,8 +39,8 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_
                   read_factors, read_json, read_label, read_lines, read_list, reading, resize,
                   separable, triangle_filter, unit, visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
-                      load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
+from pretrain import (RUN_ONLY, SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join,
+                      leave, load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
                       processes, sha256_of, start_from, summed)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
@@ -49,7 +50,7 @@ NYU40 = ("wall floor cabinet bed chair sofa table door window bookshelf picture 
          "desk shelves curtain dresser pillow mirror floor_mat clothes ceiling books fridge tv "
          "paper towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub "
          "bag otherstructure otherfurniture otherprop").split()
-# scenario: of the encoders.  model: unless --model says other.
+# scenario: of the encoders.  model: unless --model says otherwise.
 TASKS = {
     "bigearthnet": dict(scenario="sar-optical", data="data/bigearthnet", classes=tuple(CLASSES19),
                         model="late"),
@@ -108,8 +109,6 @@ REST = dict(backbone="resnet50", size=224, epochs=None, steps=None, test_crop=No
             cached=False)
 # What the paper's tables vary, or what is not theirs.
 FREE = dict(modality=0, labels=1.0, seed=0, depth_unit=1000.0, save_every=10.0, save_images=0)
-RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
-            "toy", "save_images", "table", "pretraining")  # may differ at --resume
 
 
 # ---- the protocol ----
@@ -141,6 +140,7 @@ def loss_of(logits, target, world):
     return total * world / labelled             # DistributedDataParallel will divide by `world`
 
 
+@torch.no_grad()
 def test(net, data, args, device, rank=0, world=1):
     """Metrics and scores of each class, of the whole split: the processes' counts are joined."""
     if world > 1 and device.type == "cpu":      # each process has statistics of its own
@@ -172,8 +172,7 @@ def test(net, data, args, device, rank=0, world=1):
 
 def scores(net, x, scales):
     """Logits; or CMX's evaluation: exp(logits + the mirror image's) of each scale, added.
-    CMX: frames above 480x640, those at scale 1.25, by sliding windows.  Here: whole.
-    """
+    CMX: frames above 480x640, those at scale 1.25, by sliding windows.  Here: whole."""
     if tuple(scales) == (1.0,):
         return net(*x).float()
     size, both = x[0].shape[-2:], []
@@ -190,7 +189,9 @@ def scores(net, x, scales):
 def schedule(name, step, steps):
     """The learning rate at a step, as a fraction of its base."""
     if name == "steps":                         # "by factor 10 at 60 and 80 epochs", of 100
-        return 0.1 ** sum(10 * step >= part * steps for part in (6, 8))
+        if 10 * step < 6 * steps:
+            return 1.0
+        return 0.1 if 10 * step < 8 * steps else 0.1 ** 2
     if name == "constant":
         return 1.0
     warm = steps // 50 if name == "warm poly" else 0  # CMX: 10 of 500 epochs, linearly from 0
@@ -213,8 +214,7 @@ def make_optimizer(net, args):
 
 class LateFusion(nn.Module):
     """App. B, SAR-optical: pooled features concatenated, one linear layer.  encoders: NxCxHxW ->
-    Nxd, d in `dims`; of their output `part` is taken.  Call: NxCxHxW each -> NxC logits.
-    """
+    Nxd, d in `dims`; of their output `part` is taken.  Call: NxCxHxW each -> NxC logits."""
 
     def __init__(self, encoders, dims, num_classes, part=slice(None)):
         super().__init__()
@@ -234,8 +234,7 @@ class FCN(nn.Module):
     """App. B, RGB-DEM: the last three stages of all encoders concatenated, 1x1 convolutions,
     bilinear to input size, added.  Call: NxCxHxW for each encoder -> NxCxHxW logits.
     Paper: upsampled, then convolved: 7168 channels of 224x224.  Here: convolved, then upsampled;
-    both are linear and bilinear weights sum to 1: it is the same function.
-    """
+    both are linear and bilinear weights sum to 1: it is the same function."""
 
     def __init__(self, encoders, num_classes):
         super().__init__()
@@ -256,7 +255,7 @@ class FCN(nn.Module):
 # CMX (Zhang et al., 2022) with the published parameter names: checkpoints load here and there.
 
 class FRM(nn.Module):
-    """Feature rectification, its Eq. 1-5: a stream takes from the other what two weights let by."""
+    """Feature rectification, its Eq. 1-5: each stream takes from the other by two weights."""
 
     def __init__(self, C):
         super().__init__()
@@ -320,8 +319,7 @@ class FFM(nn.Module):
 
 class CMX(nn.Module):
     """CMX with its MLP decoder, `embed` wide.  Call: NxCxHxW, NxCxHxW -> NxCxHxW logits.
-    The decoder's batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation).
-    """
+    The decoder's batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation)."""
 
     def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
         super().__init__()
@@ -364,8 +362,7 @@ class CMX(nn.Module):
 
 def average_precision(scores, labels):
     """mAP "micro", of all NxC decisions in one ranking: sum_n (R_n - R_{n-1}) P_n, the area under
-    precision over recall; equal scores share one threshold.  None without a positive label.
-    """
+    precision over recall; equal scores share one threshold.  None without a positive label."""
     scores, labels = scores.flatten(), labels.flatten().double()
     if not labels.any():
         return None
@@ -395,8 +392,7 @@ def confusion(pred, gt, num_classes, ignore):
 
 def counting_metrics(matrix, kind):
     """Confusion matrix -> metrics, and the IoU of each class or, of whole images, its accuracy.
-    The mean leaves out what is neither predicted nor labelled.
-    """
+    The mean leaves out what is neither predicted nor labelled."""
     matrix = matrix.cpu().double()              # MPS has no float64
     hit, labelled = matrix.diagonal(), matrix.sum(1)
     name, total = "mIoU", matrix.sum(0) + labelled - hit
@@ -466,8 +462,8 @@ def with_projectors(args, channels, num_classes):
     start, stop = {"common": (0, p["Kc"]), "unique": (p["Kc"], p["K"]), "all": (0, p["K"])}[part]
     need(start < stop, f"--part {part}: {file} has {p['Kc']} common of {p['K']} dimensions")
     branches = nn.ModuleDict()
-    for m, c in zip([args.modality] if args.modality else [1, 2], channels):
-        branches[f"f{m}"] = branch(p["backbone"], c, p["widths"])
+    for m, c in zip(used(args), channels):
+        branches[f"f{m + 1}"] = branch(p["backbone"], c, p["widths"])
     state = load_checkpoint(file)["model"]
     load_exactly(branches, {key: t for key, t in state.items() if key[:2] in branches}, file)
     dims = [stop - start] * len(branches)
@@ -480,8 +476,7 @@ def with_projectors(args, channels, num_classes):
 class Labelled:
     """Samples of a task: (x1, x2, target).  kind: "multi-label", C zeros and ones; "single-label",
     a class; "segmentation", HxW classes, -1: no label.  target_of: name -> target, for data sets of
-    pretraining.  ids: some of the data set's, or all.
-    """
+    pretraining.  ids: some of the data set's, or all."""
 
     def __init__(self, data, classes, kind, target_of=None, ids=None):
         self.data, self.classes, self.kind, self.target_of = data, classes, kind, target_of
@@ -512,7 +507,7 @@ def open_task(args, rank):
     task, name, target_of = TASKS[args.task], args.task, None
     classes, size, labels = task["classes"], args.size, None
     if task["scenario"] == "rgbd":
-        size = -(-2 * size // 3)                # its canvas is 3/2 as high
+        size = math.ceil(2 * size / 3)                # its canvas is 3/2 as high
     if args.toy:
         make_toy(task["scenario"], args.data, rank)
         classes, labels = SCENE_CLASSES, len(SCENE_CLASSES)
@@ -572,14 +567,13 @@ def cmx_boxes(B, H, W, draws):
     starts = []
     for n, v in ((H, u[:, 1:2]), (W, u[:, 2:3])):
         spare = (s * n).round() - n             # Bx1, in scaled pixels; below 0: padded
-        starts.append(torch.where(spare >= 0, (v * (spare + 1)).floor(), -(-spare / 2).floor()) / s)
+        starts.append(torch.where(spare >= 0, (v * (spare + 1)).floor(), (spare / 2).ceil()) / s)
     return *starts, H / s, W / s, u[:, 3:] < 0.5
 
 
 def resample(x, boxes, size):
     """Each box resized to `size`, mirrored where it says so.  x: BxCxHxW float, by a triangle
-    filter as in pretraining, outside 0; or BxHxW classes, the nearest pixel, outside -1.
-    """
+    filter as in pretraining, outside 0; or BxHxW classes, the nearest pixel, outside -1."""
     top, left, h, w, mirrored = [v.float().to(x.device) for v in boxes]  # Bx1 each
     H, W = x.shape[-2:]
     if x.is_floating_point():
@@ -598,8 +592,7 @@ def resample(x, boxes, size):
 def prepared(batch, args, modalities, device, draws=None):
     """A batch of files -> what the model sees, [NxCxHxW], and the target.  With draws it is
     augmented; without, it is the frame, or with test_crop its middle, as large as the crops of
-    training; masks stay as they are.
-    """
+    training; masks stay as they are."""
     *x, target = [moved(t, device) for t in batch]
     if args.cached and draws:                   # a batch of features
         return x, target
@@ -764,8 +757,6 @@ def main(argv=None):
     rank, world, device = place
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in CMX and evaluation
-    if args.workers is None:
-        args.workers = default_workers(device.type)
 
     # ---- data ----
     (data, test_data), lines = open_task(args, rank)
@@ -876,7 +867,8 @@ DeCUR                       34.9 36.9 43.9 48.7    31.4 34.5 43.9 46.5""")
 # The paper contradicts itself: SimCLR-cross repeats CLIP's row in Table 1, left, where the text has
 # a gain of 2 to 4.8 over SimCLR; in Table 2, right, DeCUR's 43.9 is that of the left, and 14.5 over
 # CLIP, where the text has "up to 11.4".
-# mIoU, accuracy of SUN RGB-D, then NYUv2; the paper quotes four that it did not run.
+# mIoU, accuracy of SUN RGB-D, then NYUv2; the paper quotes four that it did not run, and does not
+# say how FCN's first row began: taken as random.
 TABLE_3 = numbers("""\
 fcn, Supervised             27.4 68.2    29.2 60.0
 fcn, CLIP                   30.5 74.2    30.4 63.3
@@ -928,7 +920,7 @@ def not_the_papers(args, changed):
         paper["common"] = 1                     # Table 4, w/o decoup.
     tables = defaults(scenario, p["method"], p["backbone"], args.toy)
     _, different = fill_in(argparse.Namespace(**p), [(paper, "paper"), *tables])
-    behind = {f"pretraining {name}": different[name] for name in different.keys() - FREE.keys()}
+    behind = {f"pretraining {name}": v for name, v in different.items() if name not in FREE}
     return changed | behind
 
 
@@ -965,7 +957,8 @@ def print_tables(folders):
         if "shown" not in r:
             settings = {name: r[name] for name in ("toy", "linear", "labels", "modality")}
             settings = {**settings, **r["changed"]}.items()
-            words = [r["task"], r["model"], r["row"] or " ".join(r["weights"])]
+            method = (r["pretraining"] or {}).get("method")
+            words = [r["task"], r["model"], r["row"] or method or " ".join(r["weights"])]
             if words[2].startswith(words[1]):
                 del words[1]                    # Table 3's rows name the model
             words += [f"{name} {value}" for name, value in settings]
@@ -1032,7 +1025,8 @@ def get_args(argv=None):
     add("--modality", type=int, choices=(0, 1, 2), help="0: both; default: 0, FCN on RGB-D 1")
     add("--depth-unit", type=number(float, 1e-3, 1e9), help="depth steps a metre; default: 1000")
     add("--size", type=number(int, 16, 4096), help="height of the training crop in pixels")
-    add("--workers", type=number(int, 0), help="that read files; default: on CUDA up to 8, else 0")
+    add("--workers", type=number(int, 0), default=default_workers(),
+        help="that read files; default: on CUDA up to 8, else 0")
     add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet, csv), fcn")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
     add("--weights", type=expanded, nargs="+", metavar="FILE",
@@ -1098,10 +1092,11 @@ def name_of(args):
     """The name of --out: what is run."""
     weights = Path(args.weights[0])             # or none, imagenet
     weights = weights.resolve().parent if weights.is_file() else weights
-    words = ["toy" if args.toy else None, args.task, args.model,
-             "linear" if args.linear else "finetune", args.part, f"{100 * args.labels:g}",
-             f"modality{args.modality}" if args.modality else None, weights.name,
-             "cached" if args.cached else None, f"seed{args.seed}"]
+    protocol = "linear" if args.linear else "finetune"
+    modality = f"modality{args.modality}" if args.modality else None
+    words = [args.toy and "toy", args.task, args.model, protocol, args.part,
+             f"{100 * args.labels:g}", modality, weights.name, args.cached and "cached",
+             f"seed{args.seed}"]
     return "-".join(word for word in words if word)
 
 

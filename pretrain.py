@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, OnePattern, Samples, augment,
-                  both_views, collate, default_workers, epoch_batches, expanded, guarded,
-                  input_warnings, leave_group, make_toy, mixed, need, number, open_pairs, read_json,
-                  reading, write_atomically, write_text)
+                  both_views, default_workers, epoch_batches, expanded, guarded, input_warnings,
+                  leave_group, make_toy, mixed, need, number, open_pairs, read_json, reading,
+                  write_atomically, write_text)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, bounds, clip_loss, decur_loss,
                    decur_loss_gram, diagonals, load_encoder, read_weights, simclr_loss, vicreg_loss)
 
@@ -62,7 +62,7 @@ METHODS = {
 # agree on r of them end at a diagonal of 1 / (1 + lambda (k / r - 1)).
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", batch_size=128, lr=2.0,
            split="train")
-TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # fewer leave factors unread
+TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # with fewer, probes miss factors
 REST = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
 
 
@@ -124,8 +124,7 @@ class LARS(torch.optim.Optimizer):
 
     groups: parameters, or groups of them that may have an lr of their own.  Those of fewer than two
     dimensions (biases, batch norm) take a plain momentum step: no weight decay, no adaptation.  A
-    step uses the gradients up: they are scaled in place.
-    """
+    step uses the gradients up: they are scaled in place."""
 
     def __init__(self, groups, lr=0.2, weight_decay=1e-6, momentum=0.9, eta=0.001):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
@@ -137,7 +136,7 @@ class LARS(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 g = p.grad
-                if p.ndim > 1:                  # in place: a step's time is that of the memory
+                if p.ndim > 1:                  # in place: memory bounds the speed
                     g.add_(p, alpha=group["weight_decay"])
                     p_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * p_norm / g_norm
@@ -175,7 +174,7 @@ def main(argv=None):
     check_batch(args.batch_size, len(data), world, least=2)
     steps = args.epochs * (len(data) // args.batch_size)
     channels = [views[0].shape[0] for views in data[0]]
-    run = Run(args, data, np.arange(len(data)), steps, cosine, place, collate)
+    run = Run(args, data, np.arange(len(data)), steps, cosine, place)
     join(world)
 
     # ---- model and optimiser ----
@@ -221,10 +220,9 @@ class Run:
     data     a data set; indices: those of its samples that are trained on
     steps    of the whole run; rate(step, steps): the learning rate as a fraction of its base
     place    what `processes` returned
-    Checkpoints: every save_every minutes, at a signal, at the end.
-    """
+    Checkpoints: every save_every minutes, at a signal, at the end."""
 
-    def __init__(self, args, data, indices, steps, rate, place, collate_fn=None):
+    def __init__(self, args, data, indices, steps, rate, place):
         self.args, self.steps, self.rate = args, steps, rate
         self.rank, self.world, self.device = place
         N = args.batch_size
@@ -235,21 +233,16 @@ class Run:
         self.steps_per_epoch = max(1, len(indices) // N)
         self.signalled = self.stopped = 0       # or the signal's number
         self.waited = 0.0                       # seconds for batches, since the last line
-        workers = args.workers
-        if workers is None:
-            workers = default_workers(self.device.type)
         sampler = batch_order(indices, N, args.seed, rows, self.step, steps)
         self.loader = iter(DataLoader(
-            Samples(data, keep=workers == 0), batch_sampler=sampler, collate_fn=collate_fn,
-            num_workers=workers, worker_init_fn=leave_group,
-            pin_memory=self.device.type == "cuda"))
+            Samples(data, keep=args.workers == 0), batch_sampler=sampler, num_workers=args.workers,
+            worker_init_fn=leave_group, pin_memory=self.device.type == "cuda"))
 
     def begin(self, net, optimizer, settings, **about):
         """Load the checkpoint to go on from, if there is one; make the folder.
 
         settings: what has to be the same at --resume; about: what else args.json should tell.
-        Raises BadInput where the settings, or the processes among themselves, differ.
-        """
+        Raises BadInput where the settings, or the processes among themselves, differ."""
         self.net, self.optimizer, self.settings = net, optimizer, settings
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         if self.checkpoint:
@@ -302,8 +295,7 @@ class Run:
         """A line every 50 steps; of a short run, about 50 lines.
 
         terms: scalars of which the loss is the sum; numbers_of(): more of them.  They stay on the
-        device until they are logged, and only then is it looked whether each loss was finite.
-        """
+        device until they are logged, and only then is it looked whether each loss was finite."""
         self.finite &= loss.isfinite()
         number, every = self.step + 1, min(50, max(1, self.steps // 50))
         if number % every and number not in (1, self.steps):
@@ -375,11 +367,10 @@ def batch_order(indices, N, seed, rows, step, steps):
     """This process's `rows` of each batch from `step` on: lists of (epoch, index)."""
     while step < steps:
         epoch, done = divmod(step, len(indices) // N)
-        for batch in epoch_batches(len(indices), N, seed, epoch)[done:, rows]:
+        batches = epoch_batches(len(indices), N, seed, epoch)[done:done + steps - step, rows]
+        for batch in batches:
             yield [(epoch, i) for i in indices[batch].tolist()]
-            step += 1
-            if step == steps:
-                return
+        step += len(batches)
 
 
 def earlier(args):
@@ -424,7 +415,7 @@ def words_of(line):
     terms = [f"{name} {line[name]:.1f}" for name in ("L1", "L2", "Lc", "Lu") if name in line]
     means = [f"{name} {line[name]:.2f}" for name in ("C1", "C2", "Cc", "Cu") if name in line]
     stds = [f"{line[name]:.2f}" for name in ("std1", "std2") if name in line]
-    words = f"loss {line['loss']:.4f}"          # of others: SimCLR's is below 7
+    words = f"loss {line['loss']:.4f}"          # of other methods: SimCLR's is below 7
     if terms:
         words = f"loss {line['loss']:.1f} = {' + '.join(terms)}"
     if means:
@@ -442,8 +433,7 @@ class Gather(torch.autograd.Function):
     Each computes the whole loss, so each has the gradient of all N rows; DDP averages over the W:
     one's own rows W times make it exactly that of one process.  (An in-place all_reduce of C,
     outside autograd, gives 1/W of it.)  A sum of rows that are zero elsewhere: gloo documents no
-    all_gather for CUDA tensors.
-    """
+    all_gather for CUDA tensors."""
 
     @staticmethod
     def forward(ctx, z):
@@ -462,8 +452,7 @@ class Gather(torch.autograd.Function):
 def gather(z):
     """The global batch of embeddings, NxK, from the processes' nxK, in float32 or float64.
 
-    None, a view that is not encoded, stays None.
-    """
+    None, a view that is not encoded, stays None."""
     if z is None:
         return None
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -601,8 +590,7 @@ def sha256_of(path):
 def start_from(files, encoders, args, modalities):
     """Load --weights into the encoders of the modalities.  Returns a line for each.
 
-    Raises BadInput unless they fit to the last key.
-    """
+    Raises BadInput unless they fit to the last key."""
     states = []
     try:
         for file in files:
@@ -632,8 +620,7 @@ def start_from(files, encoders, args, modalities):
 
 def pretraining_of(file):
     """Of a weights file of this project: the settings behind it, and a row of MODALITIES for each
-    encoder in it, what that was trained on.  {} and [] where they are not known.
-    """
+    encoder in it, what that was trained on.  {} and [] where they are not known."""
     path, beside = Path(file), Path(file).with_suffix(".json")
     if path.suffix == ".pth" and beside.is_file():
         about = read_json(beside, "what pretrain.py wrote beside an encoder")
@@ -664,8 +651,7 @@ def measure_statistics(net, batches):
     """Of the batch norms of a random network that is not to be trained: the mean over the batches.
 
     batches: lists of the network's inputs.  The mean 0 and variance 1 that they start with are
-    nobody's: a ResNet-50's features would be in the thousands.
-    """
+    nobody's: a ResNet-50's features would be in the thousands."""
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             module.momentum = None              # no moving average
@@ -676,7 +662,9 @@ def measure_statistics(net, batches):
 
 # ---- data and command line ----
 
-RUN_ONLY = ("data", "data1", "data2", "out", "resume", "save_every", "workers", "toy")  # may differ
+# May differ at --resume, here and in finetune.py.
+RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
+            "toy", "save_images", "table", "pretraining")
 
 
 def open_data(args):
@@ -698,9 +686,9 @@ def described_run(args, data, net, Kc, K):
         lines.append(f"augmentations of {modality}: {AUGMENTATIONS[modality]}")
     lines += [f"warning: {words}" for words in input_warnings(data)]
     for f in net.children():
-        E = sum(p.numel() for p in f.E.parameters()) / 1e6
-        P = sum(p.numel() for p in f.P.parameters()) / 1e6
-        lines.append(f"parameters: encoder {E:.2f} M, projector {P:.2f} M")
+        encoder = sum(p.numel() for p in f.E.parameters()) / 1e6
+        projector = sum(p.numel() for p in f.P.parameters()) / 1e6
+        lines.append(f"parameters: encoder {encoder:.2f} M, projector {projector:.2f} M")
     if args.method == "decur":
         lines.append(f"N {args.batch_size}  K {K}  Kc {Kc}")
         chance, floor = bounds(args.batch_size, K, Kc, not args.no_intra)
@@ -723,8 +711,7 @@ def defaults(scenario, method, backbone, toy):
 
 def fill_in(args, tables):
     """The first table that names a setting gives its default.  Returns {name: source} to print, and
-    {name: value} of what was given otherwise.
-    """
+    {name: value} of what was given otherwise."""
     sources, changed = {}, {}
     for table, source in tables:
         for name, value in table.items():
@@ -759,7 +746,8 @@ def get_args(argv=None):
         "default: all, rgb-dem and --toy train")
     add("--depth-unit", type=number(float, 1e-3, 1e9), help="depth steps a metre; default: 1000")
     add("--size", type=number(int, 16, 4096), help="crop in pixels; default: 224")
-    add("--workers", type=number(int, 0), help="that read files; default: on CUDA up to 8, else 0")
+    add("--workers", type=number(int, 0), default=default_workers(),
+        help="that read files; default: on CUDA up to 8, else 0")
     add = parser.add_argument_group("model").add_argument
     add("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
     add("--modality", type=int, choices=(1, 2), help="barlowtwins of two views of this one alone")

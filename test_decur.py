@@ -1013,7 +1013,7 @@ def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
 
 def test_collate_gives_two_views_of_each_modality():
     one, two = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
-    batch = data.collate([([one], [one, two]), ([two], [two, one])])
+    batch = torch.utils.data.default_collate([([one], [one, two]), ([two], [two, one])])
     x1, x2 = (data.both_views(views, "cpu") for views in batch)
     assert x1[0] is x1[1] and x1[0].shape == x2[0].shape == (2, 1, 2, 2)
     assert [x.amax((1, 2, 3)).tolist() for x in (*x1, *x2)] == [[0, 1], [0, 1], [0, 1], [1, 0]]
@@ -1895,9 +1895,12 @@ def test_files_are_replaced_whole_and_never_through_a_link(tmp_path):
 
 def test_workers_share_the_cores_that_a_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    assert [data.default_workers(device) for device in ("cpu", "mps", "cuda")] == [0, 0, 8]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert data.default_workers() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert data.default_workers("cuda") == 3
+    assert data.default_workers() == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert data.default_workers() == 0          # a CPU, and MPS
 
 
 def test_where_there_is_no_terminal_progress_is_a_line_every_30_s(capsys):
