@@ -759,6 +759,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
     ("--backbone mit_b0 --size 24", "--size 24: expected 32 or more for a mit"),
     ("--out {scenes}/train.txt/out", "--out .* cannot be written"),
     ("--weights {run}/encoder1.pth", "encoders: 1, expected 2"),
+    ("--bgr --weights {run}/checkpoint.pt", "weights of others; .* saw red first"),
     ("--weights {run}/encoder2.pth {run}/encoder1.pth", "1 input channels, this encoder 3"),
     ("--weights nowhere.pth", "No such file"), ("--weights imagenet", "no ImageNet weights"),
     ("--out {run}", "holds a run; expected a new --out, or --resume"),
@@ -801,6 +802,22 @@ def test_bad_input_exits_with_code_2_and_one_line(scenes, tmp_path):
     words = r"error: .*0007\.png cannot be read as an image \(.*\); copy or download it again"
     assert re.fullmatch(words, result.stderr.splitlines()[-1])
     assert not list(out.glob("checkpoint*"))
+
+
+def test_a_first_batch_that_cannot_be_read_leaves_no_folder(scenes, tmp_path):
+    root, out = shutil.copytree(scenes, tmp_path / "scenes"), tmp_path / "out"
+    for file in (root / "RGB").iterdir():
+        file.write_bytes(b"")
+    is_refused("cannot be read as an image", call, pretrain, flags_of(root, out))
+    assert not out.exists()
+
+
+def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(scenes, tmp_path, monkeypatch):
+    call(pretrain, flags_of(scenes, tmp_path))
+    before = (tmp_path / "args.json").read_bytes()
+    monkeypatch.setattr(pretrain, "earlier", lambda args: None)         # it looked too early
+    is_refused("File exists", call, pretrain, flags_of(scenes, tmp_path))
+    assert (tmp_path / "args.json").read_bytes() == before
 
 
 def test_torchrun_trains_on_two_cpu_processes(scenes, tmp_path):
@@ -1182,6 +1199,9 @@ def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
     assert list(frames) == ["kv1/b3dodata/img_0063", "xtion/sun3ddata/hotel/hotel/0000110-1"]
     (tmp_path / "SUNRGBD" / "kv1" / "loop").symlink_to(tmp_path / "SUNRGBD")
     assert data.sunrgbd_frames(tmp_path) == frames
+    (tmp_path / "SUNRGBD" / "kv1" / "part" / "depth").mkdir(parents=True)
+    is_refused("no .*kv1/part/intrinsics.txt", data.sunrgbd_frames, tmp_path)
+    shutil.rmtree(tmp_path / "SUNRGBD" / "kv1" / "part")
     first, second = (data.hha_file(image) for image, *_ in frames.values())
     written = second.stat().st_mtime_ns
     first.unlink()
@@ -1341,6 +1361,9 @@ def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
     band = min((root / "s2c" / "0000000").glob("*/B9.tif"))             # of the first season
     save(band, np.zeros((3, 3), np.uint16))
     is_refused(r"0000000: B9 has \(3, 3\) .*expected \(2, 2\)", data.SSL4EO(root).season, 0, 0)
+    is_refused("B9 has", list, data.SSL4EO(root).raw(0))                # `check` sees all seasons
+    save(band, np.zeros((2, 2, 3), np.uint8))
+    is_refused("B9.tif holds 3 bands; expected one", data.SSL4EO(root).season, 0, 0)
     band.unlink()
     is_refused("B9.tif", data.SSL4EO(root).season, 0, 0)
     shutil.rmtree(band.parent)
@@ -1443,6 +1466,8 @@ def test_geonrw_gives_16_patches_a_tile_and_cropped_equals_whole(tmp_path):
     shutil.rmtree(tmp_path / "cropped")
     save(tmp_path / "herne" / "371_5712_dem.tif", np.zeros((4, 4), np.float32))
     is_refused(r"371_5712: .*\(4, 4\).* equal sizes", data.crop, tmp_path, tmp_path / "out", 1)
+    save(tmp_path / "aachen" / "371_5712_seg.tif", np.full((32, 32), 259, np.uint16))
+    is_refused("holds 259 to 259; expected classes", lambda: whole[0][0])
 
 
 def test_holes_of_a_height_model_take_no_part_and_flat_ground_is_no_division_by_zero():
@@ -1758,9 +1783,11 @@ def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path
     file = next((root / "s1" / "0000000").glob("*/VH.tif"))
     file.write_bytes(file.read_bytes()[:500])
     shutil.rmtree(root / "s2c" / "0000003")
+    write_ssl4eo(root, ["0000004"], S=12)
     code, text, bad = checked(flags, tmp_path, capsys)
-    assert code == 1 and re.fullmatch("0000003\tno partner\n0000000\t.*VH.tif.*\n", bad)
-    assert "3 samples read, 2 bad, of which 1 without a partner" in text
+    assert code == 1 and re.fullmatch("0000003\tno partner\n0000000\t.*VH.tif.*\n"
+                                      "0000004\tis of .*12, 12.*24, 24.*as those before\n", bad)
+    assert "4 samples read, 3 bad, of which 1 without a partner" in text
     assert "1 such as 0000003: no partner" in text and "1 such as 0000000: " in text
 
 
@@ -1825,8 +1852,10 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     (data, "check --scenario rgbd --data1 x --data2 y", "--data1 and --data2"),
     (data, "check --scenario rgb-dem --data ~/nowhere", "no folder /.*/nowhere"),
     (data, "toy --scenario rgbd --out .", "exists; expected a new --out"),
+    (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "2 files, .*pattern in quotes"),
     (data, "pack --data nowhere", "no folder nowhere"),
     (data, "hha --data nowhere", "no SUN RGB-D frame under nowhere"),
+    (pretrain, "--scenario rgbd --out ''", "nothing; expected a name"),
     (finetune, "--part common", "--linear and late"), (finetune, "--model cmx", "as fcn"),
     (finetune, "--cached --linear", "late fusion alone"), (finetune, "--model late", "as fcn"),
     (finetune, "--size 47 --backbone mit_b0", "48 or more"),
@@ -2329,6 +2358,36 @@ def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes
     assert ("1 names of --target have no label" in text) == (target == "blank.csv")
 
 
+def test_own_images_are_tested_as_large_as_the_crops_of_training_and_masks_as_they_are(own):
+    args, *_ = finetune.get_args(shlex.split(f"{OWN} --target masks --weights none --size 16"))
+    image, mask = torch.rand(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.int64)
+    x, target = finetune.prepared([image, image, mask], args, ("rgb", "rgb"), "cpu")
+    assert x[0].shape == (2, 3, 16, 16) and torch.equal(target, mask)
+    expected = data.normalise(data.resize(image, (16, 16)), "rgb")
+    assert torch.allclose(x[0], expected, atol=1e-5)
+
+
+def test_a_stopped_pretraining_is_told(pretrained, scenes, tmp_path, capsys):
+    checkpoint = torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | dict(step=10), tmp_path / "checkpoint.pt")
+    flags = f"{FINE} --data {scenes} --model late --linear --cached --weights"
+    fine(f"{flags} {tmp_path}/checkpoint.pt --out {tmp_path / 'o'}")
+    assert "warning: the pretraining was stopped at step 10 of" in capsys.readouterr().out
+
+
+def test_testing_keeps_no_graph(scenes, tmp_path, monkeypatch):
+    graphs = []
+
+    def scores(net, x, scales):
+        logits = net(*x)
+        graphs.append(logits.requires_grad)
+        return logits
+
+    monkeypatch.setattr(finetune, "scores", scores)
+    fine(f"{FINE} --data {scenes} --model late --weights none --out {tmp_path / 'o'}")
+    assert graphs and not any(graphs)
+
+
 def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_path, capsys):
     result = fine(f"{OWN} --target single.csv --weights {runs}/own/checkpoint.pt --out {tmp_path}")
     assert result["size"] == 48 and "normalised as" not in capsys.readouterr().out
@@ -2345,6 +2404,8 @@ def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_p
     ("masks", None, "--classes two", r"masks have other values than 0 to 1"),
     ("masks", None, "--split train", "expected two files"),
     ("masks", None, "--test-share 0", "expected some to train on and some to test"),
+    ("quote.csv", '0000,"disk\n0001,ring\n', "", "quote.csv cannot be read as a csv"),
+    ("masks", None, "--classes train --ignore 7", "masks have other values than 0 to 23"),
     ("small", None, "", r"a mask of \(24, 64\) pixels for an image of \(48, 64\)")])
 def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own, tmp_path):
     if text:
@@ -2374,7 +2435,7 @@ def test_the_tables_show_what_is_the_papers_and_name_what_is_not(tmp_path, capsy
               ("pretraining epochs 5", 30, "", "--epochs 5"),
               ("labels 0.1", 40, "--labels 0.1", ""),
               ("pretraining weights ['imagenet']", 60, "", "--weights imagenet"),
-              ("common 0.5", 61, "", "--common 0.5"),
+              ("bigearthnet, late, decur", 61, "", "--common 0.5"),
               ("pretraining projector 512-512-512", 65, "",
                "--method vicreg --projector 512-512-512")]
     for name, value, flags, pretraining in papers + others:
@@ -2397,7 +2458,7 @@ def test_the_tables_show_what_is_the_papers_and_name_what_is_not(tmp_path, capsy
     for name, value, _, _ in others:
         assert re.search(rf"{re.escape(name)}.* {value}\.0", beside), name
     (tmp_path / "seed0" / "results.json").write_text("{")
-    (tmp_path / "seed1" / "results.json").write_text("{}")
+    (tmp_path / "seed1" / "results.json").write_text('{"changed": {}, "metrics": 3}')
     call(finetune, f"--table {folders}")
     out = capsys.readouterr().out
     assert re.search("left out: .*seed0", out) and re.search("left out: .*seed1", out)
@@ -2708,6 +2769,8 @@ def test_explain_refuses_what_it_cannot_explain(changes, flags, words, runs, tmp
     ("args.json", "{", "alignment"), ("args.json", '{"data": 7}', "alignment"),
     ("log.jsonl", '{"step": 1, "loss": 2}\ngarbage\n', "curves"), ("log.jsonl", "", "curves"),
     ("log.jsonl", '{"step": 1, "loss": "x"}\n', "curves"),
+    ("log.jsonl", '{"step": 0, "loss": 1}\n', "curves"),
+    ("log.jsonl", '{"step": 1, "loss": NaN}\n', "curves"),
     ("factors.csv", "id,common\n0000,x\n", "factors"), ("factors.csv", "", "factors")))
 def test_damaged_files_beside_a_checkpoint_are_named(name, text, only, runs, scenes, tmp_path):
     run, root = altered(runs, tmp_path), shutil.copytree(scenes, tmp_path / "scenes")
