@@ -337,7 +337,7 @@ def to_8bit(band, x, s1):
 def upsample(x, r):
     """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded half up (0.501: ties, too)."""
     x = F.interpolate(torch.tensor(x)[None].float(), scale_factor=r, mode="bilinear")[0]
-    return (x + 0.501).byte().numpy()
+    return x.add_(0.501).byte().numpy()
 
 
 def stack_bands(blocks):
