@@ -1004,21 +1004,21 @@ def paired(files1, files2, where, strict):
 # ---- readers ----
 
 @contextlib.contextmanager
-def reading(path, kind):
+def reading(path, kind, remedy="copy or download it again"):
     """What fails inside becomes a BadInput that names the file."""
     try:
         yield
     except BadInput:
         raise
     except Exception as error:                  # a damaged file raises nearly anything
-        remedy = "copy or download it again"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         if isinstance(error, FileNotFoundError):
             remedy = "give a file that exists"
         if "imagecodecs" in str(error):         # LZW, zstd, JPEG, predictor 3
             remedy = "pip install imagecodecs, or save it without compression"
         if isinstance(error, Image.DecompressionBombError):
             remedy = "cut it into tiles, or save it as npy"
-        raise BadInput(f"{path} cannot be read as {kind} ({error}); {remedy}") from None
+        raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
 
 
 def opened(path):

@@ -170,14 +170,10 @@ def chance_and_floor(N, k, lmb=0.0051, unique=False):
 
 
 def bounds(N, K, Kc, intra=True):
-    """{term: value} of Eq. 6 by chance, and at the least: two dicts of the terms that there are."""
-    both = {}
-    if intra:
-        both["L1"] = both["L2"] = chance_and_floor(N, K)
-    if Kc > 0:
-        both["Lc"] = chance_and_floor(N, Kc)
-    if Kc < K:
-        both["Lu"] = chance_and_floor(N, K - Kc, unique=True)
+    """{term: value} of Eq. 6 by chance, and at the least: two dicts, 0 where a term is ablated."""
+    L1 = L2 = chance_and_floor(N, K if intra else 0)
+    Lc, Lu = chance_and_floor(N, Kc), chance_and_floor(N, K - Kc, unique=True)
+    both = dict(L1=L1, L2=L2, Lc=Lc, Lu=Lu)
     chance = {name: pair[0] for name, pair in both.items()}
     floor = {name: pair[1] for name, pair in both.items()}
     return chance, floor

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Subset
 
 from data import (MODALITIES, BadInput, Draws, epoch_batches, expanded, guarded, need, number,
                   open_pairs, plain, progress, random_resized_crop, read_factors, read_json,
-                  visible, write_atomically)
+                  reading, visible, write_atomically)
 from decur import BN, DeCUR, bounds, branch
 from pretrain import load_checkpoint, measure_statistics, processes, settings_of
 
@@ -596,7 +596,7 @@ def picture_curves(e):
 def read_log(path):
     """{name: values} of a run's log.jsonl."""
     log = {}
-    try:
+    with reading(path, "the numbers of a step on each line", "or leave curves out of --only"):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for name in lines[0]:
             log[name] = [line[name] for line in lines]
@@ -604,9 +604,6 @@ def read_log(path):
         if not finite or min(log["step"]) < 1:
             raise ValueError("a number is not finite, or a step below 1")
         return log
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); expected the numbers of a step on each "
-                       f"line; mend it, or leave curves out of --only") from None
 
 
 def picture_alignment(e):

@@ -545,15 +545,13 @@ def check_batch(N, n, world, least=1):
 
 def load_checkpoint(path):
     """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
-    try:
+    with reading(path, "a whole checkpoint.pt of tensors and plain values",
+                 "give another, or at --resume a new --out"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kinds = [type(checkpoint.get(name)) for name in ("settings", "step")]
-        reason = None if kinds == [dict, int] else "it holds something else"
-    except Exception as error:                  # torch raises half a dozen kinds for bad files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-    need(reason is None, f"{path} cannot be used ({reason}); expected a whole checkpoint.pt of a "
-         f"run, tensors and plain values alone; give another, or at --resume a new --out")
-    return checkpoint
+        need(kinds == [dict, int], f"{path} is no checkpoint of this project; expected a "
+             f"checkpoint.pt that pretrain.py or finetune.py wrote; give another")
+        return checkpoint
 
 
 def settings_of(checkpoint):

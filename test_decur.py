@@ -788,7 +788,7 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(damage, pretrained, scenes
     content = damage((pretrained[0] / "checkpoint.pt").read_bytes())
     (tmp_path / "checkpoint.pt").write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    is_refused("checkpoint.pt cannot be used .*at --resume a new --out", call, pretrain,
+    is_refused("checkpoint.pt cannot be read as a whole .*at --resume a new --out", call, pretrain,
                flags_of(scenes, tmp_path, "--resume"))
     assert Path("checkpoint.pt").read_bytes() == content and not Path("evil").exists()
 
@@ -2289,7 +2289,7 @@ def test_weights_and_parts_of_the_embedding(pretrained, scenes, tmp_path):
         fine(f"{flags} {run}/checkpoint.pt --part {part} --out {tmp_path / part}")
         state = torch.load(tmp_path / part / "checkpoint.pt", weights_only=True)["model"]
         assert state["fc.weight"].shape == (12, 2 * dims)
-    is_refused("expected a whole checkpoint.pt", fine,
+    is_refused("encoder1.pth is no checkpoint .*expected a checkpoint.pt", fine,
                f"{flags} {run}/encoder1.pth --part all --out {tmp_path / 'x'}")
 
 
@@ -2755,7 +2755,7 @@ def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path):
     (dict(parts=dict(settings=dict(task="sunrgbd", lr=1.0))), "", UNKNOWN),  # of finetune.py
     (dict(widths=[64, 64]), "", UNKNOWN), (dict(size="32"), "", r"\(size is 32\)"),
     (dict(size=16), "--compare {run}/checkpoint.pt", "checkpoint.pt: size is 32, but 16"),
-    (dict(), "--checkpoint {run}/nowhere.pt", "nowhere.pt cannot be used"),
+    (dict(), "--checkpoint {run}/nowhere.pt", "nowhere.pt cannot be read .*that exists"),
     (dict(), "--data {run}/nowhere", "no folder"),
     (dict(), "--samples 49", "--samples 49: expected at most the 48 pairs"),
     (dict(), "--layer layer5", "--layer layer5: .*; there are conv1 .* layer4.0.conv2"),
