@@ -61,7 +61,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
@@ -73,7 +73,6 @@ PICTURES = (".jpg", ".jpeg", ".png")
 IMAGES = (*PICTURES, ".tif", ".tiff", ".npy")
 COLOURS = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "L": "L",
            "LA": "L", "1": "L"}                 # Pillow's 8-bit modes, and what they are read as
-LABELS = "the labels of a patch"
 
 
 class BadInput(Exception):
@@ -513,7 +512,7 @@ class BigEarthNet:
                 link = dict(line.split(",") for line in read_lines(cache))
         if set(link.values()) != s1_names:      # not yet written, or patches came or went since
             for s1 in progress(sorted(s1_names), "S1 patches"):
-                about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", LABELS)
+                about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", "labels")
                 link[str(about.get("corresponding_s2_patch"))] = s1
             with contextlib.suppress(OSError):  # a folder that is only to be read
                 write_text(cache, "".join(f"{s2},{s1}\n" for s2, s1 in link.items()))
@@ -539,7 +538,7 @@ class BigEarthNet:
     def classes(self, i):
         """19 float32, 1 for each class of the patch."""
         path = self.folders[1] / self.ids[i] / f"{self.ids[i]}_labels_metadata.json"
-        names, target = read_json(path, LABELS).get("labels"), torch.zeros(len(CLASSES19))
+        names, target = read_json(path, "labels").get("labels"), torch.zeros(len(CLASSES19))
         need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
         for name in names:
             need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
@@ -1144,8 +1143,7 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
         return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
     root = Path(root)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
-    if name in TASKS:
-        classes = classes or TASKS[name]
+    classes = classes or TASKS.get(name)
     if name == "sar-optical":
         data = SSL4EO(root, split, seed, strict)
     elif name == "bigearthnet":
@@ -1158,7 +1156,7 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
     return data
 
 
-class Samples(Dataset):
+class Samples:
     """A data set whose index is (epoch, i), for one loader over all epochs of a run.
 
     keep: up to 1 GB of samples stay in memory, decoded; not of satellites: seasons change."""
@@ -1166,9 +1164,6 @@ class Samples(Dataset):
     def __init__(self, data, keep=False):
         changes = getattr(data, "modalities", None) == SSL4EO.modalities
         self.data, self.decoded, self.room = data, {}, 2 ** 30 if keep and not changes else 0
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, index):
         self.data.epoch, i = index

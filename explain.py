@@ -38,7 +38,7 @@ from data import (MODALITIES, BadInput, Draws, epoch_batches, expanded, guarded,
                   open_pairs, plain, progress, random_resized_crop, read_factors, read_json,
                   reading, visible, write_atomically)
 from decur import BN, DeCUR, bounds, branch
-from pretrain import load_checkpoint, measure_statistics, processes, settings_of
+from pretrain import load_checkpoint, make_folder, measure_statistics, processes, settings_of
 
 
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
@@ -319,7 +319,7 @@ class Explained:
             other, others = open_net(args.compare, device)
             need_equal(others, settings, ("scenario", "modalities", "channels", "size"),
                        args.compare)
-        made_folder(args.out)
+        make_folder(args.out)
         print(f"{count} of {n} pairs of {' and '.join(self.modalities)} from "
               f"{' '.join(self.root)}; N {N}  K {self.K}  Kc {self.Kc}; {device.type}")
         first = len(self.batch_rows) * N
@@ -361,13 +361,6 @@ def open_net(path, device):
         reason = " ".join(str(error).split())[:150]
         raise BadInput(f"{path} cannot be explained ({reason}); expected the checkpoint of a whole "
                        f"pretraining, with both encoders; give another") from None
-
-
-def made_folder(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out} cannot be made ({error}); give another") from None
 
 
 def need_equal(settings, first, names, path):
@@ -537,7 +530,7 @@ def sweep(args, device):
     root = args.data or trained_on(args.sweep[0] / "checkpoint.pt", runs[0][2])
     accuracies = read_runs(runs, root, args, device)
     need(accuracies, f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
-    made_folder(args.out)
+    make_folder(args.out)
     picture = picture_accuracies(accuracies, runs[0][2]["modalities"])
     save_picture(args.out, "sweep", *picture, f"{len(runs)} runs")
 

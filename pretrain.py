@@ -399,15 +399,20 @@ def open_folder(out, record, step, resume):
             with suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= step:
                     lines.append(f"{line}\n")
+    make_folder(out)
+    try:
+        open(log_file, "a" if resume else "x").close()
+    except FileExistsError:
+        raise BadInput(f"--out {out}: another run has just begun there; give a new one") from None
+    write_text(out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
+    write_text(log_file, "".join(lines))
+
+
+def make_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            open(log_file, "x").close()         # of two runs that begin at once, one is refused
-        write_text(out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
-        write_text(log_file, "".join(lines))
     except OSError as error:
-        raise BadInput(f"--out {out} cannot be written ({error.strerror}); "
-                       f"give a folder that can") from None
+        raise BadInput(f"--out {out} cannot be made ({error.strerror}); give another") from None
 
 
 def words_of(line):

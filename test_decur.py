@@ -757,7 +757,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
     ("--method clip --no-intra", "--no-intra: expected it with --method decur"),
     ("--method clip --common 0.5", "--common 0.5: expected 1 with --method clip"),
     ("--backbone mit_b0 --size 24", "--size 24: expected 32 or more for a mit"),
-    ("--out {scenes}/train.txt/out", "--out .* cannot be written"),
+    ("--out {scenes}/train.txt/out", "--out .* cannot be made"),
     ("--weights {run}/encoder1.pth", "encoders: 1, expected 2"),
     ("--bgr --weights {run}/checkpoint.pt", "weights of others; .* saw red first"),
     ("--weights {run}/encoder2.pth {run}/encoder1.pth", "1 input channels, this encoder 3"),
@@ -816,7 +816,7 @@ def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(scenes, tmp_p
     call(pretrain, flags_of(scenes, tmp_path))
     before = (tmp_path / "args.json").read_bytes()
     monkeypatch.setattr(pretrain, "earlier", lambda args: None)         # it looked too early
-    is_refused("File exists", call, pretrain, flags_of(scenes, tmp_path))
+    is_refused("another run has just begun", call, pretrain, flags_of(scenes, tmp_path))
     assert (tmp_path / "args.json").read_bytes() == before
 
 
