@@ -378,12 +378,12 @@ class SSL4EO:
     def files(self, i, season):
         """(band, file) of a season, 0 to 3 in the order of the dates."""
         for folder, bands in (("s1", S1), ("s2c", S2)):
-            place = self.root / folder / self.ids[i]
+            where = self.root / folder / self.ids[i]
             # by their dates: by name, S1's would be sorted by satellite first
-            names = sorted(listed(place), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
-            need(len(names) == 4, f"{place} holds {len(names)} seasons, expected 4; download them")
+            names = sorted(listed(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
+            need(len(names) == 4, f"{where} holds {len(names)} seasons, expected 4; download them")
             for band in bands:
-                yield band, place / names[season] / f"{band}.tif"
+                yield band, where / names[season] / f"{band}.tif"
 
     def season(self, i, season):
         """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
@@ -728,10 +728,10 @@ def sunrgbd_frames(root):
     """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
     frame is a folder with image/ or depth/, at any depth, and has to have all of these."""
     tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
-    places, parts = set(), ("image", "depth_bfx", "depth")
+    visited, parts = set(), ("image", "depth_bfx", "depth")
     for folder, subfolders, files in os.walk(tree, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in places:                     # a link leads back
+        real = os.path.realpath(folder)
+        if real in visited:                     # a link leads back
             subfolders.clear()
         elif "image" in subfolders or "depth" in subfolders:
             subfolders.clear()
@@ -739,7 +739,7 @@ def sunrgbd_frames(root):
             name = Path(folder).relative_to(tree).as_posix()
             paths = [only_file(os.path.join(folder, part)) for part in parts]
             frames[name] = (*paths, os.path.join(folder, "intrinsics.txt"))
-        places.add(place)
+        visited.add(real)
     return dict(sorted(frames.items()))
 
 
@@ -1490,7 +1490,7 @@ def satellite_scene(rng, S=48):
     """From orbit: a village (bright in both), an oil slick (dark in SAR), algae (dark in optical).
     Returns four seasons of {band: array} as in the files, label SxS uint8 and the classes."""
     (m_common, m_slick, m_bloom), label, classes = scatter_three(rng, S)
-    clutter1, visible, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
+    clutter1, optical, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
     levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)  # as real
     seasons = []
     for _ in range(4):
@@ -1500,7 +1500,7 @@ def satellite_scene(rng, S=48):
             bands[band] = (level + clutter1 + 6 * (m_common - m_slick) + speckle).astype(np.float32)
         for band, level in zip(S2, levels):
             r = next(r for r, names in BLOCKS.items() if band in names)
-            clutter2 = visible if band in ("B1", "B2", "B3", "B4") else infrared
+            clutter2 = optical if band in ("B1", "B2", "B3", "B4") else infrared
             x = level * light * (1 + 0.02 * clutter2) * (1 + 0.8 * m_common) * (1 - 0.9 * m_bloom)
             x = x.reshape(S // r, r, S // r, r).mean((1, 3))
             bands[band] = (x * rng.normal(1, 0.03, x.shape)).clip(0).astype(np.uint16)
@@ -1535,8 +1535,8 @@ def write_satellite(root, rngs, scenes, S=48):
             date = f"2020{day}{i % 1000:03d}"
             s1 = f"s1/{i:07d}/S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD"
             for band, x in bands.items():
-                place = s1 if band in S1 else f"s2c/{i:07d}/{date}_{date}_T32ULC"
-                save_new(root / place / f"{band}.tif", x)
+                season = s1 if band in S1 else f"s2c/{i:07d}/{date}_{date}_T32ULC"
+                save_new(root / season / f"{band}.tif", x)
         save_new(root / "Label" / f"{i:07d}.png", label)
         yield f"{i:07d}", classes
 

@@ -923,7 +923,7 @@ def viridis(value):
     return np.stack([np.interp(value, levels, channel) for channel in VIRIDIS.T], -1)
 
 
-def path(text):
+def user_path(text):
     return Path(expanded(text))
 
 
@@ -931,13 +931,14 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Algorithm 2, the pictures of Sec. 7 and App. D.",
                                      allow_abbrev=False)
     add, group = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", type=path, help="that pretrain.py wrote")
-    group.add_argument("--sweep", nargs="+", type=path, metavar="RUN",
+    group.add_argument("--checkpoint", type=user_path, help="that pretrain.py wrote")
+    group.add_argument("--sweep", nargs="+", type=user_path, metavar="RUN",
                        help="folders of runs on made-up scenes: what their encoders know")
-    add("--compare", type=path, help="another one, in the alignment histograms")
+    add("--compare", type=user_path, help="another one, in the alignment histograms")
     add("--only", nargs="+", choices=PICTURES, default=list(PICTURES)[:-1],
         help="pictures to make; default: all, but not embeddings")
-    add("--out", type=path, help="default: explain/ beside the checkpoint, with --sweep explain/")
+    add("--out", type=user_path,
+        help="default: explain/ beside the checkpoint, with --sweep explain/")
     add("--data", type=expanded, nargs="+", metavar="DIR",
         help="for custom two folders or patterns; default: what the checkpoint was trained on")
     add("--split", type=expanded, help="default: what the checkpoint was trained on")

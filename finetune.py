@@ -505,19 +505,19 @@ def open_task(args, rank):
     if args.task == "custom":
         return open_own(args)
     task, name, target_of = TASKS[args.task], args.task, None
-    classes, size, labels = task["classes"], args.size, None
+    classes, size, num_classes = task["classes"], args.size, None
     if task["scenario"] == "rgbd":
-        size = math.ceil(2 * size / 3)                # its canvas is 3/2 as high
+        size = math.ceil(2 * size / 3)          # its canvas is 3/2 as high
     if args.toy:
         make_toy(task["scenario"], args.data, rank)
-        classes, labels = SCENE_CLASSES, len(SCENE_CLASSES)
+        classes, num_classes = SCENE_CLASSES, len(SCENE_CLASSES)
     if args.toy and args.model == "late":       # which objects are there; the masks are not used
-        name, classes, labels = task["scenario"], SCENE_CLASSES[1:], None
+        name, classes, num_classes = task["scenario"], SCENE_CLASSES[1:], None
         target_of = partial(factors_target, read_factors(args.data))
     kind = "multi-label" if args.model == "late" else "segmentation"
     both = []
     for split in (args.split, args.test_split):
-        data = open_pairs(name, args.data, size, split, args.depth_unit, classes=labels)
+        data = open_pairs(name, args.data, size, split, args.depth_unit, classes=num_classes)
         both.append(Labelled(data, classes, kind, target_of))
     return both, []
 
@@ -632,8 +632,8 @@ def open_own(args):
          f"header; of masks a pattern like 'masks/*_mask.png'")
     values = sorted(set().union(*labels.values()))                  # words, or numbers in masks
     classes = [str(value) for value in values]
-    need(len(values) > 1, f"--target {args.target} has the classes {classes}; expected two or more "
-         f"(in masks {args.ignore} is no label, or another --ignore)")
+    need(1 < len(values) <= 256, f"--target {args.target} has {len(values)} classes {classes[:9]}; "
+         f"expected 2 to 256 (in masks {args.ignore} is no label, or another --ignore)")
     if args.classes:
         classes = read_lines(args.classes)
         values = list(range(len(classes)))

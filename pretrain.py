@@ -66,7 +66,7 @@ TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # with fewer, prob
 REST = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
 
 
-def pretrain(run, model, augment1, augment2, loss_of, numbers_of):
+def pretrain(run, model, augment1, augment2, Kc):
     """Algorithm 1.  Learning rates, log, checkpoints and --resume are `Run`'s, below."""
     for x1, x2 in run.batches():                                    # load a batch of pairs
         # a batch for each view: two seasons, or the same twice
@@ -79,12 +79,12 @@ def pretrain(run, model, augment1, augment2, loss_of, numbers_of):
             z11, z12, z21, z22 = model(x11, x12, x21, x22)          # nxK
         z11, z12, z21, z22 = map(gather, (z11, z12, z21, z22))      # NxK, the global batch, float32
         # cross-correlation matrices, calculate losses: Eq. 1-6, or a row of Tables 1-3
-        loss, terms = loss_of(z11, z12, z21, z22)
+        loss, terms = loss_of(run.args, Kc, z11, z12, z21, z22)
         # optimization
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
-        run.log(loss.detach(), terms, partial(numbers_of, z11, z12, z21, z22))
+        run.log(loss.detach(), terms, partial(numbers_of, run.args, Kc, z11, z12, z21, z22))
 
 
 def loss_of(args, Kc, z11, z12, z21, z22):
@@ -199,8 +199,7 @@ def main(argv=None):
     run.introduce(sources, *described_run(args, data, net, Kc, K))
     augment1, augment2 = [partial(augment, modality=modality, size=args.size, draws=run.draws)
                           for modality in data.modalities]
-    pretrain(run, model, augment1, augment2, partial(loss_of, args, Kc),
-             partial(numbers_of, args, Kc))
+    pretrain(run, model, augment1, augment2, Kc)
     if rank == 0 and not run.stopped:
         for m, (modality, f) in enumerate(zip(encoded, branches), args.modality or 1):
             export(args.out / f"encoder{m}.pth", f.E, modality, settings)
@@ -297,23 +296,23 @@ class Run:
         terms: scalars of which the loss is the sum; numbers_of(): more of them.  They stay on the
         device until they are logged, and only then is it looked whether each loss was finite."""
         self.finite &= loss.isfinite()
-        number, every = self.step + 1, min(50, max(1, self.steps // 50))
-        if number % every and number not in (1, self.steps):
+        step, every = self.step + 1, min(50, max(1, self.steps // 50))
+        if step % every and step not in (1, self.steps):
             return
-        line = dict(epoch=self.step // self.steps_per_epoch + 1, step=number, loss=loss.item())
+        line = dict(epoch=self.step // self.steps_per_epoch + 1, step=step, loss=loss.item())
         for name, value in {**(terms or {}), **numbers_of()}.items():
             line[name] = value.item()
         if not self.finite:
-            sys.exit(f"the loss is {loss.item()} by step {number} ({words_of(line)}); what was "
+            sys.exit(f"the loss is {loss.item()} by step {step} ({words_of(line)}); what was "
                      f"saved before stays; look at the data, or take a smaller --lr or --lr-bias")
         if self.rank > 0:
             return
         seconds = max(time.time() - self.logged, 1e-9)
-        pairs = (number - self.logged_step) * self.args.batch_size
+        pairs = (step - self.logged_step) * self.args.batch_size
         line |= dict(lr=self.optimizer.param_groups[0]["lr"], pairs_per_s=pairs / seconds,
                      data=self.waited / seconds)
-        self.logged, self.logged_step, self.waited = time.time(), number, 0.0
-        self.print(f"epoch {line['epoch']:03d} step {number:06d}/{self.steps:06d}  "
+        self.logged, self.logged_step, self.waited = time.time(), step, 0.0
+        self.print(f"epoch {line['epoch']:03d} step {step:06d}/{self.steps:06d}  "
                    f"{words_of(line)}  lr {line['lr']:.4g}  {line['pairs_per_s']:.0f} pairs/s  "
                    f"data {line['data']:.0%}")
         with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
@@ -358,9 +357,9 @@ class Run:
             if hasattr(signal, name):           # Windows has two of them
                 signal.signal(getattr(signal, name), handler)
 
-    def stop(self, number, frame):
-        self.signalled = number
-        signal.signal(number, signal.SIG_DFL)   # a second one kills
+    def stop(self, signum, frame):
+        self.signalled = signum
+        signal.signal(signum, signal.SIG_DFL)   # a second one kills
 
 
 def batch_order(indices, N, seed, rows, step, steps):

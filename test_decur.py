@@ -2395,7 +2395,7 @@ def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_p
 
 @pytest.mark.parametrize("target, text, more, words", [
     ("unknown.csv", "nobody,disk\n0000,ring\n", "", r"names \['nobody'\], which has no pair"),
-    ("one.csv", "0000,disk\n0001,disk\n", "", r"has the classes \['disk'\]"),
+    ("one.csv", "0000,disk\n0001,disk\n", "", r"has 1 classes \['disk'\]"),
     ("twice.csv", "0000,disk\n0000,ring\n", "", "has 0000 twice"),
     ("semicolon.csv", "0000;disk\n", "", r"names \['0000;disk'\], .*in a csv `name,label`"),
     ("nowhere.csv", None, "", "nowhere.csv .*give a file that exists"),
