@@ -545,12 +545,13 @@ MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # commo
 
 
 def claim(words, numbers, less):
-    """What should be, what was measured, and whether numbers[less] is clearly the smaller one."""
+    """What should be, what was measured, and whether numbers[less] is the smaller one ("hardly": by
+    less than 5 % or 0.01)."""
     measured = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
     if len(numbers) < 2:
         return f"{words}: {measured}"
     highest, answer = max(numbers.values()), "yes"
-    if numbers[less] > highest - 0.05 * abs(highest):
+    if numbers[less] > highest - max(0.01, 0.05 * abs(highest)):
         answer = "hardly" if numbers[less] < highest else "no"
     return f"{words}: {measured}: is {less} lower? {answer}"
 
