@@ -736,12 +736,14 @@ def save_picture(args, data, i, x, target, s):
     panels += [colours[label] for label in labels]
     wide = Image.fromarray(np.concatenate(panels, 1))
     wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
-    words = [(f"{data.ids[i]}: {len(x)} inputs, label, prediction", (255, 255, 255))]
+    words = [(f"{data.ids[i]}: {len(x)} inputs, label, prediction", (90, 90, 90))]
     words += [(names[k], tuple(colours[k].tolist())) for k in np.unique(labels)]
     sheet = ImageOps.expand(wide, (0, 0, 0, 20 * len(words)), (90, 90, 90))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for j, (text, colour) in enumerate(words):
-        draw.text((4, wide.height + 20 * j + 1), text, colour, font)
+        top = wide.height + 20 * j
+        draw.rectangle((4, top + 4, 16, top + 16), colour)
+        draw.text((22, top + 1), text, (255, 255, 255), font)
     (args.out / "images").mkdir(exist_ok=True)
     sheet.save(args.out / "images" / f"{data.ids[i].replace('/', '_')}.png")
 
