@@ -38,7 +38,8 @@ from data import (MODALITIES, BadInput, Draws, epoch_batches, expanded, guarded,
                   open_pairs, plain, progress, random_resized_crop, read_factors, read_json,
                   reading, visible, write_atomically)
 from decur import BN, DeCUR, bounds, branch
-from pretrain import load_checkpoint, make_folder, measure_statistics, processes, settings_of
+from pretrain import (load_checkpoint, make_folder, measure_statistics, need_equal, processes,
+                      settings_of)
 
 
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
@@ -48,8 +49,7 @@ def alignment_histogram(z1, z2, bins=20, top=1.0):
 
     z1, z2   NxK   embeddings of one batch
     Returns the losses, K in [0, 4], and their counts in `bins` equal steps of (0, top).  The
-    paper's top is 1, which leaves out every dimension with a negative C_ii: half of the unrelated.
-    """
+    paper's top is 1, which leaves out dimensions with a negative C_ii: half of the unrelated."""
     z1, z2 = BN(z1), BN(z2)                     # NxK
     C_ii = (z1 * z2).mean(0)                    # K    on_diag(z1.T @ z2 / N), but no KxK matrix
     losses = (C_ii - 1).pow(2)                  # K
@@ -189,8 +189,7 @@ def layers(E):
     """{name: module} for GradCAM, the last the default: "after the last convolutional layer".
 
     Paper: that in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here: the last, in a ResNet-50
-    layer4.2.conv3; --layer layer4.2.conv2 gives the other.
-    Of SegFormer the ends of its stages."""
+    layer4.2.conv3; --layer layer4.2.conv2 gives the other.  Of SegFormer: its stages' ends."""
     ends = ("norm1", "norm2", "norm3", "norm4")
     stages = {name: module for name, module in E.named_modules() if name in ends}
     return stages or {name: module for name, module in E.named_modules()
@@ -203,8 +202,7 @@ def gradcam_stat(net1, net2, x1, x2):
     """How far the salient areas of both modalities overlap: two scores in [0, 1] for each pair.
 
     Paper: "norm" is not defined; Sec. 7 says multiply, take the logarithm, normalize each patch.
-    Here: as the authors' code, the logarithm and min-max of each map, then the mean of the product.
-    """
+    Here: as the authors' code, logarithm and min-max of each map, then the mean of the product."""
     att1_c, att1_u = gradcam_vis(net1, x1, relu=True)                   # NxHxW
     att2_c, att2_u = gradcam_vis(net2, x2, relu=True)                   # NxHxW
     mul_c = (norm(att1_c) * norm(att2_c)).mean((1, 2))                  # N
@@ -232,8 +230,7 @@ def integrated_gradients(net, x, x0=None, target=0, steps=32):
     net      function or module, NxCxHxW -> NxM
     x0       the baseline, as x; None is 0, the mean of the data set where inputs are normalised
     steps    of the midpoint rule.  One at a time: memory is that of one batch, whatever the number
-    Returns NxCxHxW, whose sum is net(x) - net(x0), "completeness", but for the error of the rule.
-    """
+    Returns NxCxHxW, whose sum is net(x) - net(x0), "completeness", but for the rule's error."""
     x0 = torch.zeros_like(x) if x0 is None else x0
     total = torch.zeros_like(x)                 # NxCxHxW
     for step in range(steps):
@@ -254,8 +251,7 @@ def IG_vis(net1, x1, steps):
 def IG_stat(net1, x1, steps):
     """The importance of each band, NxC: the signed mean over the pixels.
 
-    Paper: Algorithm 2 averages over images too, Fig. 5b counts them.  Here: a value for each image.
-    """
+    Paper: Algorithm 2 averages over images too, Fig. 5b counts them.  Here: a value an image."""
     att1_c, att1_u = IG_vis(net1, x1, steps)    # NxCxHxW
     imp_c = att1_c.mean((2, 3))                 # NxC
     imp_u = att1_u.mean((2, 3))                 # NxC
@@ -318,7 +314,7 @@ class Explained:
         if args.compare:
             other, others = open_net(args.compare, device)
             need_equal(others, settings, ("scenario", "modalities", "channels", "size"),
-                       args.compare)
+                       args.compare, "the first run; expected runs that see the same")
         make_folder(args.out)
         print(f"{count} of {n} pairs of {' and '.join(self.modalities)} from "
               f"{' '.join(self.root)}; N {N}  K {self.K}  Kc {self.Kc}; {device.type}")
@@ -363,19 +359,12 @@ def open_net(path, device):
                        f"pretraining, with both encoders; give another") from None
 
 
-def need_equal(settings, first, names, path):
-    for name in names:
-        need(settings[name] == first[name], f"{path}: {name} is {settings[name]}, but "
-             f"{first[name]} in the first run; expected runs that see the same")
-
-
 def trained_on(path, settings):
     """Where the run that wrote checkpoint `path` read its data: a list, of two for custom."""
     record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
     if record.is_file():
         root = read_json(record, "the record of a run by pretrain.py").get("data")
-    need(isinstance(root, (str, list)), f"{record} does not name the data; expected one or two "
-                                        f"folders; give --data")
+    need(isinstance(root, (str, list)), f"{record} names no data, expected to; give --data")
     return [root] if isinstance(root, str) else [str(folder) for folder in root]
 
 
@@ -526,7 +515,8 @@ def sweep(args, device):
         net, settings = open_net(folder / "checkpoint.pt", device)
         label = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
         runs.append((label, net, settings))
-        need_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}")
+        need_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
+                   "the first run; expected runs that see the same")
     root = args.data or trained_on(args.sweep[0] / "checkpoint.pt", runs[0][2])
     accuracies = read_runs(runs, root, args, device)
     need(accuracies, f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
@@ -545,8 +535,7 @@ MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # commo
 
 
 def claim(words, numbers, less):
-    """What should be, what was measured, and whether numbers[less] is the smaller one ("hardly": by
-    less than 5 % or 0.01)."""
+    """What should be, what was measured: is numbers[less] lower ("hardly": by < 5 % or 0.01)?"""
     measured = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
     if len(numbers) < 2:
         return f"{words}: {measured}"
@@ -690,9 +679,8 @@ def picture_gradcam(e):
             pen.text((x + side / 2, y + side / 2), note, PAPER, FONT, "mm")
             if row == 0:
                 pen.text((x, y - LINE - 2), words, INK, FONT)
-    return image, numbers, ("A row is a pair: common maps should lie on what both modalities show, "
-                            f"unique ones on what one alone shows; {empty} maps have no positive "
-                            f"pixel")
+    return image, numbers, (f"A row is a pair: common maps should lie on what both show, unique on "
+                            f"what one alone shows; {empty} maps have no positive pixel")
 
 
 def picture_spatial(e):
@@ -762,10 +750,11 @@ def picture_accuracies(accuracies, modalities):
     features tell what both modalities see, and what it alone sees."""
     labels = dict.fromkeys(label for label, _, _ in accuracies)
     labels = sorted(labels, key=YARDSTICKS.__contains__)                # those come last
-    lines, titles = {label: [] for label in labels}, []
+    lines, titles, sentences = {label: [] for label in labels}, [], []
+    seen = (0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common")
     image, pen = page(944, TOP + 4 * (200 + M), "Accuracy of a linear probe on unseen scenes, mean "
                       "over seeds", [(name, COLOURS[name]) for name in FEATURES])
-    for i, (m, factor) in enumerate(((0, 0), (0, 1), (1, 0), (1, 2))):
+    for i, (m, factor, less) in enumerate(seen):
         titles.append(f"{modalities[m]}: what {'it alone sees' if factor else 'both see'}")
         means = {name: [] for name in FEATURES}
         for label in labels:
@@ -778,14 +767,12 @@ def picture_accuracies(accuracies, modalities):
                     cells[-1] += f"±{values.std(ddof=1):.2f}"
             lines[label].append(" / ".join(cells))
         grouped_bars(pen, panel(i, 1, 912, 200), means, labels, titles[-1], "accuracy")
+        parts = {name: means[name][0] for name in FEATURES[:2]
+                 if (labels[0], m, name) in accuracies}
+        sentences.append(claim(f"{labels[0]}: {titles[-1]}, less in {less}", parts, less))
     print(f"| {' / '.join(FEATURES)} (seeds) | {' | '.join(titles)} |\n" + "|---" * 5 + "|")
     for label, cells in lines.items():
         print(f"| {label} ({len(accuracies[label, 0, 'backbone'])}) | {' | '.join(cells)} |")
-    first, sentences = labels[0], []
-    for m, factor, less in ((0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common")):
-        parts = {name: accuracies[first, m, name][:, factor].mean() for name in FEATURES[:2]
-                 if (first, m, name) in accuracies}
-        sentences.append(claim(f"{first}: {titles[len(sentences)]}, less in {less}", parts, less))
     numbers = {f"{label} {modalities[m]} {name}": a for (label, m, name), a in accuracies.items()}
     return image, numbers, "\n  ".join(sentences)
 
@@ -894,10 +881,9 @@ def curve(pen, at, xs, ys, colour):
     """A line through the points, which are marked where they are few."""
     points = [at(x, y) for x, y in zip(xs, ys)]
     pen.line(points, colour, 2)
-    if len(points) >= 20:
-        return
-    for x, y in points:
-        pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+    if len(points) < 20:
+        for x, y in points:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
 
 
 def bars(pen, at, edges, heights, base, colour, outline=None):

@@ -34,13 +34,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_label,
-                  default_workers, expanded, guarded, input_warnings, leave_group, make_toy, moved,
-                  named_files, need, normalise, number, open_pairs, progress, random_boxes,
-                  read_factors, read_json, read_label, read_lines, read_list, reading, resize,
-                  separable, triangle_filter, unit, visible, write_text)
+                  default_workers, expanded, guarded, leave_group, make_toy, moved, named_files,
+                  need, normalise, number, open_pairs, progress, random_boxes, read_factors,
+                  read_json, read_label, read_lines, read_list, reading, resize, separable,
+                  triangle_filter, unit, visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
-from pretrain import (RUN_ONLY, SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join,
-                      leave, load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
+from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
+                      load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
                       processes, sha256_of, start_from, summed)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
@@ -104,9 +104,8 @@ TOYS = {
                 scale=(0.5, 1.0)),
     "cmx": CMX_NYU | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3, size=48, embed=64),
 }
-REST = dict(backbone="resnet50", size=224, epochs=None, steps=None, test_crop=None,
-            test_scales=(1.0,), embed=512, split="train", test_split="test", part=None,
-            cached=False)
+REST = dict(backbone="resnet50", size=224, epochs=None, steps=None, test_crop=None, part=None,
+            test_scales=(1.0,), embed=512, split="train", test_split="test", cached=False)
 # What the paper's tables vary, or what is not theirs.
 FREE = dict(modality=0, labels=1.0, seed=0, depth_unit=1000.0, save_every=10.0, save_images=0)
 
@@ -637,8 +636,7 @@ def open_own(args):
     if args.classes:
         classes = read_lines(args.classes)
         values = list(range(len(classes)))
-        need(len(set(classes)) == len(classes), f"{args.classes} has a name twice; expected each "
-             f"once")
+        need(len(set(classes)) == len(classes), f"{args.classes}: a name twice; expected each once")
         strange = [name for name, own in labels.items() if not own <= set(values)]
         need(not strange, f"--target {args.target}: masks have other values than 0 to "
              f"{values[-1]}, those of --classes, and --ignore {args.ignore}: {strange[:4]}")
@@ -657,8 +655,7 @@ def open_own(args):
                          f"{unlabelled[0]}, so that the task is multi-label; remove their lines?")
     splits = split_of(args, [name for name in pairs.ids if name in labels])
     lines.append(f"{len(labels)} of {len(pairs)} pairs have labels: {kind}, {len(values)} classes")
-    learned = set().union(*(labels[name] for name in splits[0]))
-    tested = set().union(*(labels[name] for name in splits[1]))
+    learned, tested = [set().union(*map(labels.get, ids)) for ids in splits]
     for value in sorted(tested - learned):
         lines.append(f"warning: no training sample has the class {classes[values.index(value)]}; "
                      f"it is scored all the same")
@@ -715,10 +712,8 @@ def split_of(args, ids):
     n = round(args.test_share * len(ids))
     need(0 < n < len(ids), f"--test-share {args.test_share} of {len(ids)} samples is {n}; expected "
          f"some to train on and some to test: another share, or more labels")
-    splits = []
-    for part in (order[n:], order[:n]):
-        splits.append([ids[i] for i in sorted(part)])
-    return splits
+    names = np.array(ids, object)
+    return names[np.sort(order[n:])].tolist(), names[np.sort(order[:n])].tolist()
 
 
 # ---- pictures ----
@@ -774,9 +769,7 @@ def main(argv=None):
     modalities = [data.modalities[m] for m in used(args)]
     net, more = build(args, channels, len(data.classes), modalities)
     net.to(device)
-    if args.linear:
-        freeze(net, data, chosen, args, device)
-    before = [copy.deepcopy(E.state_dict()) for E in net.encoders if args.linear]
+    frozen = freeze(net, data, chosen, args, device) if args.linear else []
     trained, seen, indices = net, data, chosen
     if args.cached:                             # the same loop, of the linear layer, on features
         trained, indices = net.fc, np.arange(len(chosen))
@@ -786,15 +779,18 @@ def main(argv=None):
     model = distributed(trained, world, device)
 
     # ---- run ----
-    settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
-    settings["weights_sha256"] = [sha256_of(file) for file in args.weights if Path(file).is_file()]
-    settings.update(samples=len(chosen), test_samples=len(test_data), num_classes=len(data.classes))
-    run.begin(net, make_optimizer(net, args), settings, data=args.data)
-    run.introduce(sources, *lines, *more, *described_run(args, data, len(chosen)))
+    hashes = [sha256_of(file) for file in args.weights if Path(file).is_file()]
+    run.begin(net, make_optimizer(net, args), dict(
+        weights_sha256=hashes, samples=len(chosen), test_samples=len(test_data),
+        num_classes=len(data.classes)))
+    lines += [*more, f"{len(chosen)} of {len(data)} training samples"]
+    if args.pretraining.get("stopped"):
+        lines.append(f"warning: the pretraining was stopped {args.pretraining['stopped']}")
+    run.introduce(sources, data.data, lines)
     train(run, net, model, args, data.modalities)
     if not run.stopped:
         result = test(net, test_data, args, device, rank, world)
-        for state, E in zip(before, net.encoders):
+        for state, E in zip(frozen, net.encoders):
             if not all(torch.equal(t, state[name]) for name, t in E.state_dict().items()):
                 sys.exit("a frozen encoder has changed, which must not be: the results are void")
         result.update(changed=not_the_papers(args, changed), seconds=time.time() - started)
@@ -803,22 +799,15 @@ def main(argv=None):
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
 
 
-def described_run(args, data, count):
-    warnings = input_warnings(data.data)
-    if args.pretraining.get("stopped"):
-        warnings.append(f"the pretraining was stopped {args.pretraining['stopped']}")
-    return [f"{count} of {len(data)} training samples",
-            *(f"warning: {words}" for words in warnings)]
-
-
 def freeze(net, data, chosen, args, device):
-    """Encoders without gradients; random ones get the statistics of their batch norms."""
+    """Encoders without gradients; random ones get batch statistics.  Returns copies of states."""
     for E in net.encoders:
         E.requires_grad_(False)
     if args.weights == ["none"] and args.model != "cmx":            # CMX: layer norms
         n = args.batch_size * min(20, len(chosen) // args.batch_size)
         batches = batches_of(data, chosen[:n], args, device, 1, "statistics")
         measure_statistics(net, (x for x, _ in batches))
+    return [copy.deepcopy(E.state_dict()) for E in net.encoders]
 
 
 def finish(run, args, result, ids):
@@ -952,8 +941,7 @@ def print_tables(folders):
     columns = [("SAR-optical, mAP micro", "mAP micro", dict(settings, task="bigearthnet")),
                ("RGB-DEM, mIoU", "mIoU", dict(settings, task="geonrw"))]
     print_table(papers, 'Table 4 ("Barlow Twins": w/o intra&decoup.)', TABLE_4, 0, columns)
-    print("\nOther runs: made-up scenes, settings, splits or weights that are not those of the "
-          "tables; points of Figures 3, 6 and 7")
+    print("\nOther runs: made-up scenes, or settings, splits, weights not of the tables; Fig. 3, 6, 7")
     groups = {}                                 # the same but for the seed
     for r in results:
         if "shown" not in r:
@@ -975,8 +963,7 @@ def read_results(file):
     kinds = dict(task=str, model=str, toy=bool, linear=bool, changed=dict, metrics=dict,
                  weights=list)
     odd = [name for name, kind in kinds.items() if not isinstance(result.get(name), kind)]
-    need(not odd, f"{file} is damaged or of an older version ({' '.join(odd)}); run its command "
-         f"again")
+    need(not odd, f"{file} is damaged or older ({' '.join(odd)}); run its command again")
     return result
 
 

@@ -99,9 +99,7 @@ def loss_of(args, Kc, z11, z12, z21, z22):
 
 def numbers_of(args, Kc, z11, z12, z21, z22):
     """For the log: DeCUR's mean diagonals, and the mean standard deviation of each embedding."""
-    numbers = {}
-    if args.method == "decur":
-        numbers = diagonals(z11, z12, z21, z22, Kc)
+    numbers = diagonals(z11, z12, z21, z22, Kc) if args.method == "decur" else {}
     for name, z in (("std1", z11), ("std2", z21)):
         if z is not None:
             numbers[name] = z.std(0).mean()
@@ -190,19 +188,18 @@ def main(argv=None):
     model = distributed(net, world, device)
 
     # ---- run ----
-    settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
-    settings |= dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities),
-                     channels=channels, inputs=[MODALITIES[m] for m in data.modalities])
-    run.begin(net, make_optimizer(net, args), settings, data=args.data)
+    about = dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
+                 inputs=[MODALITIES[m] for m in data.modalities])
+    run.begin(net, make_optimizer(net, args), about)
     if args.scenario != "rgbd":
         del sources["depth_unit"]
-    run.introduce(sources, *described_run(args, data, net, Kc, K))
+    run.introduce(sources, data, described_run(args, data, net, Kc, K))
     augment1, augment2 = [partial(augment, modality=modality, size=args.size, draws=run.draws)
                           for modality in data.modalities]
     pretrain(run, model, augment1, augment2, Kc)
     if rank == 0 and not run.stopped:
         for m, (modality, f) in enumerate(zip(encoded, branches), args.modality or 1):
-            export(args.out / f"encoder{m}.pth", f.E, modality, settings)
+            export(args.out / f"encoder{m}.pth", f.E, modality, run.settings)
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
@@ -237,16 +234,20 @@ class Run:
             Samples(data, keep=args.workers == 0), batch_sampler=sampler, num_workers=args.workers,
             worker_init_fn=leave_group, pin_memory=self.device.type == "cuda"))
 
-    def begin(self, net, optimizer, settings, **about):
+    def begin(self, net, optimizer, about):
         """Load the checkpoint to go on from, if there is one; make the folder.
 
-        settings: what has to be the same at --resume; about: what else args.json should tell.
-        Raises BadInput where the settings, or the processes among themselves, differ."""
-        self.net, self.optimizer, self.settings = net, optimizer, settings
+        about: what has to be the same at --resume, beside the settings.
+        Raises BadInput where these, or the processes among themselves, differ."""
+        self.net, self.optimizer = net, optimizer
+        settings = {name: value for name, value in vars(self.args).items() if name not in RUN_ONLY}
+        self.settings = settings | about
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         if self.checkpoint:
-            same_settings(self.args.out, settings, self.checkpoint["settings"])
-            with reading(self.args.out / "checkpoint.pt", "a checkpoint of this run"):
+            file = self.args.out / "checkpoint.pt"
+            need_equal(self.settings, self.checkpoint["settings"], self.settings, "--resume",
+                       f"{file}; give the settings of that run, or a new --out")
+            with reading(file, "a checkpoint of this run"):
                 net.load_state_dict(self.checkpoint["model"])
                 optimizer.load_state_dict(self.checkpoint["optimizer"])
             self.checkpoint = None
@@ -255,7 +256,7 @@ class Run:
              f"another; expected an --out that all of them see")
         self.batch = next(self.loader, None)    # if it cannot be read, there is no folder yet
         if self.rank == 0:
-            record = dict(settings, **about, argv=sys.argv, processes=self.world,
+            record = dict(self.settings, data=self.args.data, argv=sys.argv, processes=self.world,
                           device=str(self.device), torch=str(torch.__version__))
             open_folder(self.args.out, record, self.step, self.args.resume)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
@@ -318,14 +319,16 @@ class Run:
         with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def introduce(self, sources, *lines):
-        """What runs: the command, each setting with its source, and more lines."""
+    def introduce(self, sources, data, lines):
+        """What runs: the command, each setting with its source, more lines, what looks wrong."""
         self.print(" ".join(sys.argv))
         for name, source in sources.items():
             value = str(getattr(self.args, name))
             self.print(f"  {name.replace('_', '-'):14s} {value:16s} {source}")
         self.print(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
                    f"{torch.__version__}", *lines)
+        for words in input_warnings(data):
+            self.print(f"warning: {words}")
         if self.args.resume:
             self.print(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
 
@@ -381,13 +384,13 @@ def earlier(args):
     return load_checkpoint(file) if file.exists() else None
 
 
-def same_settings(out, settings, before):
-    for name, value in settings.items():
-        words = f"{value}, but {before.get(name)}"
+def need_equal(settings, before, names, flag, where):
+    """where: what has the other settings, and the remedy."""
+    for name in names:
+        words = f"{settings[name]}, but {before.get(name)}"
         if len(words) > 200:                    # statistics of the images
             words = "not what it is"
-        need(before.get(name) == value, f"--resume: {name} is {words} in {out / 'checkpoint.pt'}; "
-             f"give the settings of that run, or a new --out")
+        need(before.get(name) == settings[name], f"{flag}: {name} is {words} in {where}")
 
 
 def open_folder(out, record, step, resume):
@@ -686,7 +689,6 @@ def described_run(args, data, net, Kc, K):
     lines = [f"{len(data)} pairs of {' and '.join(data.modalities)} from {root}"]
     for modality in data.modalities:
         lines.append(f"augmentations of {modality}: {AUGMENTATIONS[modality]}")
-    lines += [f"warning: {words}" for words in input_warnings(data)]
     for f in net.children():
         encoder = sum(p.numel() for p in f.E.parameters()) / 1e6
         projector = sum(p.numel() for p in f.P.parameters()) / 1e6
@@ -741,8 +743,7 @@ def get_args(argv=None):
     add("--data", type=expanded, metavar="DIR", help="default: data/SCENARIO")
     for m in (1, 2):
         add(f"--data{m}", metavar="FILES", type=expanded, nargs="+", action=OnePattern,
-            help="with custom: a folder, or a pattern in quotes like 'chips/*_S1.tif': what * "
-            "stands for is the pair's name")
+            help="with custom: a folder, or a pattern 'chips/*_S1.tif', whose * is a pair's name")
         add(f"--augment{m}", choices=AUGMENTATIONS, help="with custom: augment as this modality")
     add("--split", type=expanded, help="pairs to use: all, train, test, of custom a file of names; "
         "default: all, rgb-dem and --toy train")
@@ -754,8 +755,7 @@ def get_args(argv=None):
     add("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
     add("--modality", type=int, choices=(1, 2), help="barlowtwins of two views of this one alone")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; a mit trains with AdamW")
-    add("--weights", type=expanded, nargs="+", metavar="FILE",
-        help="of both encoders, of each, or imagenet")
+    add("--weights", type=expanded, nargs="+", metavar="FILE", help="of both, of each, or imagenet")
     add("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' did")
     add("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
     add("--common", type=number(float, 0, 1), help="fraction of common dimensions; 1: w/o decoup.")
@@ -772,8 +772,7 @@ def get_args(argv=None):
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
     args = parser.parse_args(argv)
-    tables = defaults(args.scenario, args.method, args.backbone, args.toy)
-    sources, _ = fill_in(args, tables)
+    sources, _ = fill_in(args, defaults(args.scenario, args.method, args.backbone, args.toy))
     check_flags(args)
     return args, sources
 
@@ -794,9 +793,7 @@ def check_flags(args):
          "--bgr: expected it with --weights for RGB images")
     need(args.size >= 32 or args.backbone not in MITS,
          f"--size {args.size}: expected 32 or more for a mit")
-    widths = args.projector.split("-")
-    if args.projector == "none":
-        widths = []
+    widths = [] if args.projector == "none" else args.projector.split("-")
     need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
          f"--projector {args.projector}: expected widths like 8192-8192-8192, or none")
     args.widths = [int(width) for width in widths]
