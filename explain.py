@@ -15,9 +15,8 @@
                   --only embeddings       picture_embeddings                      embeddings    .npz
 
 What should be seen, what was measured and whether it is so is printed beside each path.  Names end
-in _c for common and in _u for unique dimensions, as in Algorithm 2; a method without unique
-dimensions has an empty slice of them, whose maps are 0 and are not drawn.  Networks are in
-evaluation mode and see whole images, not augmented.
+in _c for common and in _u for unique dimensions, as in Algorithm 2; a slice without dimensions has
+maps of 0, which are not drawn.  Networks are in evaluation mode and see whole images.
 """
 import argparse
 import collections
@@ -129,9 +128,8 @@ class TwoValues:
     dimensions as two single values output" (Sec. 7).  Images NxCxHxW -> out1, Nx2.
 
     f1          encoder and projector
-    mean, var   K, of the embedding over all samples, from one pass before.  They have to be
-                constants: with those of the batch itself, a normalised feature's sum over the batch
-                is zero whatever x is, and so is its gradient, and every map made of it
+    mean, var   K, of the embedding over all samples: constants.  With the batch's own, the sum of a
+                normalised feature over it is 0 whatever x is, so is its gradient, so is every map
     Kc          the first Kc dimensions are common
     layer       the module of f1 that GradCAM looks at"""
 
@@ -285,8 +283,7 @@ class Explained:
     net, settings         of the checkpoint; N its batch size, K and Kc its dimensions
     data, samples         the data set, and which of its samples are explained
     z1, z2, batch_rows    embeddings of 4 N samples, as far as there are, and each batch's slice
-    net1, net2            `TwoValues` of the two modalities
-    compared              z1 and z2 of --compare, or None"""
+    net1, net2, compared  `TwoValues` of the two modalities; z1 and z2 of --compare, or None"""
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -296,9 +293,7 @@ class Explained:
         self.root = args.data or trained_on(args.checkpoint, settings)
         self.data = open_data(settings, self.root, args.split or settings["split"])
         n = len(self.data)
-        usual = min(max(512, 4 * settings["batch_size"]), n)
-        if args.only == ["embeddings"]:
-            usual = n
+        usual = n if args.only == ["embeddings"] else min(n, max(512, 4 * settings["batch_size"]))
         count = args.samples or usual
         need(count <= n, f"--samples {count}: expected at most the {n} pairs under {self.root[0]}")
         # Paper: Fig. 5 is of the whole data set.  Here: of these samples; --samples takes more.
@@ -345,10 +340,6 @@ def open_net(path, device):
     checkpoint = load_checkpoint(path)
     try:
         settings = settings_of(checkpoint) | dict(step=checkpoint["step"])
-        kinds = dict(scenario=str, size=int, K=int, Kc=int, depth_unit=(int, float),
-                     modalities=(list, tuple))
-        for name, kind in kinds.items():
-            need(isinstance(settings[name], kind), f"{name} is {settings[name]}")
         net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
         net.load_state_dict(checkpoint["model"])
         need(all(t.isfinite().all() for t in net.state_dict().values()), "a weight is not finite")
@@ -364,7 +355,7 @@ def trained_on(path, settings):
     record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
     if record.is_file():
         root = read_json(record, "the record of a run by pretrain.py").get("data")
-    need(isinstance(root, (str, list)), f"{record} names no data, expected to; give --data")
+    need(isinstance(root, (str, list)), f"{record} names no data; expected folders; give --data")
     return [root] if isinstance(root, str) else [str(folder) for folder in root]
 
 
@@ -924,13 +915,11 @@ def get_args(argv=None):
     add("--compare", type=user_path, help="another one, in the alignment histograms")
     add("--only", nargs="+", choices=PICTURES, default=list(PICTURES)[:-1],
         help="pictures to make; default: all, but not embeddings")
-    add("--out", type=user_path,
-        help="default: explain/ beside the checkpoint, with --sweep explain/")
+    add("--out", type=user_path, help="default: explain/ beside the checkpoint, --sweep: explain/")
     add("--data", type=expanded, nargs="+", metavar="DIR",
         help="for custom two folders or patterns; default: what the checkpoint was trained on")
     add("--split", type=expanded, help="default: what the checkpoint was trained on")
-    add("--samples", type=number(int, 8),
-        help="pairs, drawn at random; default: 512 or 4 N, whichever is more, if there are so many")
+    add("--samples", type=number(int, 8), help="random pairs; default: 512, or 4 N if more, or all")
     add("--seed", type=number(int, 0), default=0, help="of the draw, the probes; default: 0")
     add("--workers", type=number(int, 0), default=0, help="that read files; default: 0")
     add("--tsne-dims", type=number(int, 4), default=1024, help="of each modality; default: 1024")

@@ -38,7 +38,7 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_
                   need, normalise, number, open_pairs, progress, random_boxes, read_factors,
                   read_json, read_label, read_lines, read_list, reading, resize, separable,
                   triangle_filter, unit, visible, write_text)
-from decur import MITS, RESNETS, branch, mit, read_weights, resnet, start_as_segformer
+from decur import MITS, RESNETS, branch, mit, read_weights, start_as_segformer
 from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
                       load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
                       processes, sha256_of, start_from, summed)
@@ -95,13 +95,12 @@ RECIPES = {
 LINEAR = {"bigearthnet": (dict(lr=0.5), "paper, App. B"), "custom": (dict(lr=1e-2), "here"),
           "toy late": (dict(lr=0.5), "--toy"), "toy fcn": (dict(lr=1e-2), "--toy")}
 # --toy: every model goes with every task but bigearthnet.
+TOY = dict(backbone="resnet-toy", modality=0, steps=None, size=48)
 TOYS = {
-    "late": dict(backbone="resnet-toy", modality=0, batch_size=64, epochs=20, steps=None,
-                 optimizer="sgd", lr=0.05, weight_decay=0.0, momentum=0.9, schedule="steps",
-                 size=48, scale=(0.8, 1.0), test_crop=1.0),
-    "fcn": dict(backbone="resnet-toy", modality=0, batch_size=32, epochs=8, steps=None,
-                optimizer="adamw", lr=1e-3, weight_decay=0.01, schedule="poly", size=48,
-                scale=(0.5, 1.0)),
+    "late": TOY | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05, weight_decay=0.0,
+                       momentum=0.9, schedule="steps", scale=(0.8, 1.0), test_crop=1.0),
+    "fcn": TOY | dict(batch_size=32, epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.01,
+                      schedule="poly", scale=(0.5, 1.0)),
     "cmx": CMX_NYU | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3, size=48, embed=64),
 }
 REST = dict(backbone="resnet50", size=224, epochs=None, steps=None, test_crop=None, part=None,
@@ -419,8 +418,7 @@ def build(args, channels, num_classes, modalities):
     if args.model == "cmx":
         net = CMX(args.backbone, num_classes, channels, args.embed)
     else:
-        make = mit if args.backbone in MITS else resnet
-        encoders = [make(args.backbone, c) for c in channels]
+        encoders = [branch(args.backbone, c, ()).E for c in channels]
         if args.model == "fcn":
             net = FCN(encoders, num_classes)
         else:
@@ -589,9 +587,8 @@ def resample(x, boxes, size):
 
 
 def prepared(batch, args, modalities, device, draws=None):
-    """A batch of files -> what the model sees, [NxCxHxW], and the target.  With draws it is
-    augmented; without, it is the frame, or with test_crop its middle, as large as the crops of
-    training; masks stay as they are."""
+    """A batch of files -> what the model sees, [NxCxHxW], and the target.  Augmented with draws;
+    without, the frame, or with test_crop its middle, as large as training's crops; masks stay."""
     *x, target = [moved(t, device) for t in batch]
     if args.cached and draws:                   # a batch of features
         return x, target
@@ -666,11 +663,10 @@ def read_table(file):
     """name,label[,label...] a line -> {name: its labels}."""
     labels = {}
     with reading(file, "a csv"):
-        lines = list(csv.reader(read_lines(file), strict=True))
-    for line in lines:
-        name, *own = [cell.strip() for cell in line]
-        need(name not in labels, f"{file} has {name} twice; expected a line for each name")
-        labels[name] = {label for label in own if label}
+        for line in csv.reader(read_lines(file), strict=True):
+            name, *own = [cell.strip() for cell in line]
+            need(name not in labels, f"{file} has {name} twice; expected a line for each name")
+            labels[name] = {label for label in own if label}
     labels.pop("name", None)                    # a header
     return labels
 
@@ -941,17 +937,16 @@ def print_tables(folders):
     columns = [("SAR-optical, mAP micro", "mAP micro", dict(settings, task="bigearthnet")),
                ("RGB-DEM, mIoU", "mIoU", dict(settings, task="geonrw"))]
     print_table(papers, 'Table 4 ("Barlow Twins": w/o intra&decoup.)', TABLE_4, 0, columns)
-    print("\nOther runs: made-up scenes, or settings, splits, weights not of the tables; Fig. 3, 6, 7")
+    print("\nOther runs: made-up scenes; settings, splits, weights not the tables'; Fig. 3, 6, 7")
     groups = {}                                 # the same but for the seed
     for r in results:
         if "shown" not in r:
             settings = {name: r[name] for name in ("toy", "linear", "labels", "modality")}
-            settings = {**settings, **r["changed"]}.items()
             method = (r["pretraining"] or {}).get("method")
             words = [r["task"], r["model"], r["row"] or method or " ".join(r["weights"])]
             if words[2].startswith(words[1]):
                 del words[1]                    # Table 3's rows name the model
-            words += [f"{name} {value}" for name, value in settings]
+            words += [f"{name} {value}" for name, value in (settings | r["changed"]).items()]
             groups.setdefault(", ".join(words), []).append(r)
     for words, runs in sorted(groups.items()):
         cells = [f"{metric} {cell(runs, metric)}" for metric in runs[0]["metrics"]]
@@ -1006,8 +1001,7 @@ def get_args(argv=None):
     add("--task", choices=TASKS, help="data set and head, with their settings")
     add("--table", nargs="+", metavar="DIR", help="print these runs as the paper's tables")
     add("--toy", action="store_true", help="the made-up scenes of the task, and small settings")
-    add("--data", type=expanded, metavar="DIR",
-        help="default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
+    add("--data", type=expanded, help="folder; default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
     add("--split", type=expanded, help="to train on; default: train; custom: a file of names")
     add("--test-split", type=expanded, help="to test on; default: test; custom: a file of names")
     add("--labels", type=number(float, 1e-9, 1), help="share of the training samples; default: 1")
@@ -1038,8 +1032,7 @@ def get_args(argv=None):
     add("--data1", **files, help="images of modality 1: a folder, or a pattern in quotes")
     add("--data2", **files, help="images of modality 2")
     add("--target", **files, help="masks, as folder or pattern; or a csv: name,label,...")
-    add("--classes", type=expanded, metavar="FILE",
-        help="of masks: names of the classes 0, 1, ..., one a line")
+    add("--classes", type=expanded, metavar="FILE", help="names of masks' 0, 1, ..., one a line")
     add("--ignore", type=number(int, 0), help="value in masks that is no label; default: 255")
     add("--test-share", type=number(float, 0, 1), help="of samples, without lists; default: 0.2")
     args = parser.parse_args(argv)

@@ -44,11 +44,10 @@ SCENARIOS = {                                   # Sec. 4, Model architecture | O
 }
 ALL = dict(size=224, backbone="resnet50", projector="8192-8192-8192")  # Sec. 4
 LARS_RATES = dict(lr=0.2, lr_bias=0.0048, weight_decay=1e-6)  # App. B; not scaled with the batch
-ADAMW_RATES = dict(lr=1e-4, lr_bias=1e-4)       # App. B, segformers
-ADAMW_DECAY = dict(weight_decay=0.01)           # not said there; none on biases and norms
+# Of segformers; App. B does not say the decay.  None on biases and norms.
+ADAMW = [(dict(lr=1e-4, lr_bias=1e-4), "paper, App. B"), (dict(weight_decay=0.01), "as CMX")]
 # Tables 1-3, what DeCUR is compared with: none has unique dimensions; projectors of their own.
-COMPARED = dict(barlowtwins=barlow_twins_loss, vicreg=vicreg_loss, simclr=simclr_loss,
-                clip=clip_loss)
+LOSSES = dict(barlowtwins=barlow_twins_loss, vicreg=vicreg_loss, simclr=simclr_loss, clip=clip_loss)
 METHODS = {
     "decur": dict(),
     "barlowtwins": dict(common=1.0),            # -SAR and -RGB with --modality
@@ -94,7 +93,7 @@ def loss_of(args, Kc, z11, z12, z21, z22):
         form = decur_loss_gram if 3 * N <= 2 * K else decur_loss    # equal; the cheaper of the two
         return form(z11, z12, z21, z22, Kc, intra=not args.no_intra)
     zA, zB = [z for z in (z11, z12, z21, z22) if z is not None]     # z11, z21; one modality: both
-    return COMPARED[args.method](zA, zB), {}
+    return LOSSES[args.method](zA, zB), {}
 
 
 def numbers_of(args, Kc, z11, z12, z21, z22):
@@ -438,9 +437,8 @@ class Gather(torch.autograd.Function):
     """nxK of each of W processes -> NxK on each, in the order of ranks; differentiable.
 
     Each computes the whole loss, so each has the gradient of all N rows; DDP averages over the W:
-    one's own rows W times make it exactly that of one process.  (An in-place all_reduce of C,
-    outside autograd, gives 1/W of it.)  A sum of rows that are zero elsewhere: gloo documents no
-    all_gather for CUDA tensors."""
+    one's own rows W times make it exactly that of one process.  (An in-place all_reduce of C gives
+    1/W of it.)  A sum of rows that are zero elsewhere: gloo has no all_gather for CUDA tensors."""
 
     @staticmethod
     def forward(ctx, z):
@@ -457,9 +455,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(z):
-    """The global batch of embeddings, NxK, from the processes' nxK, in float32 or float64.
-
-    None, a view that is not encoded, stays None."""
+    """The global batch, NxK, from the processes' nxK, in float32 or float64.  None stays None."""
     if z is None:
         return None
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -569,12 +565,14 @@ def settings_of(checkpoint):
 
 
 def complete(settings):
-    names = ("scenario", "method", "backbone", "widths", "K", "Kc", "modalities", "channels",
-             "inputs", "epochs", "pairs", "batch_size", "size", "split", "depth_unit", "seed",
-             "common", "no_intra")
-    missing = [name for name in names if name not in settings]
-    need(not missing, f"settings without {' '.join(missing)}; expected those of a pretraining, "
-         f"which pretrain.py wrote")
+    """The settings of a pretraining, or ValueError: what they lack, or what is of another type."""
+    kinds = dict(scenario=str, method=str, backbone=str, widths=list, K=int, Kc=int,
+                 modalities=list, channels=list, inputs=list, epochs=int, pairs=int, batch_size=int,
+                 size=int, split=str, depth_unit=(int, float), seed=int, common=(int, float),
+                 no_intra=bool)
+    for name, kind in kinds.items():
+        if not isinstance(settings.get(name), kind):
+            raise ValueError(f"{name} is {settings.get(name)}")
     return settings
 
 
@@ -593,9 +591,7 @@ def sha256_of(path):
 
 
 def start_from(files, encoders, args, modalities):
-    """Load --weights into the encoders of the modalities.  Returns a line for each.
-
-    Raises BadInput unless they fit to the last key."""
+    """Load --weights into the encoders, or raise BadInput unless each key fits.  Returns lines."""
     states = []
     try:
         for file in files:
@@ -636,7 +632,7 @@ def pretraining_of(file):
             return complete(about["settings"]), [about["sees"]]
     try:
         settings = settings_of(load_checkpoint(path))
-    except BadInput:                            # of others; what is damaged, `read_weights` refuses
+    except (BadInput, ValueError):              # of others; `read_weights` refuses what is damaged
         return {}, []
     return settings, plain_values(settings["inputs"])
 
@@ -695,9 +691,8 @@ def described_run(args, data, net, Kc, K):
         lines.append(f"parameters: encoder {encoder:.2f} M, projector {projector:.2f} M")
     if args.method == "decur":
         lines.append(f"N {args.batch_size}  K {K}  Kc {Kc}")
-        chance, floor = bounds(args.batch_size, K, Kc, not args.no_intra)
-        for words, terms in (("chance (independent embeddings)", chance),
-                             ("floor (no batch goes below)", floor)):
+        names = "chance (independent embeddings)", "floor (no batch goes below)"
+        for words, terms in zip(names, bounds(args.batch_size, K, Kc, not args.no_intra)):
             lines.append(f"  {words:32s} {words_of(dict(loss=sum(terms.values()), **terms))}")
     return lines
 
@@ -706,7 +701,7 @@ def defaults(scenario, method, backbone, toy):
     """[(settings, their source)]: the first that names a setting is its default."""
     tables = [(METHODS[method], f"--method {method}")]
     if backbone in MITS:
-        tables += [(ADAMW_RATES, "paper, App. B"), (ADAMW_DECAY, "as CMX")]
+        tables += ADAMW
     if toy:
         tables += [(TOY | dict(epochs=TOY_EPOCHS.get(scenario)), "--toy")]
     return tables + [(SCENARIOS[scenario], "here" if scenario == "custom" else "paper, Sec. 4"),
@@ -732,10 +727,8 @@ def fill_in(args, tables):
 
 def get_args(argv=None):
     """The settings, each resolved to a value and its source.  Returns (args, {name: source})."""
-    parser = argparse.ArgumentParser(
-        description="DeCUR pretraining (Algorithm 1). A setting that is not given is the paper's "
-                    "for the scenario; --batch-size is that of all processes together.",
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="DeCUR pretraining (Algorithm "
+                                     "1). A setting that is not given is the paper's.")
     add = parser.add_argument
     add("--scenario", required=True, choices=SCENARIOS, help="two modalities, their settings")
     add("--toy", action="store_true", help="small settings, made-up scenes in data/toy-SCENARIO")
@@ -779,7 +772,7 @@ def get_args(argv=None):
 
 def check_flags(args):
     """What no single flag can tell; and the places."""
-    custom, decur = args.scenario == "custom", args.method == "decur"
+    custom, decur, mit = args.scenario == "custom", args.method == "decur", args.backbone in MITS
     need(not custom or args.data1 and args.data2 and not args.data and not args.toy,
          "--scenario custom: expected --data1 and --data2, and neither --data nor --toy")
     for name in ("data1", "data2", "augment1", "augment2"):
@@ -791,16 +784,13 @@ def check_flags(args):
          f"--modality {args.modality}: expected it with --method barlowtwins alone")
     need(not args.bgr or args.weights and args.scenario != "sar-optical",
          "--bgr: expected it with --weights for RGB images")
-    need(args.size >= 32 or args.backbone not in MITS,
-         f"--size {args.size}: expected 32 or more for a mit")
+    need(args.size >= 32 or not mit, f"--size {args.size}: expected 32 or more for a mit")
     widths = [] if args.projector == "none" else args.projector.split("-")
     need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
          f"--projector {args.projector}: expected widths like 8192-8192-8192, or none")
     args.widths = [int(width) for width in widths]
     toy = "toy-" if args.toy else ""
-    if custom:
-        args.data = [args.data1, args.data2]
-    args.data = args.data or f"data/{toy}{args.scenario}"
+    args.data = [args.data1, args.data2] if custom else args.data or f"data/{toy}{args.scenario}"
     args.out = Path(args.out or f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
 
 
