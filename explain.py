@@ -305,7 +305,6 @@ class Explained:
         layers1, layers2 = layers(self.net.f1.E), layers(self.net.f2.E)
         layer = args.layer or list(layers1)[-1]
         need(layer in layers1, f"--layer {layer}: no such layer; there are {' '.join(layers1)}")
-        self.compared = None
         if args.compare:
             other, others = open_net(args.compare, device)
             need_equal(others, settings, ("scenario", "modalities", "channels", "size"),
@@ -322,8 +321,7 @@ class Explained:
         if max(h, w) <= 2:
             print(f"warning: GradCAM's maps are {h}x{w} pixels, too coarse to tell places apart; "
                   f"give an earlier --layer, or pretrain with a larger --size")
-        if args.compare:
-            self.compared = embed(other, self.batches("to compare"), first)[:2]
+        self.compared = embed(other, self.batches("compared"), first)[:2] if args.compare else None
 
     def batches(self, text):
         return batches(self.data, self.samples, self.settings["size"], self.args.batch_size,
@@ -385,8 +383,7 @@ def main(argv=None):
     if rank > 0:                                # under torchrun the first process does it all
         return
     if args.sweep:
-        sweep(args, device)
-        return
+        return sweep(args, device)
     e = Explained(args, device)
     stopped = e.settings["stopped"] or f"at step {e.settings['step']}"  # "at step 100 of 200"
     caption = f"{args.checkpoint.resolve().parent.name} {stopped}"
@@ -403,10 +400,9 @@ YARDSTICKS = ("random encoder", "supervised encoder")
 
 def linear_probe(x, y, x_test, y_test, decay=1e-2):
     """Accuracy on unseen samples of logistic regression, with a decay of the squared weights of
-    features of standard deviation 1.  x: NxD features, y: N classes."""
+    features of standard deviation 1.  x: NxD features, y: N classes, W: (D+1)xM, biases last."""
     mean, std = x.mean(0), x.std(0) + 1e-5
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    # (D+1)xM, its last row the biases
     W = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([W], max_iter=100, line_search_fn="strong_wolfe")
 
