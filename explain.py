@@ -343,9 +343,8 @@ def open_net(path, device):
         need(all(t.isfinite().all() for t in net.state_dict().values()), "a weight is not finite")
         return net.to(device).eval().requires_grad_(False), settings
     except (BadInput, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise BadInput(f"{path} cannot be explained ({reason}); expected the checkpoint of a whole "
-                       f"pretraining, with both encoders; give another") from None
+        raise BadInput(f"{path} cannot be explained ({' '.join(str(error).split())[:150]}); "
+                       f"expected a whole pretraining, with both encoders; give another") from None
 
 
 def trained_on(path, settings):
@@ -604,8 +603,7 @@ def picture_alignment(e):
             bars(pen, at, np.linspace(0, top, 41), heights["compared"], np.zeros(40), None, INK)
         pen.line((*at(1, 0), *at(1, highest)), GREY)
     means = {part: losses[part].mean().item() for part in parts}
-    return image, losses, claim("Common dimensions should stand at 0, unique ones around 1; mean "
-                                "loss", means, "common")
+    return image, losses, claim("Common losses should be 0, unique ones 1; mean", means, "common")
 
 
 def picture_tsne(e):
@@ -733,8 +731,7 @@ def picture_factors(e):
 
 
 def picture_accuracies(accuracies, modalities):
-    """Prints a table with mean and standard deviation over the seeds, and draws the means: which
-    features tell what both modalities see, and what it alone sees."""
+    """Prints a table with mean and standard deviation over the seeds, and draws the means."""
     labels = dict.fromkeys(label for label, _, _ in accuracies)
     labels = sorted(labels, key=YARDSTICKS.__contains__)                # those come last
     lines, titles, sentences = {label: [] for label in labels}, [], []

@@ -39,7 +39,7 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_
                   read_json, read_label, read_lines, read_list, reading, resize, separable,
                   triangle_filter, unit, visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, start_as_segformer
-from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, join, leave,
+from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, leave,
                       load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
                       processes, sha256_of, start_from, summed)
 
@@ -448,8 +448,7 @@ def load_exactly(module, state, file):
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"--weights {file}: {reason}") from None
+        raise BadInput(f"--weights {file}: {' '.join(str(error).split())[:300]}") from None
 
 
 def with_projectors(args, channels, num_classes):
@@ -771,7 +770,6 @@ def main(argv=None):
         trained, indices = net.fc, np.arange(len(chosen))
         seen = cached_features(net, data, chosen, args, device)
     run = Run(args, seen, indices, args.steps, partial(schedule, args.schedule), place)
-    join(world)
     model = distributed(trained, world, device)
 
     # ---- run ----

@@ -172,7 +172,6 @@ def main(argv=None):
     steps = args.epochs * (len(data) // args.batch_size)
     channels = [views[0].shape[0] for views in data[0]]
     run = Run(args, data, np.arange(len(data)), steps, cosine, place)
-    join(world)
 
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
@@ -232,12 +231,11 @@ class Run:
         self.loader = iter(DataLoader(
             Samples(data, keep=args.workers == 0), batch_sampler=sampler, num_workers=args.workers,
             worker_init_fn=leave_group, pin_memory=self.device.type == "cuda"))
+        join(self.world)
 
     def begin(self, net, optimizer, about):
-        """Load the checkpoint to go on from, if there is one; make the folder.
-
-        about: what has to be the same at --resume, beside the settings.
-        Raises BadInput where these, or the processes among themselves, differ."""
+        """Load the checkpoint to go on from, if there is one; make the folder.  BadInput where the
+        settings, or `about` what is run, are not that checkpoint's, or the processes disagree."""
         self.net, self.optimizer = net, optimizer
         settings = {name: value for name, value in vars(self.args).items() if name not in RUN_ONLY}
         self.settings = settings | about
@@ -291,10 +289,8 @@ class Run:
                        f"to go on, give the same command with --resume")
 
     def log(self, loss, terms=None, numbers_of=dict):
-        """A line every 50 steps; of a short run, about 50 lines.
-
-        terms: scalars of which the loss is the sum; numbers_of(): more of them.  They stay on the
-        device until they are logged, and only then is it looked whether each loss was finite."""
+        """A line every 50 steps; of a short run, about 50.  terms: scalars, the loss is their sum;
+        numbers_of(): more.  They, and whether each loss was finite, are looked at only then."""
         self.finite &= loss.isfinite()
         step, every = self.step + 1, min(50, max(1, self.steps // 50))
         if step % every and step not in (1, self.steps):
@@ -322,8 +318,7 @@ class Run:
         """What runs: the command, each setting with its source, more lines, what looks wrong."""
         self.print(" ".join(sys.argv))
         for name, source in sources.items():
-            value = str(getattr(self.args, name))
-            self.print(f"  {name.replace('_', '-'):14s} {value:16s} {source}")
+            self.print(f"  {name.replace('_', '-'):14s} {getattr(self.args, name)!s:16s} {source}")
         self.print(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
                    f"{torch.__version__}", *lines)
         for words in input_warnings(data):
@@ -649,10 +644,8 @@ def described(row):
 
 @torch.no_grad()
 def measure_statistics(net, batches):
-    """Of the batch norms of a random network that is not to be trained: the mean over the batches.
-
-    batches: lists of the network's inputs.  The mean 0 and variance 1 that they start with are
-    nobody's: a ResNet-50's features would be in the thousands."""
+    """Of a random network's batch norms: the mean over the batches, lists of its inputs.  With the
+    mean 0 and variance 1 that they start with a ResNet-50's features would be in the thousands."""
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             module.momentum = None              # no moving average
@@ -753,14 +746,13 @@ def get_args(argv=None):
     add("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
     add("--common", type=number(float, 0, 1), help="fraction of common dimensions; 1: w/o decoup.")
     add("--no-intra", action="store_true", help="without L1 and L2: w/o intra (Table 4)")
-    add = parser.add_argument_group("optimisation").add_argument
+    add = parser.add_argument_group("optimisation and run").add_argument
     add("--epochs", type=number(int, 1), help="default: 100, rgbd 200")
     add("--batch-size", type=number(int, 2), help="the global one; default: 256, rgbd 128")
     add("--lr", type=number(float, 1e-12, 1e6), help="of the weights; default: 0.2, mit 1e-4")
     add("--lr-bias", type=number(float, 1e-12, 1e6), help="of the rest; default: 0.0048, mit 1e-4")
     add("--weight-decay", type=number(float, 0, 1), help="of the weights; default: 1e-6, mit 0.01")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
-    add = parser.add_argument_group("run").add_argument
     add("--out", type=expanded, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-...")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
