@@ -112,15 +112,11 @@ MAX_DEPTH = 10.0                                # m
 
 
 def unit(x):
-    """uint8 -> float32 in [0, 1]; float tensors are there already."""
-    need(x.dtype == torch.uint8 or x.is_floating_point(),
-         f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
-    return x.float() / 255 if x.dtype == torch.uint8 else x
-
-
-def within_range(x):
-    """x: uint8, or float in [0, 1], or it is refused; on a GPU the answer would take too long."""
-    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
+    """uint8 -> float32 in [0, 1]; a float has to lie there: on a GPU the answer takes too long."""
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    need(x.is_floating_point(), f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
+    if x.device.type == "cpu" and x.numel():
         low, high = x.aminmax()                 # NaN if there is one
         need(low >= -0.001 and high <= 1.001,
              f"an image holds {low:g} to {high:g}; expected uint8, or float in [0, 1]")
@@ -129,7 +125,7 @@ def within_range(x):
 
 def normalise(x, modality):
     """(x - mean) / std of the modality, band by band.  x: BxCxHxW in [0, 1]."""
-    x = unit(within_range(x))
+    x = unit(x)
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
     if not mean.any() and (std == 1).all():
         return x
@@ -179,7 +175,7 @@ def mixed(*numbers):
 def augment(x, modality, size, draws):
     """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
     has = AUGMENTATIONS[modality]
-    x = random_resized_crop(within_range(x), size, has["scale"], draws, vflip=has.get("vflip"))
+    x = random_resized_crop(x, size, has["scale"], draws, has.get("vflip"))
     if "gray_p" in has:
         x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
                           has["gray_p"], draws)
@@ -195,10 +191,10 @@ def plain(x, modality, size):
     return normalise(resize(unit(x), (size, size)), modality)
 
 
-def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
+def random_boxes(B, H, W, scale, draws):
     """Boxes of `scale` of the area, of log-uniform aspect ratio, half mirrored: the first of
     ten tries that fits, as torchvision, or the largest.  Top, left, height, width, flip: Bx1."""
-    u = draws(23).double()                                              # Bx23
+    u, ratio = draws(23).double(), (3 / 4, 4 / 3)                       # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
     w = (area * log_ratio.exp()).sqrt().round().clamp(min=1)            # Bx10
@@ -213,10 +209,11 @@ def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
     return top, left, h, w, u[:, 22:23] < 0.5
 
 
-def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
+def random_resized_crop(x, size, scale, draws, vflip=False):
     """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
     B, C, H, W = x.shape
-    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws, ratio)  # Bx1 each
+    x = unit(x)
+    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws)     # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
     if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
@@ -226,11 +223,11 @@ def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False
     Wx, Wy = triangle_filter(left, w, W, size), triangle_filter(top, h, H, size)  # BxSxW, BxSxH
     Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
     Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
-    return separable(unit(x), Wy, Wx)                                   # BxCxSxS
+    return separable(x, Wy, Wx)                                         # BxCxSxS
 
 
 def resized_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = resize(unit(image[:, :, top:top + h, left:left + w]), (size, size))
+    box = resize(image[:, :, top:top + h, left:left + w], (size, size))
     if upside_down:
         box = box.flip(2)
     if mirrored:
@@ -390,10 +387,8 @@ class SSL4EO:
         if self.packed:
             rows = open_season(self.packed, season, len(self.row))
             return unpacked(rows[self.row[self.ids[i]]])
-        bands = {}
-        for band, path in self.files(i, season):
-            bands[band] = to_8bit(band, read_band(path)[0], SSL4EO_S1)
-        return in_blocks(bands, self.ids[i])
+        bands = {band: read_band(path) for band, path in self.files(i, season)}
+        return in_blocks(bands, self.ids[i], SSL4EO_S1)
 
     def raw(self, i):
         """(name, CxHxW) of the four seasons as they lie on disk."""
@@ -402,7 +397,7 @@ class SSL4EO:
                 yield from zip(("10 m", "20 m", "60 m"), self.season(i, season))
             else:
                 bands = {band: read_band(path) for band, path in self.files(i, season)}
-                in_blocks({band: a[0] for band, a in bands.items()}, self.ids[i])  # their sizes
+                in_blocks(bands, self.ids[i], SSL4EO_S1)  # refuses other sizes
                 yield from bands.items()
 
     def __getitem__(self, i):
@@ -415,14 +410,14 @@ class SSL4EO:
         return list(x1), list(x2)
 
 
-def in_blocks(bands, name):
-    """Bands by name -> the three blocks; the size of each has to be that of its resolution."""
+def in_blocks(bands, name, s1):
+    """{band: HxW} as in files -> three blocks in 8 bits; each has the size of its resolution."""
     S, blocks = len(bands["VV"]), []
     for r, names in BLOCKS.items():
         for band in names:
             shape, expected = bands[band].shape, (S // r, S // r)
             need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected}")
-        blocks.append(np.stack([bands[band] for band in names]))
+        blocks.append(np.stack([to_8bit(band, bands[band], s1) for band in names]))
     return blocks
 
 
@@ -530,10 +525,9 @@ class BigEarthNet:
                 yield band, read_band(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
 
     def __getitem__(self, i):
-        bands = {band: to_8bit(band, x[0], BIGEARTHNET_S1) for band, x in self.raw(i)}
-        # an empty band where the encoders of SSL4EO-S12, of 13 bands, expect B10
-        blocks = in_blocks(bands | {"B10": np.zeros_like(bands["B1"])}, self.ids[i])
-        return *stack_bands(blocks), self.classes(i)
+        bands = dict(self.raw(i))               # without B10, which encoders of 13 bands expect
+        bands["B10"] = np.zeros_like(bands["B1"])
+        return *stack_bands(in_blocks(bands, self.ids[i], BIGEARTHNET_S1)), self.classes(i)
 
     def classes(self, i):
         """19 float32, 1 for each class of the patch."""
@@ -614,7 +608,7 @@ def read_part(stem, part):
              f"{label.max()}; expected classes, 0 (none) to 10")
         return label[None].astype(np.uint8)
     if part == "dem":
-        return read_band(f"{stem}_dem.tif")
+        return read_band(f"{stem}_dem.tif")[None]
     jp2 = f"{stem}_rgb.jp2"                     # of a tile; a patch is a png
     return read_image(jp2 if os.path.isfile(jp2) else f"{stem}_rgb.png")
 
@@ -713,12 +707,10 @@ def depth_steps(path):
 
 def read_depth(path, canvas, depth_unit):
     """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; holes have the mean."""
-    raw = depth_steps(path)
-    valid = (raw > 0) & (raw < 65535)
-    need(valid.any(), f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
+    z = metres(path, depth_unit)
+    need(z.any(), f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
     z, weight = (np.array(Image.fromarray(a.astype(np.float32))
-                          .resize(canvas[::-1], Image.Resampling.BILINEAR))
-                 for a in (np.where(valid, raw / depth_unit, 0), valid))
+                          .resize(canvas[::-1], Image.Resampling.BILINEAR)) for a in (z, z > 0))
     z = z / np.maximum(weight, 1e-6) / MAX_DEPTH  # the mean of the valid pixels
     z = np.where(weight > 0, z, MODALITIES["depth"]["mean"])
     return torch.from_numpy(z.clip(0, 1).astype(np.float32))[None]
@@ -1079,10 +1071,10 @@ def read_tiff(path):
 
 
 def read_band(path):
-    """A TIFF of one band -> 1xHxW."""
+    """A TIFF of one band -> HxW."""
     a = read_tiff(path)
     need(len(a) == 1, f"{path} holds {len(a)} bands; expected one: a file for each band")
-    return a
+    return a[0]
 
 
 def read_lines(path):
