@@ -88,6 +88,7 @@ def need(fine, words):
 # ---- one normaliser per modality: what an encoder sees, in whatever it is used for ----
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 S1 = ("VV", "VH")
 S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
 MODALITIES = {                                  # range: what x in [0, 1] is; mean and std of that x
@@ -98,10 +99,8 @@ MODALITIES = {                                  # range: what x in [0, 1] is; me
                 "-19.22 -+ 2 x 5.42)"),
     "ms": dict(bands=S2, mean=(0.0,) * 13, std=(1.0,) * 13,
                range="reflectance 0 to 1 (files: x 10000), clipped"),
-    "aerial": dict(bands=("red", "green", "blue"), mean=(0.0,) * 3, std=(1.0,) * 3,
-                   range="0 to 255"),
-    "dem": dict(bands=("height",) * 3, mean=(0.0,) * 3, std=(1.0,) * 3,
-                range="1st to 99th percentile of the patch"),
+    "aerial": dict(bands=("red", "green", "blue"), **UNCHANGED, range="0 to 255"),
+    "dem": dict(bands=("height",) * 3, **UNCHANGED, range="1st to 99th percentile of the patch"),
     "rgb": dict(bands=("red", "green", "blue"), range="0 to 255", **IMAGENET),
     # Three channels in [0, 1], so the statistics of the authors, who used ImageNet's for HHA too.
     "hha": dict(bands=("disparity", "height", "angle"), range="0 to 255", **IMAGENET),
@@ -127,8 +126,6 @@ def normalise(x, modality):
     """(x - mean) / std of the modality, band by band.  x: BxCxHxW in [0, 1]."""
     x = unit(x)
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
-    if not mean.any() and (std == 1).all():
-        return x
     return torch.addcmul(moved(-mean / std, x.device), x, moved(1 / std, x.device))  # one pass
 
 
@@ -175,7 +172,7 @@ def mixed(*numbers):
 def augment(x, modality, size, draws):
     """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
     has = AUGMENTATIONS[modality]
-    x = random_resized_crop(x, size, has["scale"], draws, has.get("vflip"))
+    x = random_resized_crop(unit(x), size, has["scale"], draws, has.get("vflip"))
     if "gray_p" in has:
         x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
                           has["gray_p"], draws)
@@ -212,7 +209,6 @@ def random_boxes(B, H, W, scale, draws):
 def random_resized_crop(x, size, scale, draws, vflip=False):
     """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
     B, C, H, W = x.shape
-    x = unit(x)
     top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws)     # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
@@ -321,8 +317,7 @@ def to_8bit(band, x, s1):
     2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
     Paper: "normalize by mean and standard deviation".  Here: so, in 8 bits, as the authors."""
     if band not in s1:
-        if x.dtype.kind == "f":
-            x = np.nan_to_num(x)                # no data
+        x = np.nan_to_num(x)                    # no data
         return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
     mean, std = s1[band]
     x = np.where(np.isfinite(x), x, np.float32(mean - 2 * std))  # the dB of an empty pixel is -inf
@@ -372,23 +367,22 @@ class SSL4EO:
     def __len__(self):
         return len(self.ids)
 
-    def files(self, i, season):
-        """(band, file) of a season, 0 to 3 in the order of the dates."""
+    def bands(self, i, season):
+        """(band, 1xHxW) of a season, 0 to 3 in the order of the dates."""
         for folder, bands in (("s1", S1), ("s2c", S2)):
             where = self.root / folder / self.ids[i]
             # by their dates: by name, S1's would be sorted by satellite first
             names = sorted(listed(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
             need(len(names) == 4, f"{where} holds {len(names)} seasons, expected 4; download them")
             for band in bands:
-                yield band, where / names[season] / f"{band}.tif"
+                yield band, read_band(where / names[season] / f"{band}.tif")
 
     def season(self, i, season):
         """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
         if self.packed:
             rows = open_season(self.packed, season, len(self.row))
             return unpacked(rows[self.row[self.ids[i]]])
-        bands = {band: read_band(path) for band, path in self.files(i, season)}
-        return in_blocks(bands, self.ids[i], SSL4EO_S1)
+        return in_blocks(dict(self.bands(i, season)), self.ids[i], SSL4EO_S1)
 
     def raw(self, i):
         """(name, CxHxW) of the four seasons as they lie on disk."""
@@ -396,7 +390,7 @@ class SSL4EO:
             if self.packed:
                 yield from zip(("10 m", "20 m", "60 m"), self.season(i, season))
             else:
-                bands = {band: read_band(path) for band, path in self.files(i, season)}
+                bands = dict(self.bands(i, season))
                 in_blocks(bands, self.ids[i], SSL4EO_S1)  # refuses other sizes
                 yield from bands.items()
 
@@ -411,13 +405,13 @@ class SSL4EO:
 
 
 def in_blocks(bands, name, s1):
-    """{band: HxW} as in files -> three blocks in 8 bits; each has the size of its resolution."""
-    S, blocks = len(bands["VV"]), []
+    """{band: 1xHxW} as in files -> three blocks in 8 bits; each has the size of its resolution."""
+    S, blocks = bands["VV"].shape[1], []
     for r, names in BLOCKS.items():
         for band in names:
-            shape, expected = bands[band].shape, (S // r, S // r)
+            shape, expected = bands[band].shape[1:], (S // r, S // r)
             need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected}")
-        blocks.append(np.stack([to_8bit(band, bands[band], s1) for band in names]))
+        blocks.append(np.concatenate([to_8bit(band, bands[band], s1) for band in names]))
     return blocks
 
 
@@ -470,9 +464,8 @@ DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airpor
 
 
 class BigEarthNet:
-    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1).
-    The patches of the split's list, which may lack S1 names, without those of two lists, of snow
-    and cloud."""
+    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1):
+    the patches of a list, which may lack S1 names, without those of two lists, of snow and cloud."""
     modalities = ("sar", "ms")
 
     def __init__(self, root, split, strict=True):
@@ -608,7 +601,7 @@ def read_part(stem, part):
              f"{label.max()}; expected classes, 0 (none) to 10")
         return label[None].astype(np.uint8)
     if part == "dem":
-        return read_band(f"{stem}_dem.tif")[None]
+        return read_band(f"{stem}_dem.tif")
     jp2 = f"{stem}_rgb.jp2"                     # of a tile; a patch is a png
     return read_image(jp2 if os.path.isfile(jp2) else f"{stem}_rgb.png")
 
@@ -771,7 +764,7 @@ def read_label(path, canvas=None):
     """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
     image = opened(path)
     need(image.format in ("PNG", "TIFF") and len(image.getbands()) == 1 and image.mode != "F",
-         f"{path} is a {image.mode} {image.format}; expected class indices, as PNG or TIFF (JPEG "
+         f"{path} is a {image.mode} {image.format}; expected class indices, PNG or TIFF (JPEG "
          f"changes them where they meet): make it again from the source")
     if canvas:
         image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
@@ -955,28 +948,25 @@ def measured(paths, strict, most=200):
 def named_files(where, suffixes=PICTURES):
     """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
     what the stars stand for, joined by _."""
-    files, pairs, where = {}, [], os.fspath(where)
-    folder = where
+    files, where = {}, Path(where).as_posix()
+    folder, parts = where, [f"{where}/", ""]
     if "*" in where and not os.path.isdir(where):
-        folder = os.path.dirname(where.split("*")[0]) or "."
+        parts = where.split("*")
+        folder = os.path.dirname(parts[0]) or "."
     need(os.path.isdir(folder), f"no folder {folder}; expected images in it; {TREE}")
-    if folder != where:
-        parts = Path(where).as_posix().split("*")
-        form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
-        for path in glob.glob("*".join(map(glob.escape, parts))):
-            pairs.append(("_".join(form.fullmatch(Path(path).as_posix()).groups()), path))
-    else:
-        pairs = [(os.path.splitext(entry.name)[0], entry.path) for entry in os.scandir(where)]
-    for name, path in sorted(pairs):
-        base = os.path.basename(path)
-        if base.startswith(".") or os.path.splitext(base)[1].lower() not in suffixes:
+    form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
+    for path in sorted(glob.glob("*".join(map(glob.escape, parts)))):   # no hidden ones
+        if os.path.splitext(path)[1].lower() not in suffixes:
             continue
+        name = "_".join(form.fullmatch(path.replace(os.sep, "/")).groups())
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
+        if folder == where:
+            name = os.path.splitext(name)[0]
         need(name not in files, f"{path}, {files.get(name)}: one name; expected one file for each")
         files[name] = path
     need(files, f"no image (of {', '.join(suffixes)}) under {where}, but {folder} has "
          f"{sorted(os.listdir(folder))[:2]}; {TREE}")
-    return files
+    return dict(sorted(files.items()))
 
 
 def paired(files1, files2, where, strict):
@@ -1071,10 +1061,10 @@ def read_tiff(path):
 
 
 def read_band(path):
-    """A TIFF of one band -> HxW."""
+    """A TIFF of one band -> 1xHxW."""
     a = read_tiff(path)
     need(len(a) == 1, f"{path} holds {len(a)} bands; expected one: a file for each band")
-    return a[0]
+    return a
 
 
 def read_lines(path):
@@ -1610,11 +1600,11 @@ def in_processes(function, jobs, workers, text):
 def inspect(dataset, i):
     """Reads all of a sample.  Returns width / height of its images, for each band the number of
     pixels without a value and of all, the shapes of its tensors, and what is wrong or None."""
-    ratios, counts, shapes = [], [], []
+    ratios, counts, shapes, wrong = [], [], [], None
     try:
         for name, a in dataset.raw(i):
             there = np.isfinite(a) if name != "depth" else (a > 0) & (a < 65535)
-            counts.append((name, a.size - int(there.sum()), a.size))
+            counts.append((name, np.array([(~there).sum(), a.size])))
             need(there.any(), f"{name} has not one finite value")
             if name in dataset.modalities:
                 ratios.append(a.shape[-1] / a.shape[-2])
@@ -1622,28 +1612,28 @@ def inspect(dataset, i):
             shapes.append(tuple(x[0].shape if isinstance(x, list) else x.shape))
     except Exception as error:                  # an odd file raises nearly anything; list it, too
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return ratios, counts, shapes, f"{dataset.ids[i]}\t{kind}{error}"
-    return ratios, counts, shapes, None
+        wrong = f"{dataset.ids[i]}\t{kind}{error}"
+    return ratios, counts, shapes, wrong
 
 
 def check(dataset, out, workers, size):
     """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
-    good, uneven, bad = [], [], [f"{name}\tno partner" for name in dataset.lonely]
-    look, jobs, missing, usual = functools.partial(inspect, dataset), range(len(dataset)), {}, None
-    results = in_processes(look, jobs, workers, "check")
-    for i, (ratios, counts, shapes, error) in zip(jobs, results):
-        for name, none, pixels in counts:
-            before = missing.get(name, (0, 0))
-            missing[name] = before[0] + none, before[1] + pixels
-        if error is None and usual not in (None, shapes):
-            error = f"{dataset.ids[i]}\tis of {shapes}; expected {usual}, as those before"
-        if error is None:
-            usual = shapes
-            good.append(i)
-        else:
-            bad.append(error)
+    good, uneven, missing, usual = [], [], {}, None
+    bad = [f"{name}\tno partner" for name in dataset.lonely]
+    look = functools.partial(inspect, dataset)
+    results = in_processes(look, range(len(dataset)), workers, "check")
+    for i, (ratios, counts, shapes, wrong) in enumerate(results):
+        for name, count in counts:
+            missing[name] = missing.get(name, 0) + count
         if len(ratios) == 2 and abs(math.log(ratios[0] / ratios[1])) > 0.05:
             uneven.append(f"{dataset.ids[i]}: {ratios[0]:.2f} and {ratios[1]:.2f}")
+        if wrong:
+            bad.append(wrong)
+        elif usual not in (None, shapes):
+            bad.append(f"{dataset.ids[i]}\tis of {shapes}; expected {usual}, as those before")
+        else:
+            usual = shapes
+            good.append(i)
     out.mkdir(parents=True, exist_ok=True)
     table, warnings = what_is_seen(dataset, evenly(good, 200)) if good else ([], [])
     if uneven:
@@ -1657,8 +1647,8 @@ def check(dataset, out, workers, size):
         contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", size)
         print(f"a row a pair, two augmented views of {' and two of '.join(dataset.modalities)}, as "
               f"the network will see them: {out / 'contact-sheet.png'}")
-    print(f"{len(dataset)} samples read, {len(bad)} bad, "
-          f"of which {len(dataset.lonely)} without a partner")
+    partners = f"of which {len(dataset.lonely)} without a partner"
+    print(f"{len(dataset)} samples read, {len(bad)} bad, {partners}")
     write_text(out / "bad-ids.txt", "".join(f"{line}\n" for line in bad))
     reasons = {}                                # words without names and numbers: the first of them
     for line in bad:
@@ -1683,7 +1673,7 @@ def contact_sheet(dataset, indices, path, size):
             views = augment(x, modality, size, draws)
             columns.append(np.concatenate([visible(view, modality) for view in views], 0))
     sheet = (255 * np.concatenate(columns, 1)).astype(np.uint8)         # BSx4Sx3
-    save_png(path, Image.fromarray(sheet))
+    write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
 
 
 @contextlib.contextmanager
@@ -1766,10 +1756,6 @@ def crop_tile(job):
                 tifffile.imwrite(f"{out}_{k}_{name}.tif", patch(a, k)[0])
 
 
-def save_png(path, image):
-    write_atomically(path, lambda file: image.save(file, "png"))
-
-
 def write_hha(root, workers, depth_unit):
     """HHA for every frame that has none: HHA/ in folder form, <frame>/hha/ in SUN RGB-D's tree."""
     root = Path(root)
@@ -1779,8 +1765,8 @@ def write_hha(root, workers, depth_unit):
             depth = named_files(root / "Depth")
             raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
             missing = [name for name in depth if name not in raw]
-            need(not missing, f"{len(missing)} frames of {root / 'Depth'} are not in RawDepth (the "
-                 f"first: {missing[:1]}); complete it, or take RawDepth away")
+            need(not missing, f"{len(missing)} frames of {root / 'Depth'}, first {missing[:1]}, are "
+                 f"not in RawDepth; complete it, or take RawDepth away")
             part = stack.enter_context(built(root / "HHA", f"{depth_unit} {camera.tolist()}"))
             jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
                     for name, path in depth.items()]
@@ -1806,7 +1792,7 @@ def write_one_hha(job):
     except ValueError as error:
         raise BadInput(f"{depth}, {raw}: {error}") from None
     out.parent.mkdir(exist_ok=True)
-    save_png(out, image)
+    write_atomically(out, lambda file: image.save(file, "png"))
 
 
 def metres(path, depth_unit):
