@@ -176,7 +176,6 @@ def augment(x, modality, size, draws):
     if "gray_p" in has:
         x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
                           has["gray_p"], draws)
-    if "blur_p" in has:
         x = random_blur(x, has["blur_p"], draws)
     if "solarize_p" in has:
         x = random_solarize(x, has["solarize_p"], draws)
@@ -379,9 +378,11 @@ class SSL4EO:
 
     def season(self, i, season):
         """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
-        if self.packed:
-            rows = open_season(self.packed, season, len(self.row))
-            return unpacked(rows[self.row[self.ids[i]]])
+        if self.packed:                         # a row is S^2 (6 + 6/4 + 3/36) bytes: views of them
+            row = open_season(self.packed, season, len(self.row))[self.row[self.ids[i]]]
+            S = round((len(row) * 12 / 91) ** 0.5)
+            parts = np.split(row, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
+            return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
         return in_blocks(dict(self.bands(i, season)), self.ids[i], SSL4EO_S1)
 
     def raw(self, i):
@@ -413,13 +414,6 @@ def in_blocks(bands, name, s1):
             need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected}")
         blocks.append(np.concatenate([to_8bit(band, bands[band], s1) for band in names]))
     return blocks
-
-
-def unpacked(record):
-    """A row of a packed season, S^2 (6 + 6/4 + 3/36) bytes -> the three blocks, as views."""
-    S = round((len(record) * 12 / 91) ** 0.5)
-    parts = np.split(record, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
-    return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
 
 
 @functools.lru_cache                            # once a process: pickling it would copy the file
@@ -465,7 +459,7 @@ DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airpor
 
 class BigEarthNet:
     """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1):
-    the patches of a list, which may lack S1 names, without those of two lists, of snow and cloud."""
+    the patches of a list, which may lack S1 names, without those in the lists of snow and cloud."""
     modalities = ("sar", "ms")
 
     def __init__(self, root, split, strict=True):
@@ -495,9 +489,8 @@ class BigEarthNet:
             return dict(lines)
         link = {}                               # the json of an S1 patch alone has it: cached
         cache = self.root / "pairs.csv"
-        if cache.is_file():
-            with contextlib.suppress(ValueError):  # damaged: written anew
-                link = dict(line.split(",") for line in read_lines(cache))
+        with contextlib.suppress(BadInput, ValueError):  # none yet, or damaged: written anew
+            link = dict(line.split(",") for line in read_lines(cache))
         if set(link.values()) != s1_names:      # not yet written, or patches came or went since
             for s1 in progress(sorted(s1_names), "S1 patches"):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", "labels")
@@ -520,10 +513,6 @@ class BigEarthNet:
     def __getitem__(self, i):
         bands = dict(self.raw(i))               # without B10, which encoders of 13 bands expect
         bands["B10"] = np.zeros_like(bands["B1"])
-        return *stack_bands(in_blocks(bands, self.ids[i], BIGEARTHNET_S1)), self.classes(i)
-
-    def classes(self, i):
-        """19 float32, 1 for each class of the patch."""
         path = self.folders[1] / self.ids[i] / f"{self.ids[i]}_labels_metadata.json"
         names, target = read_json(path, "labels").get("labels"), torch.zeros(len(CLASSES19))
         need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
@@ -531,7 +520,7 @@ class BigEarthNet:
             need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
             if name in CLASSES43:
                 target[CLASSES43[name]] = 1
-        return target
+        return *stack_bands(in_blocks(bands, self.ids[i], BIGEARTHNET_S1)), target
 
 
 # ---- GeoNRW ----
@@ -549,23 +538,20 @@ class GeoNRW:
         self.classes, self.ids, self.lonely = classes, [], []
         self.parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
         for city in listed(self.root):
-            if split == "all" or (city in self.test_cities) == (split == "test"):
-                self.add(city)
+            if split != "all" and (city in self.test_cities) != (split == "test"):
+                continue
+            tiles = {}                          # their parts
+            for name in os.listdir(self.root / city):
+                tile, _, part = name.split(".")[0].rpartition("_")
+                tiles.setdefault(tile, set()).add(part)
+            for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
+                if tiles[tile].issuperset(self.parts):
+                    whole = tile.count("_") == 1  # <x>_<y>
+                    patches = [f"{tile}_{k}" for k in range(1, 17)] if whole else [tile]
+                    self.ids += [f"{city}/{name}" for name in patches]
+                elif tiles[tile] & {"rgb", "dem"}:
+                    self.lonely.append(f"{city}/{tile}")
         refuse(strict, self.lonely, root, f"less than all of {', '.join(sorted(self.parts))}")
-
-    def add(self, city):
-        """The patches of a city, by the numbers in their names."""
-        tiles = {}                              # their parts
-        for name in os.listdir(self.root / city):
-            tile, _, part = name.split(".")[0].rpartition("_")
-            tiles.setdefault(tile, set()).add(part)
-        for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
-            if not tiles[tile].issuperset(self.parts):
-                self.lonely += [f"{city}/{tile}"] if tiles[tile] & {"rgb", "dem"} else []
-            elif tile.count("_") == 1:          # a whole one, <x>_<y>
-                self.ids += [f"{city}/{tile}_{k}" for k in range(1, 17)]
-            else:
-                self.ids.append(f"{city}/{tile}")
 
     def __len__(self):
         return len(self.ids)
@@ -690,12 +676,14 @@ def on_canvas(image, canvas):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def depth_steps(path):
-    """A depth file -> HxW, in its own steps, of more than 8 bits."""
-    raw = np.array(opened(path))
-    need(raw.ndim == 2 and raw.dtype.kind in "ui" and raw.dtype.itemsize > 1,
-         f"{path} is {raw.dtype} {raw.shape}; expected depth as one 16-bit channel")
-    return raw
+def metres(path, depth_unit):
+    """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
+    steps = np.array(opened(path))
+    need(steps.ndim == 2 and steps.dtype.kind in "ui" and steps.dtype.itemsize > 1,
+         f"{path} is {steps.dtype} {steps.shape}; expected depth as one 16-bit channel")
+    if depth_unit is None:
+        return sunrgbd_depth(steps)
+    return np.where(steps < 65535, steps / depth_unit, 0)
 
 
 def read_depth(path, canvas, depth_unit):
@@ -710,8 +698,7 @@ def read_depth(path, canvas, depth_unit):
 
 
 def sunrgbd_frames(root):
-    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
-    frame is a folder with image/ or depth/, at any depth, and has to have all of these."""
+    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}."""
     tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
     visited, parts = set(), ("image", "depth_bfx", "depth")
     for folder, subfolders, files in os.walk(tree, followlinks=True):
@@ -889,18 +876,15 @@ class Pairs:
             yield name, read_image(files[self.ids[i]])
 
     def __getitem__(self, i):
-        x1, x2 = (read_custom(files[self.ids[i]], row)
-                  for files, row in zip(self.files, self.inputs))
-        return [x1], [x2]
-
-
-def read_custom(path, row):
-    a = read_like(path, row)
-    if row["raw_mean"]:
-        mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
-        a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
-        a = a.clip(0, 1).astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(a))
+        sample = []
+        for files, row in zip(self.files, self.inputs):
+            a = read_like(files[self.ids[i]], row)
+            if row["raw_mean"]:
+                mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
+                a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
+                a = a.clip(0, 1).astype(np.float32)
+            sample.append([torch.from_numpy(np.ascontiguousarray(a))])
+        return tuple(sample)
 
 
 def read_like(path, row):
@@ -1092,10 +1076,8 @@ def read_list(path, names):
 
 def named_by(text, names):
     frame = re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", text))
-    for name in (text, frame, os.path.splitext(os.path.basename(text))[0]):
-        if name in names:
-            return name
-    return None
+    forms = text, frame, os.path.splitext(os.path.basename(text))[0]
+    return next((name for name in forms if name in names), None)
 
 
 def refuse(strict, lonely, root, where):
@@ -1119,8 +1101,7 @@ TASKS = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their numbe
 def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
                **custom):
     """The data set of a scenario, or of a transfer task: (x1, x2, target), labels up to `classes`.
-    For custom, root is two folders or patterns, and split the file of a list.  strict=False, for
-    `check`: samples without a partner go into .lonely."""
+    For custom: two folders or patterns, the file of a list.  Not strict: see `refuse`, .lonely."""
     if name == "custom":
         return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
     root = Path(root)
@@ -1344,8 +1325,7 @@ def default_workers():
 
 
 def leave_group(worker):
-    """For a loader's worker: Ctrl-C and torchrun signal whole process groups, but the main process
-    wants to end its step and save.  torch ends a worker whose main process is gone."""
+    """For a loader's worker: a signal to the whole group leaves the main process time to save."""
     if os.name == "posix":
         os.setpgrp()
 
@@ -1590,8 +1570,7 @@ def read_factors(root):
 # ---- commands: check, pack, crop, hha, toy ----
 
 def in_processes(function, jobs, workers, text):
-    """function of each job, in order: a DataLoader is a parallel map that runs little ahead of who
-    takes its results, and whose workers end with their parent."""
+    """function of each job, in order: a DataLoader is a parallel map that runs little ahead."""
     loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
                         num_workers=workers if workers > 1 else 0)
     return progress(loader, text)
@@ -1616,12 +1595,21 @@ def inspect(dataset, i):
     return ratios, counts, shapes, wrong
 
 
-def check(dataset, out, workers, size):
+def check(args):
     """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
+    scenario, own = args.task or args.scenario, (args.data1, args.data2)
+    need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
+    need((scenario == "custom") == all(own) == any(own) and not (all(own) and args.data),
+         "check: expected --data1 and --data2 with --scenario custom, else --data")
+    root = own if scenario == "custom" else args.data or f"data/{scenario}"
+    split = args.split or ("train" if args.task else "all")
+    custom = dict(augment_as=(args.augment1, args.augment2)) if scenario == "custom" else {}
+    dataset = open_pairs(scenario, root, args.size, split, args.depth_unit, strict=False, **custom)
+    out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
     good, uneven, missing, usual = [], [], {}, None
     bad = [f"{name}\tno partner" for name in dataset.lonely]
     look = functools.partial(inspect, dataset)
-    results = in_processes(look, range(len(dataset)), workers, "check")
+    results = in_processes(look, range(len(dataset)), args.workers, "check")
     for i, (ratios, counts, shapes, wrong) in enumerate(results):
         for name, count in counts:
             missing[name] = missing.get(name, 0) + count
@@ -1644,7 +1632,7 @@ def check(dataset, out, workers, size):
     for line in warnings:
         print(f"warning: {line}")
     if good:
-        contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", size)
+        contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", args.size)
         print(f"a row a pair, two augmented views of {' and two of '.join(dataset.modalities)}, as "
               f"the network will see them: {out / 'contact-sheet.png'}")
     partners = f"of which {len(dataset.lonely)} without a partner"
@@ -1663,13 +1651,11 @@ def check(dataset, out, workers, size):
 
 def contact_sheet(dataset, indices, path, size):
     """A row a pair: the two augmented views of modality 1, then those of modality 2."""
-    samples = []
-    for i in indices:
-        samples.append([x if isinstance(x, list) else [x] for x in dataset[i][:2]])
-    draws, columns = Draws(0, len(samples), slice(None)), []
+    batches = default_collate([dataset[i][:2] for i in indices])
+    draws, columns = Draws(0, len(indices), slice(None)), []
     draws.restart(0)
-    for modality, batches in zip(dataset.modalities, default_collate(samples)):
-        for x in both_views(batches, "cpu"):
+    for modality, batch in zip(dataset.modalities, batches):
+        for x in both_views(batch if isinstance(batch, list) else [batch], "cpu"):
             views = augment(x, modality, size, draws)
             columns.append(np.concatenate([visible(view, modality) for view in views], 0))
     sheet = (255 * np.concatenate(columns, 1)).astype(np.uint8)         # BSx4Sx3
@@ -1738,8 +1724,7 @@ def crop(root, out, workers):
     need(tiles, f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
     with built(out) as part:
         jobs = [(root / tile, part / tile) for tile in tiles]
-        for _ in in_processes(crop_tile, jobs, workers, "crop"):
-            pass
+        list(in_processes(crop_tile, jobs, workers, "crop"))
 
 
 def crop_tile(job):
@@ -1765,8 +1750,8 @@ def write_hha(root, workers, depth_unit):
             depth = named_files(root / "Depth")
             raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
             missing = [name for name in depth if name not in raw]
-            need(not missing, f"{len(missing)} frames of {root / 'Depth'}, first {missing[:1]}, are "
-                 f"not in RawDepth; complete it, or take RawDepth away")
+            need(not missing, f"{len(missing)} frames of {root / 'Depth'}, first {missing[:1]}, "
+                 f"are not in RawDepth; complete it, or take RawDepth away")
             part = stack.enter_context(built(root / "HHA", f"{depth_unit} {camera.tolist()}"))
             jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
                     for name, path in depth.items()]
@@ -1776,8 +1761,7 @@ def write_hha(root, workers, depth_unit):
             jobs = [(depth, raw, None, read_intrinsics(K), hha_file(image))
                     for image, depth, raw, K in frames.values()]
         jobs = [job for job in jobs if not os.path.isfile(job[-1])]
-        for _ in in_processes(write_one_hha, jobs, workers, "hha"):
-            pass
+        list(in_processes(write_one_hha, jobs, workers, "hha"))
 
 
 def hha_file(image):
@@ -1793,14 +1777,6 @@ def write_one_hha(job):
         raise BadInput(f"{depth}, {raw}: {error}") from None
     out.parent.mkdir(exist_ok=True)
     write_atomically(out, lambda file: image.save(file, "png"))
-
-
-def metres(path, depth_unit):
-    """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
-    steps = depth_steps(path)
-    if depth_unit is None:
-        return sunrgbd_depth(steps)
-    return np.where(steps < 65535, steps / depth_unit, 0)
 
 
 def filled(z):
@@ -1828,52 +1804,35 @@ def get_args(argv=None):
         "--data2": own,
         "--augment1": augment,
         "--augment2": augment,
-        "--split": dict(type=expanded,
-                        help="default: all; of a task train; of custom the file of a list"),
+        "--split": dict(type=expanded, help="default: all; of a task train; of custom a list"),
         "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
         "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
                              help="steps of a depth file a metre; default: 1000"),
         "--out": dict(folder, help="default: where it is looked for; of check runs/check-..."),
         "--workers": dict(type=number(int, 0), default=cores(), help="default: one a core")}
-    for command, text, names in (
-            ("check", "read every file; exit code 1 if any is bad", "--scenario --task --data "
-             "--data1 --data2 --augment1 --augment2 --split --size --depth-unit --out --workers"),
-            ("pack", "SSL4EO-S12 into four arrays, once", "--data --out --workers"),
-            ("crop", "GeoNRW's tiles into patches, once", "--data --out --workers"),
-            ("hha", "RGB-depth: HHA for every frame that has none",
-             "--data --depth-unit --workers"),
-            ("toy", "the made-up scenes of a scenario", "--scenario --out")):
+    for command, data, names, text in (
+            ("check", None, " ".join(flags), "read every file; exit code 1 if any is bad"),
+            ("pack", "data/sar-optical", "--data --out --workers", "SSL4EO-S12 into four arrays"),
+            ("crop", "data/rgb-dem", "--data --out --workers", "GeoNRW's tiles into patches"),
+            ("hha", "data/rgbd", "--data --depth-unit --workers", "HHA for frames without it"),
+            ("toy", None, "--scenario --out", "the made-up scenes of a scenario")):
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for name in names.split():
             sub.add_argument(name, **flags[name])
+        sub.set_defaults(data=data)
     return parser.parse_args(argv)
-
-
-def open_checked(args):
-    """The data set that `check` is asked for, and the folder for what it finds."""
-    name, own = args.task or args.scenario, (args.data1, args.data2)
-    need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
-    need((name == "custom") == all(own) == any(own) and not (all(own) and args.data),
-         "check: expected --data1 and --data2 with --scenario custom, else --data")
-    root = own if name == "custom" else args.data or f"data/{name}"
-    split = args.split or ("train" if args.task else "all")
-    custom = dict(augment_as=(args.augment1, args.augment2)) if name == "custom" else {}
-    data = open_pairs(name, root, args.size, split, args.depth_unit, strict=False, **custom)
-    return data, Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
 
 
 def main(argv=None):
     args = get_args(argv)
-    defaults = dict(pack="data/sar-optical", crop="data/rgb-dem", hha="data/rgbd")
-    root = getattr(args, "data", None) or defaults.get(args.command)
     if args.command == "check":
-        sys.exit(1 if check(*open_checked(args), args.workers, args.size) else 0)
+        sys.exit(1 if check(args) else 0)
     if args.command == "pack":
-        pack(root, args.out or f"{root}/packed", args.workers)
+        pack(args.data, args.out or f"{args.data}/packed", args.workers)
     if args.command == "crop":
-        crop(root, args.out or f"{root}/cropped", args.workers)
+        crop(args.data, args.out or f"{args.data}/cropped", args.workers)
     if args.command == "hha":
-        write_hha(root, args.workers, args.depth_unit)
+        write_hha(args.data, args.workers, args.depth_unit)
     if args.command == "toy":
         need(args.scenario in TOYS, f"toy: expected --scenario, one of {', '.join(TOYS)}")
         out = Path(args.out or f"data/toy-{args.scenario}")
