@@ -559,11 +559,10 @@ class GeoNRW:
     def raw(self, i):
         """rgb 3xHxW uint8, dem 1xHxW metres and seg 1xHxW of a patch."""
         tile, _, k = self.ids[i].rpartition("_")
+        whole = (self.root / f"{tile}_dem.tif").is_file()
         for part in self.parts:
-            if (self.root / f"{tile}_dem.tif").is_file():  # a whole one
-                yield part, patch(read_part(self.root / tile, part), int(k))
-            else:
-                yield part, read_part(self.root / self.ids[i], part)
+            a = read_part(self.root / (tile if whole else self.ids[i]), part)
+            yield part, patch(a, int(k)) if whole else a
 
     def __getitem__(self, i):
         name = self.ids[i]
@@ -1688,7 +1687,14 @@ def pack(root, out, workers, flush_every=256):
         done = part / "done"
         start = int(done.read_text()) if done.is_file() else 0
         shape = len(data), len(packed_rows(data, 0)[0])
-        maps = [opened_map(part / f"season{k}.npy", shape) for k in range(4)]
+        maps = []
+        for season in range(4):
+            path = part / f"season{season}.npy"
+            mode = "r+" if path.is_file() else "w+"
+            maps.append(np.lib.format.open_memmap(path, mode, np.uint8, shape))
+            if hasattr(os, "posix_fallocate"):  # on a full disk a map's write is a bus error
+                with open(path, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
         make, jobs = functools.partial(packed_rows, data), range(start, len(data))
         for i, rows in zip(jobs, in_processes(make, jobs, workers, "pack")):
             need(len(rows[0]) == shape[1], f"{data.ids[i]} is of another size than {data.ids[0]}; "
@@ -1700,16 +1706,6 @@ def pack(root, out, workers, flush_every=256):
                     array.flush()
                 write_text(done, str(i + 1))
         done.unlink(missing_ok=True)
-
-
-def opened_map(path, shape):
-    """A uint8 array on disk, its space reserved: on a full disk a map's write is a bus error."""
-    mode = "r+" if path.is_file() else "w+"
-    array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    return array
 
 
 def packed_rows(data, i):
