@@ -88,6 +88,7 @@ def need(fine, words):
 # ---- one normaliser per modality: what an encoder sees, in whatever it is used for ----
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 S1 = ("VV", "VH")
 S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
 MODALITIES = {                                  # range: what x in [0, 1] is; mean and std of that x
@@ -98,10 +99,8 @@ MODALITIES = {                                  # range: what x in [0, 1] is; me
                 "-19.22 -+ 2 x 5.42)"),
     "ms": dict(bands=S2, mean=(0.0,) * 13, std=(1.0,) * 13,
                range="reflectance 0 to 1 (files: x 10000), clipped"),
-    "aerial": dict(bands=("red", "green", "blue"), mean=(0.0,) * 3, std=(1.0,) * 3,
-                   range="0 to 255"),
-    "dem": dict(bands=("height",) * 3, mean=(0.0,) * 3, std=(1.0,) * 3,
-                range="1st to 99th percentile of the patch"),
+    "aerial": dict(bands=("red", "green", "blue"), **UNCHANGED, range="0 to 255"),
+    "dem": dict(bands=("height",) * 3, **UNCHANGED, range="1st to 99th percentile of the patch"),
     "rgb": dict(bands=("red", "green", "blue"), range="0 to 255", **IMAGENET),
     # Three channels in [0, 1], so the statistics of the authors, who used ImageNet's for HHA too.
     "hha": dict(bands=("disparity", "height", "angle"), range="0 to 255", **IMAGENET),
@@ -112,15 +111,11 @@ MAX_DEPTH = 10.0                                # m
 
 
 def unit(x):
-    """uint8 -> float32 in [0, 1]; float tensors are there already."""
-    need(x.dtype == torch.uint8 or x.is_floating_point(),
-         f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
-    return x.float() / 255 if x.dtype == torch.uint8 else x
-
-
-def within_range(x):
-    """x: uint8, or float in [0, 1], or it is refused; on a GPU the answer would take too long."""
-    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
+    """uint8 -> float32 in [0, 1]; a float has to lie there: on a GPU the answer takes too long."""
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    need(x.is_floating_point(), f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
+    if x.device.type == "cpu" and x.numel():
         low, high = x.aminmax()                 # NaN if there is one
         need(low >= -0.001 and high <= 1.001,
              f"an image holds {low:g} to {high:g}; expected uint8, or float in [0, 1]")
@@ -129,10 +124,8 @@ def within_range(x):
 
 def normalise(x, modality):
     """(x - mean) / std of the modality, band by band.  x: BxCxHxW in [0, 1]."""
-    x = unit(within_range(x))
+    x = unit(x)
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
-    if not mean.any() and (std == 1).all():
-        return x
     return torch.addcmul(moved(-mean / std, x.device), x, moved(1 / std, x.device))  # one pass
 
 
@@ -179,11 +172,10 @@ def mixed(*numbers):
 def augment(x, modality, size, draws):
     """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
     has = AUGMENTATIONS[modality]
-    x = random_resized_crop(within_range(x), size, has["scale"], draws, vflip=has.get("vflip"))
+    x = random_resized_crop(unit(x), size, has["scale"], draws, has.get("vflip"))
     if "gray_p" in has:
         x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
                           has["gray_p"], draws)
-    if "blur_p" in has:
         x = random_blur(x, has["blur_p"], draws)
     if "solarize_p" in has:
         x = random_solarize(x, has["solarize_p"], draws)
@@ -195,10 +187,10 @@ def plain(x, modality, size):
     return normalise(resize(unit(x), (size, size)), modality)
 
 
-def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
+def random_boxes(B, H, W, scale, draws):
     """Boxes of `scale` of the area, of log-uniform aspect ratio, half mirrored: the first of
     ten tries that fits, as torchvision, or the largest.  Top, left, height, width, flip: Bx1."""
-    u = draws(23).double()                                              # Bx23
+    u, ratio = draws(23).double(), (3 / 4, 4 / 3)                       # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
     w = (area * log_ratio.exp()).sqrt().round().clamp(min=1)            # Bx10
@@ -213,10 +205,10 @@ def random_boxes(B, H, W, scale, draws, ratio=(3 / 4, 4 / 3)):
     return top, left, h, w, u[:, 22:23] < 0.5
 
 
-def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False):
+def random_resized_crop(x, size, scale, draws, vflip=False):
     """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
     B, C, H, W = x.shape
-    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws, ratio)  # Bx1 each
+    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws)     # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
     if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
@@ -226,11 +218,11 @@ def random_resized_crop(x, size, scale, draws, ratio=(3 / 4, 4 / 3), vflip=False
     Wx, Wy = triangle_filter(left, w, W, size), triangle_filter(top, h, H, size)  # BxSxW, BxSxH
     Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
     Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
-    return separable(unit(x), Wy, Wx)                                   # BxCxSxS
+    return separable(x, Wy, Wx)                                         # BxCxSxS
 
 
 def resized_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = resize(unit(image[:, :, top:top + h, left:left + w]), (size, size))
+    box = resize(image[:, :, top:top + h, left:left + w], (size, size))
     if upside_down:
         box = box.flip(2)
     if mirrored:
@@ -324,8 +316,7 @@ def to_8bit(band, x, s1):
     2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
     Paper: "normalize by mean and standard deviation".  Here: so, in 8 bits, as the authors."""
     if band not in s1:
-        if x.dtype.kind == "f":
-            x = np.nan_to_num(x)                # no data
+        x = np.nan_to_num(x)                    # no data
         return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
     mean, std = s1[band]
     x = np.where(np.isfinite(x), x, np.float32(mean - 2 * std))  # the dB of an empty pixel is -inf
@@ -375,25 +366,24 @@ class SSL4EO:
     def __len__(self):
         return len(self.ids)
 
-    def files(self, i, season):
-        """(band, file) of a season, 0 to 3 in the order of the dates."""
+    def bands(self, i, season):
+        """(band, 1xHxW) of a season, 0 to 3 in the order of the dates."""
         for folder, bands in (("s1", S1), ("s2c", S2)):
             where = self.root / folder / self.ids[i]
             # by their dates: by name, S1's would be sorted by satellite first
             names = sorted(listed(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
             need(len(names) == 4, f"{where} holds {len(names)} seasons, expected 4; download them")
             for band in bands:
-                yield band, where / names[season] / f"{band}.tif"
+                yield band, read_band(where / names[season] / f"{band}.tif")
 
     def season(self, i, season):
         """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
-        if self.packed:
-            rows = open_season(self.packed, season, len(self.row))
-            return unpacked(rows[self.row[self.ids[i]]])
-        bands = {}
-        for band, path in self.files(i, season):
-            bands[band] = to_8bit(band, read_band(path)[0], SSL4EO_S1)
-        return in_blocks(bands, self.ids[i])
+        if self.packed:                         # a row is S^2 (6 + 6/4 + 3/36) bytes: views of them
+            row = open_season(self.packed, season, len(self.row))[self.row[self.ids[i]]]
+            S = round((len(row) * 12 / 91) ** 0.5)
+            parts = np.split(row, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
+            return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
+        return in_blocks(dict(self.bands(i, season)), self.ids[i], SSL4EO_S1)
 
     def raw(self, i):
         """(name, CxHxW) of the four seasons as they lie on disk."""
@@ -401,8 +391,8 @@ class SSL4EO:
             if self.packed:
                 yield from zip(("10 m", "20 m", "60 m"), self.season(i, season))
             else:
-                bands = {band: read_band(path) for band, path in self.files(i, season)}
-                in_blocks({band: a[0] for band, a in bands.items()}, self.ids[i])  # their sizes
+                bands = dict(self.bands(i, season))
+                in_blocks(bands, self.ids[i], SSL4EO_S1)  # refuses other sizes
                 yield from bands.items()
 
     def __getitem__(self, i):
@@ -415,22 +405,15 @@ class SSL4EO:
         return list(x1), list(x2)
 
 
-def in_blocks(bands, name):
-    """Bands by name -> the three blocks; the size of each has to be that of its resolution."""
-    S, blocks = len(bands["VV"]), []
+def in_blocks(bands, name, s1):
+    """{band: 1xHxW} as in files -> three blocks in 8 bits; each has the size of its resolution."""
+    S, blocks = bands["VV"].shape[1], []
     for r, names in BLOCKS.items():
         for band in names:
-            shape, expected = bands[band].shape, (S // r, S // r)
+            shape, expected = bands[band].shape[1:], (S // r, S // r)
             need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected}")
-        blocks.append(np.stack([bands[band] for band in names]))
+        blocks.append(np.concatenate([to_8bit(band, bands[band], s1) for band in names]))
     return blocks
-
-
-def unpacked(record):
-    """A row of a packed season, S^2 (6 + 6/4 + 3/36) bytes -> the three blocks, as views."""
-    S = round((len(record) * 12 / 91) ** 0.5)
-    parts = np.split(record, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
-    return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
 
 
 @functools.lru_cache                            # once a process: pickling it would copy the file
@@ -475,9 +458,8 @@ DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airpor
 
 
 class BigEarthNet:
-    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1).
-    The patches of the split's list, which may lack S1 names, without those of two lists, of snow
-    and cloud."""
+    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1):
+    the patches of a list, which may lack S1 names, without those in the lists of snow and cloud."""
     modalities = ("sar", "ms")
 
     def __init__(self, root, split, strict=True):
@@ -507,9 +489,8 @@ class BigEarthNet:
             return dict(lines)
         link = {}                               # the json of an S1 patch alone has it: cached
         cache = self.root / "pairs.csv"
-        if cache.is_file():
-            with contextlib.suppress(ValueError):  # damaged: written anew
-                link = dict(line.split(",") for line in read_lines(cache))
+        with contextlib.suppress(BadInput, ValueError):  # none yet, or damaged: written anew
+            link = dict(line.split(",") for line in read_lines(cache))
         if set(link.values()) != s1_names:      # not yet written, or patches came or went since
             for s1 in progress(sorted(s1_names), "S1 patches"):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", "labels")
@@ -530,13 +511,8 @@ class BigEarthNet:
                 yield band, read_band(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
 
     def __getitem__(self, i):
-        bands = {band: to_8bit(band, x[0], BIGEARTHNET_S1) for band, x in self.raw(i)}
-        # an empty band where the encoders of SSL4EO-S12, of 13 bands, expect B10
-        blocks = in_blocks(bands | {"B10": np.zeros_like(bands["B1"])}, self.ids[i])
-        return *stack_bands(blocks), self.classes(i)
-
-    def classes(self, i):
-        """19 float32, 1 for each class of the patch."""
+        bands = dict(self.raw(i))               # without B10, which encoders of 13 bands expect
+        bands["B10"] = np.zeros_like(bands["B1"])
         path = self.folders[1] / self.ids[i] / f"{self.ids[i]}_labels_metadata.json"
         names, target = read_json(path, "labels").get("labels"), torch.zeros(len(CLASSES19))
         need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
@@ -544,7 +520,7 @@ class BigEarthNet:
             need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
             if name in CLASSES43:
                 target[CLASSES43[name]] = 1
-        return target
+        return *stack_bands(in_blocks(bands, self.ids[i], BIGEARTHNET_S1)), target
 
 
 # ---- GeoNRW ----
@@ -562,23 +538,20 @@ class GeoNRW:
         self.classes, self.ids, self.lonely = classes, [], []
         self.parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
         for city in listed(self.root):
-            if split == "all" or (city in self.test_cities) == (split == "test"):
-                self.add(city)
+            if split != "all" and (city in self.test_cities) != (split == "test"):
+                continue
+            tiles = {}                          # their parts
+            for name in os.listdir(self.root / city):
+                tile, _, part = name.split(".")[0].rpartition("_")
+                tiles.setdefault(tile, set()).add(part)
+            for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
+                if tiles[tile].issuperset(self.parts):
+                    whole = tile.count("_") == 1  # <x>_<y>
+                    patches = [f"{tile}_{k}" for k in range(1, 17)] if whole else [tile]
+                    self.ids += [f"{city}/{name}" for name in patches]
+                elif tiles[tile] & {"rgb", "dem"}:
+                    self.lonely.append(f"{city}/{tile}")
         refuse(strict, self.lonely, root, f"less than all of {', '.join(sorted(self.parts))}")
-
-    def add(self, city):
-        """The patches of a city, by the numbers in their names."""
-        tiles = {}                              # their parts
-        for name in os.listdir(self.root / city):
-            tile, _, part = name.split(".")[0].rpartition("_")
-            tiles.setdefault(tile, set()).add(part)
-        for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
-            if not tiles[tile].issuperset(self.parts):
-                self.lonely += [f"{city}/{tile}"] if tiles[tile] & {"rgb", "dem"} else []
-            elif tile.count("_") == 1:          # a whole one, <x>_<y>
-                self.ids += [f"{city}/{tile}_{k}" for k in range(1, 17)]
-            else:
-                self.ids.append(f"{city}/{tile}")
 
     def __len__(self):
         return len(self.ids)
@@ -586,11 +559,10 @@ class GeoNRW:
     def raw(self, i):
         """rgb 3xHxW uint8, dem 1xHxW metres and seg 1xHxW of a patch."""
         tile, _, k = self.ids[i].rpartition("_")
+        whole = (self.root / f"{tile}_dem.tif").is_file()
         for part in self.parts:
-            if (self.root / f"{tile}_dem.tif").is_file():  # a whole one
-                yield part, patch(read_part(self.root / tile, part), int(k))
-            else:
-                yield part, read_part(self.root / self.ids[i], part)
+            a = read_part(self.root / (tile if whole else self.ids[i]), part)
+            yield part, patch(a, int(k)) if whole else a
 
     def __getitem__(self, i):
         name = self.ids[i]
@@ -703,30 +675,29 @@ def on_canvas(image, canvas):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def depth_steps(path):
-    """A depth file -> HxW, in its own steps, of more than 8 bits."""
-    raw = np.array(opened(path))
-    need(raw.ndim == 2 and raw.dtype.kind in "ui" and raw.dtype.itemsize > 1,
-         f"{path} is {raw.dtype} {raw.shape}; expected depth as one 16-bit channel")
-    return raw
+def metres(path, depth_unit):
+    """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
+    steps = np.array(opened(path))
+    need(steps.ndim == 2 and steps.dtype.kind in "ui" and steps.dtype.itemsize > 1,
+         f"{path} is {steps.dtype} {steps.shape}; expected depth as one 16-bit channel")
+    if depth_unit is None:
+        return sunrgbd_depth(steps)
+    return np.where(steps < 65535, steps / depth_unit, 0)
 
 
 def read_depth(path, canvas, depth_unit):
     """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; holes have the mean."""
-    raw = depth_steps(path)
-    valid = (raw > 0) & (raw < 65535)
-    need(valid.any(), f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
+    z = metres(path, depth_unit)
+    need(z.any(), f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
     z, weight = (np.array(Image.fromarray(a.astype(np.float32))
-                          .resize(canvas[::-1], Image.Resampling.BILINEAR))
-                 for a in (np.where(valid, raw / depth_unit, 0), valid))
+                          .resize(canvas[::-1], Image.Resampling.BILINEAR)) for a in (z, z > 0))
     z = z / np.maximum(weight, 1e-6) / MAX_DEPTH  # the mean of the valid pixels
     z = np.where(weight > 0, z, MODALITIES["depth"]["mean"])
     return torch.from_numpy(z.clip(0, 1).astype(np.float32))[None]
 
 
 def sunrgbd_frames(root):
-    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}.  A
-    frame is a folder with image/ or depth/, at any depth, and has to have all of these."""
+    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}."""
     tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
     visited, parts = set(), ("image", "depth_bfx", "depth")
     for folder, subfolders, files in os.walk(tree, followlinks=True):
@@ -779,7 +750,7 @@ def read_label(path, canvas=None):
     """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
     image = opened(path)
     need(image.format in ("PNG", "TIFF") and len(image.getbands()) == 1 and image.mode != "F",
-         f"{path} is a {image.mode} {image.format}; expected class indices, as PNG or TIFF (JPEG "
+         f"{path} is a {image.mode} {image.format}; expected class indices, PNG or TIFF (JPEG "
          f"changes them where they meet): make it again from the source")
     if canvas:
         image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
@@ -904,18 +875,15 @@ class Pairs:
             yield name, read_image(files[self.ids[i]])
 
     def __getitem__(self, i):
-        x1, x2 = (read_custom(files[self.ids[i]], row)
-                  for files, row in zip(self.files, self.inputs))
-        return [x1], [x2]
-
-
-def read_custom(path, row):
-    a = read_like(path, row)
-    if row["raw_mean"]:
-        mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
-        a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
-        a = a.clip(0, 1).astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(a))
+        sample = []
+        for files, row in zip(self.files, self.inputs):
+            a = read_like(files[self.ids[i]], row)
+            if row["raw_mean"]:
+                mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
+                a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
+                a = a.clip(0, 1).astype(np.float32)
+            sample.append([torch.from_numpy(np.ascontiguousarray(a))])
+        return tuple(sample)
 
 
 def read_like(path, row):
@@ -963,28 +931,25 @@ def measured(paths, strict, most=200):
 def named_files(where, suffixes=PICTURES):
     """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
     what the stars stand for, joined by _."""
-    files, pairs, where = {}, [], os.fspath(where)
-    folder = where
+    files, where = {}, Path(where).as_posix()
+    folder, parts = where, [f"{where}/", ""]
     if "*" in where and not os.path.isdir(where):
-        folder = os.path.dirname(where.split("*")[0]) or "."
+        parts = where.split("*")
+        folder = os.path.dirname(parts[0]) or "."
     need(os.path.isdir(folder), f"no folder {folder}; expected images in it; {TREE}")
-    if folder != where:
-        parts = Path(where).as_posix().split("*")
-        form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
-        for path in glob.glob("*".join(map(glob.escape, parts))):
-            pairs.append(("_".join(form.fullmatch(Path(path).as_posix()).groups()), path))
-    else:
-        pairs = [(os.path.splitext(entry.name)[0], entry.path) for entry in os.scandir(where)]
-    for name, path in sorted(pairs):
-        base = os.path.basename(path)
-        if base.startswith(".") or os.path.splitext(base)[1].lower() not in suffixes:
+    form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
+    for path in sorted(glob.glob("*".join(map(glob.escape, parts)))):   # no hidden ones
+        if os.path.splitext(path)[1].lower() not in suffixes:
             continue
+        name = "_".join(form.fullmatch(path.replace(os.sep, "/")).groups())
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
+        if folder == where:
+            name = os.path.splitext(name)[0]
         need(name not in files, f"{path}, {files.get(name)}: one name; expected one file for each")
         files[name] = path
     need(files, f"no image (of {', '.join(suffixes)}) under {where}, but {folder} has "
          f"{sorted(os.listdir(folder))[:2]}; {TREE}")
-    return files
+    return dict(sorted(files.items()))
 
 
 def paired(files1, files2, where, strict):
@@ -1110,10 +1075,8 @@ def read_list(path, names):
 
 def named_by(text, names):
     frame = re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", text))
-    for name in (text, frame, os.path.splitext(os.path.basename(text))[0]):
-        if name in names:
-            return name
-    return None
+    forms = text, frame, os.path.splitext(os.path.basename(text))[0]
+    return next((name for name in forms if name in names), None)
 
 
 def refuse(strict, lonely, root, where):
@@ -1137,8 +1100,7 @@ TASKS = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their numbe
 def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
                **custom):
     """The data set of a scenario, or of a transfer task: (x1, x2, target), labels up to `classes`.
-    For custom, root is two folders or patterns, and split the file of a list.  strict=False, for
-    `check`: samples without a partner go into .lonely."""
+    For custom: two folders or patterns, the file of a list.  Not strict: see `refuse`, .lonely."""
     if name == "custom":
         return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
     root = Path(root)
@@ -1362,8 +1324,7 @@ def default_workers():
 
 
 def leave_group(worker):
-    """For a loader's worker: Ctrl-C and torchrun signal whole process groups, but the main process
-    wants to end its step and save.  torch ends a worker whose main process is gone."""
+    """For a loader's worker: a signal to the whole group leaves the main process time to save."""
     if os.name == "posix":
         os.setpgrp()
 
@@ -1608,8 +1569,7 @@ def read_factors(root):
 # ---- commands: check, pack, crop, hha, toy ----
 
 def in_processes(function, jobs, workers, text):
-    """function of each job, in order: a DataLoader is a parallel map that runs little ahead of who
-    takes its results, and whose workers end with their parent."""
+    """function of each job, in order: a DataLoader is a parallel map that runs little ahead."""
     loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
                         num_workers=workers if workers > 1 else 0)
     return progress(loader, text)
@@ -1618,11 +1578,11 @@ def in_processes(function, jobs, workers, text):
 def inspect(dataset, i):
     """Reads all of a sample.  Returns width / height of its images, for each band the number of
     pixels without a value and of all, the shapes of its tensors, and what is wrong or None."""
-    ratios, counts, shapes = [], [], []
+    ratios, counts, shapes, wrong = [], [], [], None
     try:
         for name, a in dataset.raw(i):
             there = np.isfinite(a) if name != "depth" else (a > 0) & (a < 65535)
-            counts.append((name, a.size - int(there.sum()), a.size))
+            counts.append((name, np.array([(~there).sum(), a.size])))
             need(there.any(), f"{name} has not one finite value")
             if name in dataset.modalities:
                 ratios.append(a.shape[-1] / a.shape[-2])
@@ -1630,28 +1590,37 @@ def inspect(dataset, i):
             shapes.append(tuple(x[0].shape if isinstance(x, list) else x.shape))
     except Exception as error:                  # an odd file raises nearly anything; list it, too
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return ratios, counts, shapes, f"{dataset.ids[i]}\t{kind}{error}"
-    return ratios, counts, shapes, None
+        wrong = f"{dataset.ids[i]}\t{kind}{error}"
+    return ratios, counts, shapes, wrong
 
 
-def check(dataset, out, workers, size):
+def check(args):
     """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
-    good, uneven, bad = [], [], [f"{name}\tno partner" for name in dataset.lonely]
-    look, jobs, missing, usual = functools.partial(inspect, dataset), range(len(dataset)), {}, None
-    results = in_processes(look, jobs, workers, "check")
-    for i, (ratios, counts, shapes, error) in zip(jobs, results):
-        for name, none, pixels in counts:
-            before = missing.get(name, (0, 0))
-            missing[name] = before[0] + none, before[1] + pixels
-        if error is None and usual not in (None, shapes):
-            error = f"{dataset.ids[i]}\tis of {shapes}; expected {usual}, as those before"
-        if error is None:
-            usual = shapes
-            good.append(i)
-        else:
-            bad.append(error)
+    scenario, own = args.task or args.scenario, (args.data1, args.data2)
+    need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
+    need((scenario == "custom") == all(own) == any(own) and not (all(own) and args.data),
+         "check: expected --data1 and --data2 with --scenario custom, else --data")
+    root = own if scenario == "custom" else args.data or f"data/{scenario}"
+    split = args.split or ("train" if args.task else "all")
+    custom = dict(augment_as=(args.augment1, args.augment2)) if scenario == "custom" else {}
+    dataset = open_pairs(scenario, root, args.size, split, args.depth_unit, strict=False, **custom)
+    out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
+    good, uneven, missing, usual = [], [], {}, None
+    bad = [f"{name}\tno partner" for name in dataset.lonely]
+    look = functools.partial(inspect, dataset)
+    results = in_processes(look, range(len(dataset)), args.workers, "check")
+    for i, (ratios, counts, shapes, wrong) in enumerate(results):
+        for name, count in counts:
+            missing[name] = missing.get(name, 0) + count
         if len(ratios) == 2 and abs(math.log(ratios[0] / ratios[1])) > 0.05:
             uneven.append(f"{dataset.ids[i]}: {ratios[0]:.2f} and {ratios[1]:.2f}")
+        if wrong:
+            bad.append(wrong)
+        elif usual not in (None, shapes):
+            bad.append(f"{dataset.ids[i]}\tis of {shapes}; expected {usual}, as those before")
+        else:
+            usual = shapes
+            good.append(i)
     out.mkdir(parents=True, exist_ok=True)
     table, warnings = what_is_seen(dataset, evenly(good, 200)) if good else ([], [])
     if uneven:
@@ -1662,11 +1631,11 @@ def check(dataset, out, workers, size):
     for line in warnings:
         print(f"warning: {line}")
     if good:
-        contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", size)
+        contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", args.size)
         print(f"a row a pair, two augmented views of {' and two of '.join(dataset.modalities)}, as "
               f"the network will see them: {out / 'contact-sheet.png'}")
-    print(f"{len(dataset)} samples read, {len(bad)} bad, "
-          f"of which {len(dataset.lonely)} without a partner")
+    partners = f"of which {len(dataset.lonely)} without a partner"
+    print(f"{len(dataset)} samples read, {len(bad)} bad, {partners}")
     write_text(out / "bad-ids.txt", "".join(f"{line}\n" for line in bad))
     reasons = {}                                # words without names and numbers: the first of them
     for line in bad:
@@ -1681,17 +1650,15 @@ def check(dataset, out, workers, size):
 
 def contact_sheet(dataset, indices, path, size):
     """A row a pair: the two augmented views of modality 1, then those of modality 2."""
-    samples = []
-    for i in indices:
-        samples.append([x if isinstance(x, list) else [x] for x in dataset[i][:2]])
-    draws, columns = Draws(0, len(samples), slice(None)), []
+    batches = default_collate([dataset[i][:2] for i in indices])
+    draws, columns = Draws(0, len(indices), slice(None)), []
     draws.restart(0)
-    for modality, batches in zip(dataset.modalities, default_collate(samples)):
-        for x in both_views(batches, "cpu"):
+    for modality, batch in zip(dataset.modalities, batches):
+        for x in both_views(batch if isinstance(batch, list) else [batch], "cpu"):
             views = augment(x, modality, size, draws)
             columns.append(np.concatenate([visible(view, modality) for view in views], 0))
     sheet = (255 * np.concatenate(columns, 1)).astype(np.uint8)         # BSx4Sx3
-    save_png(path, Image.fromarray(sheet))
+    write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
 
 
 @contextlib.contextmanager
@@ -1720,7 +1687,14 @@ def pack(root, out, workers, flush_every=256):
         done = part / "done"
         start = int(done.read_text()) if done.is_file() else 0
         shape = len(data), len(packed_rows(data, 0)[0])
-        maps = [opened_map(part / f"season{k}.npy", shape) for k in range(4)]
+        maps = []
+        for season in range(4):
+            path = part / f"season{season}.npy"
+            mode = "r+" if path.is_file() else "w+"
+            maps.append(np.lib.format.open_memmap(path, mode, np.uint8, shape))
+            if hasattr(os, "posix_fallocate"):  # on a full disk a map's write is a bus error
+                with open(path, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
         make, jobs = functools.partial(packed_rows, data), range(start, len(data))
         for i, rows in zip(jobs, in_processes(make, jobs, workers, "pack")):
             need(len(rows[0]) == shape[1], f"{data.ids[i]} is of another size than {data.ids[0]}; "
@@ -1732,16 +1706,6 @@ def pack(root, out, workers, flush_every=256):
                     array.flush()
                 write_text(done, str(i + 1))
         done.unlink(missing_ok=True)
-
-
-def opened_map(path, shape):
-    """A uint8 array on disk, its space reserved: on a full disk a map's write is a bus error."""
-    mode = "r+" if path.is_file() else "w+"
-    array = np.lib.format.open_memmap(path, mode, np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    return array
 
 
 def packed_rows(data, i):
@@ -1756,8 +1720,7 @@ def crop(root, out, workers):
     need(tiles, f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
     with built(out) as part:
         jobs = [(root / tile, part / tile) for tile in tiles]
-        for _ in in_processes(crop_tile, jobs, workers, "crop"):
-            pass
+        list(in_processes(crop_tile, jobs, workers, "crop"))
 
 
 def crop_tile(job):
@@ -1774,10 +1737,6 @@ def crop_tile(job):
                 tifffile.imwrite(f"{out}_{k}_{name}.tif", patch(a, k)[0])
 
 
-def save_png(path, image):
-    write_atomically(path, lambda file: image.save(file, "png"))
-
-
 def write_hha(root, workers, depth_unit):
     """HHA for every frame that has none: HHA/ in folder form, <frame>/hha/ in SUN RGB-D's tree."""
     root = Path(root)
@@ -1787,8 +1746,8 @@ def write_hha(root, workers, depth_unit):
             depth = named_files(root / "Depth")
             raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
             missing = [name for name in depth if name not in raw]
-            need(not missing, f"{len(missing)} frames of {root / 'Depth'} are not in RawDepth (the "
-                 f"first: {missing[:1]}); complete it, or take RawDepth away")
+            need(not missing, f"{len(missing)} frames of {root / 'Depth'}, first {missing[:1]}, "
+                 f"are not in RawDepth; complete it, or take RawDepth away")
             part = stack.enter_context(built(root / "HHA", f"{depth_unit} {camera.tolist()}"))
             jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
                     for name, path in depth.items()]
@@ -1798,8 +1757,7 @@ def write_hha(root, workers, depth_unit):
             jobs = [(depth, raw, None, read_intrinsics(K), hha_file(image))
                     for image, depth, raw, K in frames.values()]
         jobs = [job for job in jobs if not os.path.isfile(job[-1])]
-        for _ in in_processes(write_one_hha, jobs, workers, "hha"):
-            pass
+        list(in_processes(write_one_hha, jobs, workers, "hha"))
 
 
 def hha_file(image):
@@ -1814,15 +1772,7 @@ def write_one_hha(job):
     except ValueError as error:
         raise BadInput(f"{depth}, {raw}: {error}") from None
     out.parent.mkdir(exist_ok=True)
-    save_png(out, image)
-
-
-def metres(path, depth_unit):
-    """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
-    steps = depth_steps(path)
-    if depth_unit is None:
-        return sunrgbd_depth(steps)
-    return np.where(steps < 65535, steps / depth_unit, 0)
+    write_atomically(out, lambda file: image.save(file, "png"))
 
 
 def filled(z):
@@ -1850,52 +1800,35 @@ def get_args(argv=None):
         "--data2": own,
         "--augment1": augment,
         "--augment2": augment,
-        "--split": dict(type=expanded,
-                        help="default: all; of a task train; of custom the file of a list"),
+        "--split": dict(type=expanded, help="default: all; of a task train; of custom a list"),
         "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
         "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
                              help="steps of a depth file a metre; default: 1000"),
         "--out": dict(folder, help="default: where it is looked for; of check runs/check-..."),
         "--workers": dict(type=number(int, 0), default=cores(), help="default: one a core")}
-    for command, text, names in (
-            ("check", "read every file; exit code 1 if any is bad", "--scenario --task --data "
-             "--data1 --data2 --augment1 --augment2 --split --size --depth-unit --out --workers"),
-            ("pack", "SSL4EO-S12 into four arrays, once", "--data --out --workers"),
-            ("crop", "GeoNRW's tiles into patches, once", "--data --out --workers"),
-            ("hha", "RGB-depth: HHA for every frame that has none",
-             "--data --depth-unit --workers"),
-            ("toy", "the made-up scenes of a scenario", "--scenario --out")):
+    for command, data, names, text in (
+            ("check", None, " ".join(flags), "read every file; exit code 1 if any is bad"),
+            ("pack", "data/sar-optical", "--data --out --workers", "SSL4EO-S12 into four arrays"),
+            ("crop", "data/rgb-dem", "--data --out --workers", "GeoNRW's tiles into patches"),
+            ("hha", "data/rgbd", "--data --depth-unit --workers", "HHA for frames without it"),
+            ("toy", None, "--scenario --out", "the made-up scenes of a scenario")):
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for name in names.split():
             sub.add_argument(name, **flags[name])
+        sub.set_defaults(data=data)
     return parser.parse_args(argv)
-
-
-def open_checked(args):
-    """The data set that `check` is asked for, and the folder for what it finds."""
-    name, own = args.task or args.scenario, (args.data1, args.data2)
-    need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
-    need((name == "custom") == all(own) == any(own) and not (all(own) and args.data),
-         "check: expected --data1 and --data2 with --scenario custom, else --data")
-    root = own if name == "custom" else args.data or f"data/{name}"
-    split = args.split or ("train" if args.task else "all")
-    custom = dict(augment_as=(args.augment1, args.augment2)) if name == "custom" else {}
-    data = open_pairs(name, root, args.size, split, args.depth_unit, strict=False, **custom)
-    return data, Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
 
 
 def main(argv=None):
     args = get_args(argv)
-    defaults = dict(pack="data/sar-optical", crop="data/rgb-dem", hha="data/rgbd")
-    root = getattr(args, "data", None) or defaults.get(args.command)
     if args.command == "check":
-        sys.exit(1 if check(*open_checked(args), args.workers, args.size) else 0)
+        sys.exit(1 if check(args) else 0)
     if args.command == "pack":
-        pack(root, args.out or f"{root}/packed", args.workers)
+        pack(args.data, args.out or f"{args.data}/packed", args.workers)
     if args.command == "crop":
-        crop(root, args.out or f"{root}/cropped", args.workers)
+        crop(args.data, args.out or f"{args.data}/cropped", args.workers)
     if args.command == "hha":
-        write_hha(root, args.workers, args.depth_unit)
+        write_hha(args.data, args.workers, args.depth_unit)
     if args.command == "toy":
         need(args.scenario in TOYS, f"toy: expected --scenario, one of {', '.join(TOYS)}")
         out = Path(args.out or f"data/toy-{args.scenario}")

@@ -505,7 +505,7 @@ def open_task(args, rank):
     if task["scenario"] == "rgbd":
         size = math.ceil(2 * size / 3)          # its canvas is 3/2 as high
     if args.toy:
-        make_toy(task["scenario"], args.data, rank)
+        make_toy(task["scenario"], args.data, rank=rank)
         classes, num_classes = SCENE_CLASSES, len(SCENE_CLASSES)
     if args.toy and args.model == "late":       # which objects are there; the masks are not used
         name, classes, num_classes = task["scenario"], SCENE_CLASSES[1:], None

@@ -166,7 +166,7 @@ def main(argv=None):
 
     # ---- data; the loader's workers start before any process talks to another ----
     if args.toy:
-        make_toy(args.scenario, args.data, rank)
+        make_toy(args.scenario, args.data, rank=rank)
     data = open_data(args)
     check_batch(args.batch_size, len(data), world, least=2)
     steps = args.epochs * (len(data) // args.batch_size)
