@@ -111,11 +111,15 @@ MAX_DEPTH = 10.0                                # m
 
 
 def unit(x):
-    """uint8 -> float32 in [0, 1]; a float has to lie there: on a GPU the answer takes too long."""
-    if x.dtype == torch.uint8:
-        return x.float() / 255
-    need(x.is_floating_point(), f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
-    if x.device.type == "cpu" and x.numel():
+    """uint8 -> float32 in [0, 1]; float tensors are there already."""
+    need(x.dtype == torch.uint8 or x.is_floating_point(),
+         f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def within_range(x):
+    """x: uint8, or float in [0, 1], or it is refused; on a GPU the answer would take too long."""
+    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
         low, high = x.aminmax()                 # NaN if there is one
         need(low >= -0.001 and high <= 1.001,
              f"an image holds {low:g} to {high:g}; expected uint8, or float in [0, 1]")
@@ -124,8 +128,10 @@ def unit(x):
 
 def normalise(x, modality):
     """(x - mean) / std of the modality, band by band.  x: BxCxHxW in [0, 1]."""
-    x = unit(x)
+    x = unit(within_range(x))
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
+    if not mean.any() and (std == 1).all():
+        return x
     return torch.addcmul(moved(-mean / std, x.device), x, moved(1 / std, x.device))  # one pass
 
 
@@ -172,7 +178,7 @@ def mixed(*numbers):
 def augment(x, modality, size, draws):
     """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
     has = AUGMENTATIONS[modality]
-    x = random_resized_crop(unit(x), size, has["scale"], draws, has.get("vflip"))
+    x = random_resized_crop(within_range(x), size, has["scale"], draws, has.get("vflip"))
     if "gray_p" in has:
         x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
                           has["gray_p"], draws)
@@ -218,11 +224,11 @@ def random_resized_crop(x, size, scale, draws, vflip=False):
     Wx, Wy = triangle_filter(left, w, W, size), triangle_filter(top, h, H, size)  # BxSxW, BxSxH
     Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
     Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
-    return separable(x, Wy, Wx)                                         # BxCxSxS
+    return separable(unit(x), Wy, Wx)                                   # BxCxSxS
 
 
 def resized_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = resize(image[:, :, top:top + h, left:left + w], (size, size))
+    box = resize(unit(image[:, :, top:top + h, left:left + w]), (size, size))
     if upside_down:
         box = box.flip(2)
     if mirrored:
