@@ -433,7 +433,7 @@ class Gather(torch.autograd.Function):
 
     Each computes the whole loss, so each has the gradient of all N rows; DDP averages over the W:
     one's own rows W times make it exactly that of one process.  (An in-place all_reduce of C gives
-    1/W of it.)  A sum of rows that are zero elsewhere: gloo has no all_gather for CUDA tensors."""
+    1/W of it.)  A sum of rows that are zero elsewhere: gloo names no all_gather of CUDA ones."""
 
     @staticmethod
     def forward(ctx, z):
