@@ -432,8 +432,9 @@ class Gather(torch.autograd.Function):
     """nxK of each of W processes -> NxK on each, in the order of ranks; differentiable.
 
     Each computes the whole loss, so each has the gradient of all N rows; DDP averages over the W:
-    one's own rows W times make it exactly that of one process.  (An in-place all_reduce of C gives
-    1/W of it.)  A sum of rows that are zero elsewhere: gloo names no all_gather of CUDA ones."""
+    one's own rows W times make it exactly that of one process.  (An in-place all_reduce of C,
+    outside autograd, gives 1/W of it.)  A sum of rows that are zero elsewhere: gloo documents no
+    all_gather for CUDA tensors."""
 
     @staticmethod
     def forward(ctx, z):

@@ -1652,6 +1652,18 @@ def test_made_up_scenes_are_seeded(scenes, tmp_path):
         assert (scenes / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
+@pytest.mark.parametrize("program, flags", [
+    (pretrain, "--scenario rgbd --toy"), (finetune, "--task sunrgbd --toy --weights none")])
+def test_of_several_processes_the_first_makes_the_scenes(program, flags, tmp_path, monkeypatch):
+    def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
+        raise BadInput(f"process {rank} makes {scenes}")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(program, "make_toy", make_toy)
+    is_refused("process 1 makes None", call, program, f"{flags} --out {tmp_path}/o")
+
+
 @pytest.mark.parametrize("shape", data.SHAPES)
 def test_shapes_have_the_same_area(shape):
     """Otherwise mean brightness would give the factor away; 4 in units of the shape's radius."""
