@@ -213,7 +213,7 @@ def random_boxes(B, H, W, scale, draws):
 
 def random_resized_crop(x, size, scale, draws, vflip=False):
     """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
-    B, C, H, W = x.shape
+    B, _, H, W = x.shape
     top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws)     # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
@@ -921,7 +921,7 @@ def measured(paths, strict, most=200):
         a[~np.isfinite(a)] = np.nan
         sums += np.stack([np.isfinite(a).sum(1), np.nansum(a, 1), np.nansum(a * a, 1)])
     need(row, f"none of {len(paths)} images can be read; the last: {reason}")
-    n, mean, square = sums / np.maximum(sums[0], 1)
+    _, mean, square = sums / np.maximum(sums[0], 1)
     std = np.sqrt(np.maximum(square - mean ** 2, 0))
     std[std <= 1e-6 * np.abs(mean)] = 1         # a constant channel
     if row["dtype"] == "uint8":
@@ -1602,14 +1602,14 @@ def inspect(dataset, i):
 
 def check(args):
     """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
-    scenario, own = args.task or args.scenario, (args.data1, args.data2)
+    source, own = args.task or args.scenario, (args.data1, args.data2)
     need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
-    need((scenario == "custom") == all(own) == any(own) and not (all(own) and args.data),
+    need((source == "custom") == all(own) == any(own) and not (all(own) and args.data),
          "check: expected --data1 and --data2 with --scenario custom, else --data")
-    root = own if scenario == "custom" else args.data or f"data/{scenario}"
+    root = own if source == "custom" else args.data or f"data/{source}"
     split = args.split or ("train" if args.task else "all")
-    custom = dict(augment_as=(args.augment1, args.augment2)) if scenario == "custom" else {}
-    dataset = open_pairs(scenario, root, args.size, split, args.depth_unit, strict=False, **custom)
+    custom = dict(augment_as=(args.augment1, args.augment2)) if source == "custom" else {}
+    dataset = open_pairs(source, root, args.size, split, args.depth_unit, strict=False, **custom)
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
     good, uneven, missing, usual = [], [], {}, None
     bad = [f"{name}\tno partner" for name in dataset.lonely]

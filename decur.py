@@ -243,8 +243,7 @@ class ResNet(torchvision.models.ResNet):
     """torchvision's ResNet for any number of input channels, no classifier, names unchanged.
 
     Call: NxCxHxW -> Nxd, the pooled feature.  `stages`: four maps, of H/4 to H/32, resnet-toy's
-    of H/2 to H/8.
-    """
+    of H/2 to H/8."""
 
     def __init__(self, name, channels):
         block, depths, width = RESNETS[name]
