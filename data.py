@@ -69,9 +69,9 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also
 TREE = "the first lines of data.py show the tree"
 SCENES = "or try made-up scenes: --toy"
 
-PICTURES = (".jpg", ".jpeg", ".png")
-IMAGES = (*PICTURES, ".tif", ".tiff", ".npy")
-COLOURS = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "L": "L",
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGES = (*PICTURE_SUFFIXES, ".tif", ".tiff", ".npy")
+PILLOW_MODES = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "L": "L",
            "LA": "L", "1": "L"}                 # Pillow's 8-bit modes, and what they are read as
 
 
@@ -110,14 +110,14 @@ MODALITIES = {                                  # range: what x in [0, 1] is; me
 MAX_DEPTH = 10.0                                # m
 
 
-def unit(x):
+def to_unit_range(x):
     """uint8 -> float32 in [0, 1]; float tensors are there already."""
     need(x.dtype == torch.uint8 or x.is_floating_point(),
          f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
-def within_range(x):
+def check_range(x):
     """x: uint8, or float in [0, 1], or it is refused; on a GPU the answer would take too long."""
     if x.is_floating_point() and x.device.type == "cpu" and x.numel():
         low, high = x.aminmax()                 # NaN if there is one
@@ -128,11 +128,11 @@ def within_range(x):
 
 def normalise(x, modality):
     """(x - mean) / std of the modality, band by band.  x: BxCxHxW in [0, 1]."""
-    x = unit(within_range(x))
+    x = to_unit_range(check_range(x))
     mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
     if not mean.any() and (std == 1).all():
         return x
-    return torch.addcmul(moved(-mean / std, x.device), x, moved(1 / std, x.device))  # one pass
+    return torch.addcmul(move_to(-mean / std, x.device), x, move_to(1 / std, x.device))  # one pass
 
 
 # ---- augmentations, Sec. 4: batched, on any device, each image with parameters of its own ----
@@ -165,20 +165,20 @@ class Draws:
         self.seed, self.batch_size, self.rows = seed, batch_size, rows
 
     def restart(self, step):
-        self.generator = torch.Generator().manual_seed(mixed(self.seed, step))
+        self.generator = torch.Generator().manual_seed(mix_seeds(self.seed, step))
 
     def __call__(self, n):
         return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]  # Bxn in [0, 1)
 
 
-def mixed(*numbers):
+def mix_seeds(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def augment(x, modality, size, draws):
     """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
     has = AUGMENTATIONS[modality]
-    x = random_resized_crop(within_range(x), size, has["scale"], draws, has.get("vflip"))
+    x = random_resized_crop(check_range(x), size, has["scale"], draws, has.get("vflip"))
     if "gray_p" in has:
         x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
                           has["gray_p"], draws)
@@ -188,12 +188,12 @@ def augment(x, modality, size, draws):
     return normalise(x, modality)
 
 
-def plain(x, modality, size):
+def resize_and_normalise(x, modality, size):
     """What an encoder sees without augmentation: all of BxCxHxW -> BxCxSxS, normalised."""
-    return normalise(resize(unit(x), (size, size)), modality)
+    return normalise(resize(to_unit_range(x), (size, size)), modality)
 
 
-def random_boxes(B, H, W, scale, draws):
+def draw_boxes(B, H, W, scale, draws):
     """Boxes of `scale` of the area, of log-uniform aspect ratio, half mirrored: the first of
     ten tries that fits, as torchvision, or the largest.  Top, left, height, width, flip: Bx1."""
     u, ratio = draws(23).double(), (3 / 4, 4 / 3)                       # Bx23
@@ -214,21 +214,21 @@ def random_boxes(B, H, W, scale, draws):
 def random_resized_crop(x, size, scale, draws, vflip=False):
     """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
     B, _, H, W = x.shape
-    top, left, h, w, mirrored = random_boxes(B, H, W, scale, draws)     # Bx1 each
+    top, left, h, w, mirrored = draw_boxes(B, H, W, scale, draws)     # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
     if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
-        return torch.cat([resized_box(image[None], size, *box)
+        return torch.cat([resize_box(image[None], size, *box)
                           for image, box in zip(x, boxes.long().tolist())])
-    top, left, h, w, upside_down, mirrored = moved(boxes.float(), x.device).split(1, 1)
-    Wx, Wy = triangle_filter(left, w, W, size), triangle_filter(top, h, H, size)  # BxSxW, BxSxH
+    top, left, h, w, upside_down, mirrored = move_to(boxes.float(), x.device).split(1, 1)
+    Wx, Wy = make_triangle_filter(left, w, W, size), make_triangle_filter(top, h, H, size)  # BxSxW, BxSxH
     Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
     Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
-    return separable(unit(x), Wy, Wx)                                   # BxCxSxS
+    return filter_separably(to_unit_range(x), Wy, Wx)                                   # BxCxSxS
 
 
-def resized_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = resize(unit(image[:, :, top:top + h, left:left + w]), (size, size))
+def resize_box(image, size, top, left, h, w, upside_down, mirrored):
+    box = resize(to_unit_range(image[:, :, top:top + h, left:left + w]), (size, size))
     if upside_down:
         box = box.flip(2)
     if mirrored:
@@ -240,7 +240,7 @@ def resize(x, size):
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
-def triangle_filter(start, length, n_in, n_out):
+def make_triangle_filter(start, length, n_in, n_out):
     """Weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out."""
     pixel, step = torch.arange(n_in, device=start.device), length / n_out  # n_in, Bx1
     centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
@@ -250,7 +250,7 @@ def triangle_filter(start, length, n_in, n_out):
     return (weight / weight.sum(-1, keepdim=True)).float()
 
 
-def separable(x, Wy, Wx):
+def filter_separably(x, Wy, Wx):
     """Filter the columns with Wy: BxSyxH and the rows with Wx: BxSxxW.  x: BxCxHxW -> BxCxSyxSx.
     The channels lie side by side: a filter broadcast over them would be copied for each."""
     B, C, H, W = x.shape
@@ -274,14 +274,14 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
     luma = torch.tensor([0.299, 0.587, 0.114]) if C == 3 else torch.full((C,), 1 / C)
     A = s * torch.eye(C) + (1 - s) * luma.expand(C, C)                  # BxCxC, grey stays grey
     if C == 3:
-        A = hue_rotation(2 * np.pi * turn) @ A
-    luma, b, c, A = (moved(v, x.device) for v in (luma, b, c, A))
+        A = make_hue_rotation(2 * np.pi * turn) @ A
+    luma, b, c, A = (move_to(v, x.device) for v in (luma, b, c, A))
     mean = (x.mean((2, 3)) @ luma).view(-1, 1, 1)                       # Bx1x1
     x = torch.baddbmm((1 - c) * b * mean, c * b * A, x.flatten(2))      # BxCxHW, a multiply-add
     return x.clamp_(0, 1).view(shape)
 
 
-def hue_rotation(angle):
+def make_hue_rotation(angle):
     """Bx3x3: turns colours by `angle` (B, radians) about the grey axis (1, 1, 1), red to green."""
     grey = torch.full((3, 3), 1 / 3)                                    # projects on the axis
     turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a quarter turn
@@ -296,16 +296,16 @@ def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
     if len(chosen) == 0:
         return x
     width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
-    chosen, width = moved(chosen, x.device), moved(width, x.device)
+    chosen, width = move_to(chosen, x.device), move_to(width, x.device)
     pixel = torch.arange(S, dtype=x.dtype, device=x.device)
     distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
     G = torch.exp(-0.5 * distance ** 2) * (distance < 5)  # denormals beyond are slow on a CPU
     G = G / G.sum(-1, keepdim=True)             # cut off at the border and normalised
-    return x.index_copy(0, chosen, separable(x[chosen], G, G))
+    return x.index_copy(0, chosen, filter_separably(x[chosen], G, G))
 
 
 def random_solarize(x, solarize_p, draws):
-    chosen = moved(draws(1) < solarize_p, x.device)[..., None, None]    # Bx1x1x1
+    chosen = move_to(draws(1) < solarize_p, x.device)[..., None, None]    # Bx1x1x1
     return torch.where(chosen & (x >= 0.5), 1 - x, x)                   # BxCxHxW
 
 
@@ -362,7 +362,7 @@ class SSL4EO:
         else:                                   # 97 ids have no folder; some copies' are shorter
             need((self.root / "s1").is_dir() or not any(self.root.glob("**/*.zarr.zip")),
                  f"{root} holds SSL4EO-S12 v1.1, of other values; expected v1.0; {TREE}")
-            s1, s2 = (set(listed(self.root / name, r"\d{6,7}")) for name in ("s1", "s2c"))
+            s1, s2 = (set(list_folders(self.root / name, r"\d{6,7}")) for name in ("s1", "s2c"))
             self.ids, self.lonely = sorted(s1 & s2), sorted(s1 ^ s2)
             refuse(strict, self.lonely, root, "only one of s1 and s2c")
         self.row = {name: row for row, name in enumerate(self.ids)}
@@ -377,7 +377,7 @@ class SSL4EO:
         for folder, bands in (("s1", S1), ("s2c", S2)):
             where = self.root / folder / self.ids[i]
             # by their dates: by name, S1's would be sorted by satellite first
-            names = sorted(listed(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
+            names = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
             need(len(names) == 4, f"{where} holds {len(names)} seasons, expected 4; download them")
             for band in bands:
                 yield band, read_band(where / names[season] / f"{band}.tif")
@@ -471,7 +471,7 @@ class BigEarthNet:
     def __init__(self, root, split, strict=True):
         self.root = Path(root)
         self.folders = self.root / "BigEarthNet-S1-v1.0", self.root / "BigEarthNet-v1.0"
-        s1_names, s2_names = (set(listed(folder)) for folder in self.folders)
+        s1_names, s2_names = (set(list_folders(folder)) for folder in self.folders)
         self.partner = self.listed_pairs(split, s1_names)
         for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
             if (self.root / name).is_file():
@@ -498,7 +498,7 @@ class BigEarthNet:
         with contextlib.suppress(BadInput, ValueError):  # none yet, or damaged: written anew
             link = dict(line.split(",") for line in read_lines(cache))
         if set(link.values()) != s1_names:      # not yet written, or patches came or went since
-            for s1 in progress(sorted(s1_names), "S1 patches"):
+            for s1 in show_progress(sorted(s1_names), "S1 patches"):
                 about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", "labels")
                 link[str(about.get("corresponding_s2_patch"))] = s1
             with contextlib.suppress(OSError):  # a folder that is only to be read
@@ -543,7 +543,7 @@ class GeoNRW:
         self.root = Path(root) / "cropped" if (Path(root) / "cropped").is_dir() else Path(root)
         self.classes, self.ids, self.lonely = classes, [], []
         self.parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
-        for city in listed(self.root):
+        for city in list_folders(self.root):
             if split != "all" and (city in self.test_cities) != (split == "test"):
                 continue
             tiles = {}                          # their parts
@@ -580,7 +580,7 @@ class GeoNRW:
         if not seg:
             return [x1], [x2]
         label = torch.from_numpy(seg[0][0].astype(np.int64))
-        check_label(f"{name}_seg", label, rgb.shape[1:], self.classes)
+        check_mask(f"{name}_seg", label, rgb.shape[1:], self.classes)
         return x1, x2, label
 
 
@@ -635,9 +635,9 @@ class RGBD:
             need(files2, f"{root} has no HHA yet; run `python data.py hha --data {root}` first")
         else:
             where = root / "RGB", root / second
-            files1, files2 = map(named_files, where)
+            files1, files2 = map(find_images, where)
         self.files = [files1, files2]
-        ids, self.lonely = paired(files1, files2, where, strict)
+        ids, self.lonely = pair_names(files1, files2, where, strict)
         self.ids = ids if split == "all" else read_list(root / f"{split}.txt", dict.fromkeys(ids))
         if classes:
             self.files.append(label_files(root, frames))
@@ -655,22 +655,22 @@ class RGBD:
 
     def __getitem__(self, i):
         file1, file2, *label = (files[self.ids[i]] for files in self.files)
-        image = opened_rgb(file1)
+        image = open_rgb(file1)
         x1 = on_canvas(image, self.canvas)
         if self.modalities[1] == "hha":
-            x2 = on_canvas(opened_rgb(file2), self.canvas)
+            x2 = on_canvas(open_rgb(file2), self.canvas)
         else:
             x2 = read_depth(file2, self.canvas, self.depth_unit)
         if not label:
             return [x1], [x2]
-        check_label(label[0], read_label(label[0]), image.size[::-1], self.classes)
+        check_mask(label[0], read_label(label[0]), image.size[::-1], self.classes)
         return x1, x2, torch.from_numpy(read_label(label[0], self.canvas))
 
 
-def opened_rgb(path):
+def open_rgb(path):
     """A Pillow image in colours of 8 bits; grey becomes three equal channels."""
-    image = opened(path)
-    need(image.mode in COLOURS, f"{path} is a {image.mode} image; expected colours or grey of 8 "
+    image = open_image(path)
+    need(image.mode in PILLOW_MODES, f"{path} is a {image.mode} image; expected colours or grey of 8 "
          f"bits: scale it to 0..255 first, or use --scenario custom")
     return image.convert("RGB")
 
@@ -681,9 +681,9 @@ def on_canvas(image, canvas):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def metres(path, depth_unit):
+def read_metres(path, depth_unit):
     """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
-    steps = np.array(opened(path))
+    steps = np.array(open_image(path))
     need(steps.ndim == 2 and steps.dtype.kind in "ui" and steps.dtype.itemsize > 1,
          f"{path} is {steps.dtype} {steps.shape}; expected depth as one 16-bit channel")
     if depth_unit is None:
@@ -693,7 +693,7 @@ def metres(path, depth_unit):
 
 def read_depth(path, canvas, depth_unit):
     """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; holes have the mean."""
-    z = metres(path, depth_unit)
+    z = read_metres(path, depth_unit)
     need(z.any(), f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
     z, weight = (np.array(Image.fromarray(a.astype(np.float32))
                           .resize(canvas[::-1], Image.Resampling.BILINEAR)) for a in (z, z > 0))
@@ -746,7 +746,7 @@ def read_intrinsics(path):
 def label_files(root, frames):
     """{id: label file}.  SUN RGB-D's number the frames of test.txt and then those of train.txt."""
     if not frames:
-        return named_files(root / ("Label" if (root / "Label").is_dir() else "labels"))
+        return find_images(root / ("Label" if (root / "Label").is_dir() else "labels"))
     order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
     files = {frame: root / f"labels/img-{k:06d}.png" for k, frame in enumerate(order, 1)}
     return {frame: path for frame, path in files.items() if path.is_file()}
@@ -754,7 +754,7 @@ def label_files(root, frames):
 
 def read_label(path, canvas=None):
     """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
-    image = opened(path)
+    image = open_image(path)
     need(image.format in ("PNG", "TIFF") and len(image.getbands()) == 1 and image.mode != "F",
          f"{path} is a {image.mode} {image.format}; expected class indices, PNG or TIFF (JPEG "
          f"changes them where they meet): make it again from the source")
@@ -793,21 +793,21 @@ def hha(depth_m, raw_m, K):
             for a in (u * u * m, u * v * m, u * m, v * v * m, v * m, m, u * q, v * q, q)]
     for a in sums:
         a[:11] = a[:, :11] = 0
-    N = normals(sums, u, v, z, 10).reshape(3, -1)                          # smooth ones for gravity
-    g = gravity(N.compress(~np.isnan(N[0]), 1))
+    N = fit_normals(sums, u, v, z, 10).reshape(3, -1)                          # smooth ones for gravity
+    g = find_gravity(N.compress(~np.isnan(N[0]), 1))
     if np.degrees(np.arccos(min(g[1], 1))) <= 0.1:
         up = -z * v                             # so near the camera's y axis, it counts as that
     else:
         up = -z * (g[0] * u + g[1] * v + g[2])
     lowest = up.min()
     height = up - (lowest if lowest <= -90 else -130)  # no floor in sight: camera 130 cm high
-    cosine = np.einsum("c,chw->hw", g, normals(sums, u, v, z, 3)).clip(-1, 1)
+    cosine = np.einsum("c,chw->hw", g, fit_normals(sums, u, v, z, 3)).clip(-1, 1)
     angle = np.where(np.isnan(cosine), 180, np.degrees(np.arccos(cosine)))
     out = np.stack([31000 / np.maximum(z, 100), height, angle + 128 - 90], -1)  # HxWx3
     return np.floor(out + 0.5).clip(0, 255).astype(np.uint8)
 
 
-def window_sums(integral, radius):
+def sum_windows(integral, radius):
     """Sums over square windows from an integral image padded by 10: (H+21)x(W+21).  Returns HxW."""
     lo, hi = 10 - radius, 11 + radius
     H, W = integral.shape[0] - 21, integral.shape[1] - 21
@@ -815,9 +815,9 @@ def window_sums(integral, radius):
     return rows[:, hi:hi + W] - rows[:, lo:lo + W]
 
 
-def normals(sums, u, v, z, radius):
+def fit_normals(sums, u, v, z, radius):
     """Unit normals 3xHxW of planes a u + b v + c = 1/z fitted to windows; NaN without any pixel."""
-    uu, uv, u1, vv, v1, n, uq, vq, q1 = (window_sums(a, radius) for a in sums)
+    uu, uv, u1, vv, v1, n, uq, vq, q1 = (sum_windows(a, radius) for a in sums)
     # Least squares by the adjugate of the normal matrix: its determinant would only scale a, b, c.
     A, B, C = vv * n - v1 * v1, u1 * v1 - uv * n, uv * v1 - u1 * vv
     D, E, G = uu * n - u1 * u1, uv * u1 - uu * v1, uu * vv - uv * uv
@@ -830,7 +830,7 @@ def normals(sums, u, v, z, radius):
     return N
 
 
-def gravity(N):
+def find_gravity(N):
     """Gravity's direction: floors face it, walls stand along it; ten steps from down.  N: 3xP."""
     g = np.array([0.0, 1.0, 0.0])
     i, j = np.triu_indices(3)
@@ -858,8 +858,8 @@ class Pairs:
         stars = [max(1, pattern.count("*")) for pattern in where]
         need(where[0] != where[1] and stars[0] == stars[1], f"{where1} and {where2}: expected two "
              f"different folders, or patterns with as many stars: these stand for equal names")
-        self.files = [named_files(pattern, IMAGES) for pattern in where]
-        self.ids, self.lonely = paired(*self.files, where, strict and not names)
+        self.files = [find_images(pattern, IMAGES) for pattern in where]
+        self.ids, self.lonely = pair_names(*self.files, where, strict and not names)
         if names:
             self.ids = read_list(Path(names), dict.fromkeys(self.ids))
         paths = [list(map(files.get, self.ids)) for files in self.files]
@@ -867,7 +867,7 @@ class Pairs:
             sizes = [list(read_image(path).shape[1:]) for path, *_ in paths]
             self.inputs = [row | dict(size=size) for row, size in zip(inputs, sizes)]
         else:
-            self.inputs = [measured(side, strict) for side in paths]
+            self.inputs = [measure_inputs(side, strict) for side in paths]
         for name, row, kind in zip(self.modalities, self.inputs, augment_as):
             MODALITIES[name] = row
             kind = kind or {1: "dem", 2: "sar", 3: "aerial"}.get(len(row["bands"]), "ms")
@@ -903,11 +903,11 @@ def read_like(path, row):
     return a
 
 
-def measured(paths, strict, most=200):
+def measure_inputs(paths, strict, most=200):
     """The row of MODALITIES for one's own images, from at most 200 of them: mean and std of x in
     [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits."""
     row, sums, reason = None, 0, None
-    for path in progress(evenly(paths, most), "measuring"):
+    for path in show_progress(spread_evenly(paths, most), "measuring"):
         try:
             a = read_like(path, row) if row else read_image(path)
         except BadInput as error:
@@ -934,7 +934,7 @@ def measured(paths, strict, most=200):
 
 # ---- files by their names ----
 
-def named_files(where, suffixes=PICTURES):
+def find_images(where, suffixes=PICTURE_SUFFIXES):
     """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
     what the stars stand for, joined by _."""
     files, where = {}, Path(where).as_posix()
@@ -958,7 +958,7 @@ def named_files(where, suffixes=PICTURES):
     return dict(sorted(files.items()))
 
 
-def paired(files1, files2, where, strict):
+def pair_names(files1, files2, where, strict):
     """The names that both have, and those that one has alone: refused if strict, or if all are."""
     both, lonely = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
     if lonely and (strict or not both):
@@ -991,7 +991,7 @@ def reading(path, kind, remedy="copy or download it again"):
         raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
 
 
-def opened(path):
+def open_image(path):
     """A Pillow image, upright, with its pixels read; no other format can start a program."""
     with reading(path, "an image"):
         image = Image.open(path, formats=("PNG", "JPEG", "JPEG2000", "TIFF"))
@@ -1010,9 +1010,9 @@ def read_image(path):
         with reading(path, "a numpy array"):
             a = np.load(path, allow_pickle=False)
     else:
-        image = opened(path)
+        image = open_image(path)
         # Pillow takes GeoNRW's fourth band, near infrared, for alpha: dropped, never blended in
-        a = np.array(image.convert(COLOURS.get(image.mode, image.mode)))
+        a = np.array(image.convert(PILLOW_MODES.get(image.mode, image.mode)))
     a = checked(path, a)
     if a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
         a = a.transpose(2, 0, 1)                # HxWxC
@@ -1090,7 +1090,7 @@ def refuse(strict, lonely, root, where):
          f"first: {lonely[:1]}); `python data.py check` lists them; complete or remove them")
 
 
-def listed(folder, names=".*"):
+def list_folders(folder, names=".*"):
     """The folders in a folder whose names match, sorted."""
     need(os.path.isdir(folder), f"no folder {folder}; {TREE}; {SCENES}")
     with os.scandir(folder) as entries:
@@ -1100,10 +1100,10 @@ def listed(folder, names=".*"):
 
 # ---- from data sets to batches ----
 
-TASKS = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their number of classes
+NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their number of classes
 
 
-def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
+def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
                **custom):
     """The data set of a scenario, or of a transfer task: (x1, x2, target), labels up to `classes`.
     For custom: two folders or patterns, the file of a list.  Not strict: see `refuse`, .lonely."""
@@ -1111,7 +1111,7 @@ def open_pairs(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=
         return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
     root = Path(root)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
-    classes = classes or TASKS.get(name)
+    classes = classes or NUM_CLASSES.get(name)
     if name == "sar-optical":
         data = SSL4EO(root, split, seed, strict)
     elif name == "bigearthnet":
@@ -1145,13 +1145,13 @@ class Samples:
         return sample
 
 
-def both_views(views, device):
+def move_views(views, device):
     """A batch for each of two views, on the device; a single one stands twice, and moves once."""
-    views = [moved(x, device) for x in views]
+    views = [move_to(x, device) for x in views]
     return views if len(views) == 2 else [views[0], views[0]]
 
 
-def moved(x, device):                           # on MPS, a copy not waited for may be torn
+def move_to(x, device):                           # on MPS, a copy not waited for may be torn
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -1162,7 +1162,7 @@ def epoch_batches(n, batch_size, seed, epoch):
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def check_label(path, label, image_size, num_classes):
+def check_mask(path, label, image_size, num_classes):
     """A mask HxW is as large as its image and holds 0 (unlabelled) to num_classes."""
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
     need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
@@ -1173,7 +1173,7 @@ def check_label(path, label, image_size, num_classes):
 
 # ---- what the network sees ----
 
-def visible(x, modality):
+def make_visible(x, modality):
     """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].  Colours, HHA as they are;
     else stretched from the 2nd to the 98th percentile, B4 B3 B2, three, or one as grey."""
     bands, mean, std = (MODALITIES[modality][key] for key in ("bands", "mean", "std"))
@@ -1210,7 +1210,7 @@ def ends_of(modality, band):
             "dem": (0, 1, "of the patch's range")}.get(modality, (0, 255, "of 255"))
 
 
-def what_is_seen(data, indices):
+def describe_inputs(data, indices):
     """Of some samples, band by band, percentiles in the unit of the files, and mean and std of x in
     [0, 1] beside the normaliser's: a table's lines, and one for each thing that looks wrong."""
     table = [f"{'seen':20s}       1 %    median      99 %  clipped  mean   std (normaliser's)"]
@@ -1218,7 +1218,7 @@ def what_is_seen(data, indices):
     for i in indices:
         for parts, views in zip(pixels, data[i]):
             for view in views if isinstance(views, list) else [views]:
-                x = unit(view).flatten(1)
+                x = to_unit_range(view).flatten(1)
                 parts.append(x[:, ::max(1, x.shape[1] // 2000)])  # some of them
     for modality, parts in zip(data.modalities, pixels):
         row, x = MODALITIES[modality], torch.cat(parts, 1).double().numpy()  # CxP
@@ -1241,12 +1241,12 @@ def what_is_seen(data, indices):
     return table, warnings
 
 
-def input_warnings(data, n=16):
+def find_warnings(data, n=16):
     """One line for each thing that looks wrong in what the network will see, from n samples."""
-    return what_is_seen(data, evenly(range(len(data)), n))[1]
+    return describe_inputs(data, spread_evenly(range(len(data)), n))[1]
 
 
-def evenly(indices, n):
+def spread_evenly(indices, n):
     return [indices[i] for i in np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)]
 
 
@@ -1298,7 +1298,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def expanded(text):
+def expand_path(text):
     """For argparse's type=: a file, folder or pattern; ~ is one's home."""
     if not text:                                # as of a shell's variable that is not set
         raise argparse.ArgumentTypeError("nothing; expected a name")
@@ -1315,18 +1315,18 @@ class OnePattern(argparse.Action):
         setattr(args, self.dest, values[0])
 
 
-def cores():
+def count_cores():
     """How many this process may use; a cgroup or Slurm may give it less than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def default_workers():
+def choose_workers():
     """--workers for each process: on CUDA at most 8; a CPU, and MPS, read in the main process."""
     if not torch.cuda.is_available():
         return 0
-    return min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(8, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def leave_group(worker):
@@ -1335,14 +1335,14 @@ def leave_group(worker):
         os.setpgrp()
 
 
-def progress(*args, **settings):
+def show_progress(*args, **settings):
     """tqdm's bar, gone when all is done; where nobody could see it move, news every 30 s."""
     if sys.stderr is None or not sys.stderr.isatty():
         settings |= dict(delay=30, mininterval=30, miniters=1, disable=sys.stderr is None)
     return tqdm(*args, **dict(leave=False, dynamic_ncols=True) | settings)
 
 
-def guarded(main):
+def run_main(main):
     """Exit with what main() returns; with bad input, one line on stderr and exit code 2."""
     with contextlib.suppress(AttributeError):   # a notebook's stdout; None where it is closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -1528,7 +1528,7 @@ def save_new(path, image, **settings):
     Image.fromarray(image).save(path, **settings)
 
 
-TOYS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_aerial, 2048, 512),
+TOY_WRITERS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_aerial, 2048, 512),
         "rgbd": (write_indoor, 2048, 512)}      # scenes for training and for tests
 
 
@@ -1542,13 +1542,13 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
     if root.is_dir():
         return
     need(not root.exists(), f"{root} is a file; expected a folder, or a name that is free")
-    write, *default = TOYS[scenario]
+    write, *default = TOY_WRITERS[scenario]
     scenes, held_out = scenes or default[0], held_out or default[1]
     rngs = [np.random.default_rng((seed, i)) for i in range(scenes + held_out)]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as folder:
         part = Path(folder) / root.name
-        written = list(progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
+        written = list(show_progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
         for split, these in (("train", written[:scenes]), ("test", written[scenes:])):
             (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in these))
         rows = "".join(f"{name},{a},{b},{c}\n" for name, (a, b, c) in written)
@@ -1578,7 +1578,7 @@ def in_processes(function, jobs, workers, text):
     """function of each job, in order: a DataLoader is a parallel map that runs little ahead."""
     loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
                         num_workers=workers if workers > 1 else 0)
-    return progress(loader, text)
+    return show_progress(loader, text)
 
 
 def inspect(dataset, i):
@@ -1609,7 +1609,7 @@ def check(args):
     root = own if source == "custom" else args.data or f"data/{source}"
     split = args.split or ("train" if args.task else "all")
     custom = dict(augment_as=(args.augment1, args.augment2)) if source == "custom" else {}
-    dataset = open_pairs(source, root, args.size, split, args.depth_unit, strict=False, **custom)
+    dataset = open_dataset(source, root, args.size, split, args.depth_unit, strict=False, **custom)
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
     good, uneven, missing, usual = [], [], {}, None
     bad = [f"{name}\tno partner" for name in dataset.lonely]
@@ -1628,7 +1628,7 @@ def check(args):
             usual = shapes
             good.append(i)
     out.mkdir(parents=True, exist_ok=True)
-    table, warnings = what_is_seen(dataset, evenly(good, 200)) if good else ([], [])
+    table, warnings = describe_inputs(dataset, spread_evenly(good, 200)) if good else ([], [])
     if uneven:
         warnings.append(f"{len(uneven)} pairs differ in width / height and are squeezed to one "
                         f"shape (the first: {uneven[0]})")
@@ -1637,7 +1637,7 @@ def check(args):
     for line in warnings:
         print(f"warning: {line}")
     if good:
-        contact_sheet(dataset, evenly(good, 8), out / "contact-sheet.png", args.size)
+        contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", args.size)
         print(f"a row a pair, two augmented views of {' and two of '.join(dataset.modalities)}, as "
               f"the network will see them: {out / 'contact-sheet.png'}")
     partners = f"of which {len(dataset.lonely)} without a partner"
@@ -1660,9 +1660,9 @@ def contact_sheet(dataset, indices, path, size):
     draws, columns = Draws(0, len(indices), slice(None)), []
     draws.restart(0)
     for modality, batch in zip(dataset.modalities, batches):
-        for x in both_views(batch if isinstance(batch, list) else [batch], "cpu"):
+        for x in move_views(batch if isinstance(batch, list) else [batch], "cpu"):
             views = augment(x, modality, size, draws)
-            columns.append(np.concatenate([visible(view, modality) for view in views], 0))
+            columns.append(np.concatenate([make_visible(view, modality) for view in views], 0))
     sheet = (255 * np.concatenate(columns, 1)).astype(np.uint8)         # BSx4Sx3
     write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
 
@@ -1749,8 +1749,8 @@ def write_hha(root, workers, depth_unit):
     with contextlib.ExitStack() as stack:
         if (root / "Depth").is_dir():
             camera = read_intrinsics(root / "intrinsics.txt")
-            depth = named_files(root / "Depth")
-            raw = named_files(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
+            depth = find_images(root / "Depth")
+            raw = find_images(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
             missing = [name for name in depth if name not in raw]
             need(not missing, f"{len(missing)} frames of {root / 'Depth'}, first {missing[:1]}, "
                  f"are not in RawDepth; complete it, or take RawDepth away")
@@ -1772,16 +1772,16 @@ def hha_file(image):
 
 def write_one_hha(job):
     depth, raw, depth_unit, camera, out = job
-    depth_m, raw_m = metres(depth, depth_unit), metres(raw, depth_unit)
+    depth_m, raw_m = read_metres(depth, depth_unit), read_metres(raw, depth_unit)
     try:
-        image = Image.fromarray(hha(filled(depth_m), raw_m, camera))
+        image = Image.fromarray(hha(fill_holes(depth_m), raw_m, camera))
     except ValueError as error:
         raise BadInput(f"{depth}, {raw}: {error}") from None
     out.parent.mkdir(exist_ok=True)
     write_atomically(out, lambda file: image.save(file, "png"))
 
 
-def filled(z):
+def fill_holes(z):
     """HxW depth, each hole (0) filled with the farther of the next readings to its left and right,
     for an object hides its background; a row without any with the median."""
     valid, column = z > 0, np.arange(z.shape[1])
@@ -1794,24 +1794,24 @@ def filled(z):
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    folder = dict(metavar="DIR", type=expanded)
-    own = dict(metavar="FILES", type=expanded, nargs="+", action=OnePattern,
+    folder = dict(metavar="DIR", type=expand_path)
+    own = dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
                help="of custom: a folder, or a pattern in quotes such as 'chips/*_S1Hand.tif'")
     augment = dict(choices=AUGMENTATIONS, help="of custom: draw the views as of this modality")
     flags = {
-        "--scenario": dict(choices=[*TOYS, "custom"]),
-        "--task": dict(choices=TASKS, help="a transfer task instead of a scenario"),
+        "--scenario": dict(choices=[*TOY_WRITERS, "custom"]),
+        "--task": dict(choices=NUM_CLASSES, help="a transfer task instead of a scenario"),
         "--data": dict(folder, help="default: the scenario's or the task's, in data/"),
         "--data1": own,
         "--data2": own,
         "--augment1": augment,
         "--augment2": augment,
-        "--split": dict(type=expanded, help="default: all; of a task train; of custom a list"),
+        "--split": dict(type=expand_path, help="default: all; of a task train; of custom a list"),
         "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
         "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
                              help="steps of a depth file a metre; default: 1000"),
         "--out": dict(folder, help="default: where it is looked for; of check runs/check-..."),
-        "--workers": dict(type=number(int, 0), default=cores(), help="default: one a core")}
+        "--workers": dict(type=number(int, 0), default=count_cores(), help="default: one a core")}
     for command, data, names, text in (
             ("check", None, " ".join(flags), "read every file; exit code 1 if any is bad"),
             ("pack", "data/sar-optical", "--data --out --workers", "SSL4EO-S12 into four arrays"),
@@ -1836,11 +1836,11 @@ def main(argv=None):
     if args.command == "hha":
         write_hha(args.data, args.workers, args.depth_unit)
     if args.command == "toy":
-        need(args.scenario in TOYS, f"toy: expected --scenario, one of {', '.join(TOYS)}")
+        need(args.scenario in TOY_WRITERS, f"toy: expected --scenario, one of {', '.join(TOY_WRITERS)}")
         out = Path(args.out or f"data/toy-{args.scenario}")
         need(not out.exists(), f"{out} exists; expected a new --out")
         make_toy(args.scenario, out)
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -452,7 +452,7 @@ def branch(backbone, channels, widths):
 # ---- starting from published weights, or one's own ----
 
 BRANCHES = (("f1.E.", "backbone_1."), ("f2.E.", "backbone_2."))  # ours, the authors'
-BESIDE = ("f1.P.", "f2.P.", "projector", "bn.")                  # what else a file of both holds
+NOT_ENCODER = ("f1.P.", "f2.P.", "projector", "bn.")                  # what else a file of both holds
 CLASSIFIER = {"fc.weight", "fc.bias", "head.weight", "head.bias"}
 
 
@@ -480,7 +480,7 @@ def read_weights(file, backbone):
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or not value.isfinite().all():
             raise ValueError(f"{file}: {key} is not a tensor of finite numbers; take another file")
-    beside = (*BRANCHES[0], *BRANCHES[1], *BESIDE)
+    beside = (*BRANCHES[0], *BRANCHES[1], *NOT_ENCODER)
     rest = {key: value for key, value in state.items() if not key.startswith(beside)}
     encoders = []
     for prefixes in BRANCHES:
@@ -536,7 +536,7 @@ def load_encoder(E, state, bgr=False):
 
 # ---- python decur.py: both forms of the loss, side by side ----
 
-def seconds_of(loss, z, Kc):
+def time_loss(loss, z, Kc):
     """Of one forward and backward pass, the best of three; and the loss."""
     times = []
     for _ in range(3):
@@ -563,8 +563,8 @@ def main(argv=None):
     shared = torch.randn(N, K, device=device)   # correlated, so that no term is trivial
     z = [(shared + torch.randn(N, K, device=device)).requires_grad_() for _ in range(4)]
     print(f"N {N}  K {K}  Kc {Kc}  float32  {device}  torch {torch.__version__}")
-    slow, loss = seconds_of(decur_loss, z, Kc)
-    fast, same = seconds_of(decur_loss_gram, z, Kc)
+    slow, loss = time_loss(decur_loss, z, Kc)
+    fast, same = time_loss(decur_loss_gram, z, Kc)
     print(f"decur_loss {slow:.3f} s, decur_loss_gram {fast:.3f} s ({slow / fast:.1f} times as "
           f"fast), relative difference {abs(loss - same) / loss:.1e}")
 

@@ -33,12 +33,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data import (MODALITIES, BadInput, Draws, epoch_batches, expanded, guarded, need, number,
-                  open_pairs, plain, progress, random_resized_crop, read_factors, read_json,
-                  reading, visible, write_atomically)
+from data import (MODALITIES, BadInput, Draws, epoch_batches, expand_path, run_main, need, number,
+                  open_dataset, resize_and_normalise, show_progress, random_resized_crop, read_factors, read_json,
+                  reading, make_visible, write_atomically)
 from decur import BN, DeCUR, bounds, branch
-from pretrain import (load_checkpoint, make_folder, measure_statistics, need_equal, processes,
-                      settings_of)
+from pretrain import (load_checkpoint, make_folder, measure_statistics, check_equal, read_environment,
+                      read_settings)
 
 
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
@@ -78,7 +78,7 @@ def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
     y = y / y[:, 0].std().clamp(min=1e-12) * 1e-4
     velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
     near, pull = torch.empty_like(P), torch.empty_like(P)   # used again: each pass over nxn counts
-    for step in progress(range(steps), text, unit="step"):
+    for step in show_progress(range(steps), text, unit="step"):
         early = step < steps // 4
         exaggeration, momentum = (12, 0.5) if early else (1, 0.8)
         student(y, near)                                                # nxn
@@ -291,7 +291,7 @@ class Explained:
         self.settings, self.modalities = settings, settings["modalities"]
         self.K, self.Kc = settings["K"], settings["Kc"]
         self.root = args.data or trained_on(args.checkpoint, settings)
-        self.data = open_data(settings, self.root, args.split or settings["split"])
+        self.data = open_explained_data(settings, self.root, args.split or settings["split"])
         n = len(self.data)
         usual = n if args.only == ["embeddings"] else min(n, max(512, 4 * settings["batch_size"]))
         count = args.samples or usual
@@ -307,7 +307,7 @@ class Explained:
         need(layer in layers1, f"--layer {layer}: no such layer; there are {' '.join(layers1)}")
         if args.compare:
             other, others = open_net(args.compare, device)
-            need_equal(others, settings, ("scenario", "modalities", "channels", "size"),
+            check_equal(others, settings, ("scenario", "modalities", "channels", "size"),
                        args.compare, "the first run; expected runs that see the same")
         make_folder(args.out)
         print(f"{count} of {n} pairs of {' and '.join(self.modalities)} from "
@@ -337,7 +337,7 @@ def open_net(path, device):
     """The pretrained network, in evaluation mode and frozen, and its settings, with the step."""
     checkpoint = load_checkpoint(path)
     try:
-        settings = settings_of(checkpoint) | dict(step=checkpoint["step"])
+        settings = read_settings(checkpoint) | dict(step=checkpoint["step"])
         net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
         net.load_state_dict(checkpoint["model"])
         need(all(t.isfinite().all() for t in net.state_dict().values()), "a weight is not finite")
@@ -356,12 +356,12 @@ def trained_on(path, settings):
     return [root] if isinstance(root, str) else [str(folder) for folder in root]
 
 
-def open_data(settings, root, split):
+def open_explained_data(settings, root, split):
     """The data set, or BadInput if it is not of the kind that the checkpoint knows."""
     custom = dict(inputs=settings["inputs"]) if settings["scenario"] == "custom" else {}
     need(len(root) == (2 if custom else 1),
          f"--data {' '.join(root)}: expected two folders or patterns for custom, one otherwise")
-    data = open_pairs(settings["scenario"], root if custom else root[0], settings["size"], split,
+    data = open_dataset(settings["scenario"], root if custom else root[0], settings["size"], split,
                       settings["depth_unit"], settings["seed"], **custom)
     shown = [[name, len(views[0])] for name, views in zip(data.modalities, data[0])]
     trained = [list(pair) for pair in zip(settings["modalities"], settings["channels"])]
@@ -372,13 +372,13 @@ def open_data(settings, root, split):
 def batches(data, samples, size, batch_size, workers, device, text):
     """Batches [x1, x2] of what the networks see, BxCxSxS, under a progress bar."""
     loader = DataLoader(Subset(data, samples), batch_size, num_workers=workers)
-    for views in progress(loader, text, unit="batch"):
-        yield [plain(x[0].to(device), m, size) for x, m in zip(views, data.modalities)]
+    for views in show_progress(loader, text, unit="batch"):
+        yield [resize_and_normalise(x[0].to(device), m, size) for x, m in zip(views, data.modalities)]
 
 
 def main(argv=None):
     args = get_args(argv)
-    rank, _, device = processes()
+    rank, _, device = read_environment()
     if rank > 0:                                # under torchrun the first process does it all
         return
     if args.sweep:
@@ -423,7 +423,7 @@ def supervised(E, x, y, seed, epochs=12):
     optimizer = torch.optim.AdamW([*E.parameters(), *head.parameters()], weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     E.train()
-    for step in progress(range(steps), "supervised encoder", unit="step"):
+    for step in show_progress(range(steps), "supervised encoder", unit="step"):
         epoch, i = divmod(step, len(x) // N)
         batch = epoch_batches(len(x), N, seed, epoch)[i]
         draws.restart(step)
@@ -473,7 +473,7 @@ def read_runs(runs, root, args, device):
         return None
     factors = read_factors(root[0])
     for split in ("train", "test"):
-        data = open_data(settings, root, split)
+        data = open_explained_data(settings, root, split)
         missing = [name for name in data.ids if name not in factors]
         need(not missing, f"factors.csv lacks {missing[:1]}; make the scenes again: data.py toy")
         y.append(torch.tensor([factors[name] for name in data.ids], device=device))
@@ -501,7 +501,7 @@ def sweep(args, device):
         net, settings = open_net(folder / "checkpoint.pt", device)
         label = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
         runs.append((label, net, settings))
-        need_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
+        check_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
                    "the first run; expected runs that see the same")
     root = args.data or trained_on(args.sweep[0] / "checkpoint.pt", runs[0][2])
     accuracies = read_runs(runs, root, args, device)
@@ -644,7 +644,7 @@ def picture_gradcam(e):
     for x in batches(e.data, e.samples[:e.args.pairs], e.settings["size"], 1, 0, e.device, "pairs"):
         tiles = []
         for m, (name, net) in enumerate(zip(e.modalities, (e.net1, e.net2))):
-            picture = visible(x[m][0], name)
+            picture = make_visible(x[m][0], name)
             tiles.append((name, picture, ""))
             for part, att in e.parts(*gradcam_vis(net, x[m])).items():
                 colours = viridis(scaled(att.relu())[0].cpu().numpy()) / 255
@@ -895,7 +895,7 @@ def viridis(value):
 
 
 def user_path(text):
-    return Path(expanded(text))
+    return Path(expand_path(text))
 
 
 def get_args(argv=None):
@@ -909,9 +909,9 @@ def get_args(argv=None):
     add("--only", nargs="+", choices=PICTURES, default=list(PICTURES)[:-1],
         help="pictures to make; default: all, but not embeddings")
     add("--out", type=user_path, help="default: explain/ beside the checkpoint, --sweep: explain/")
-    add("--data", type=expanded, nargs="+", metavar="DIR",
+    add("--data", type=expand_path, nargs="+", metavar="DIR",
         help="for custom two folders or patterns; default: what the checkpoint was trained on")
-    add("--split", type=expanded, help="default: what the checkpoint was trained on")
+    add("--split", type=expand_path, help="default: what the checkpoint was trained on")
     add("--samples", type=number(int, 8), help="random pairs; default: 512, or 4 N if more, or all")
     add("--seed", type=number(int, 0), default=0, help="of the draw, the probes; default: 0")
     add("--workers", type=number(int, 0), default=0, help="that read files; default: 0")
@@ -927,4 +927,4 @@ def get_args(argv=None):
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

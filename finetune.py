@@ -33,15 +33,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_label,
-                  default_workers, expanded, guarded, leave_group, make_toy, moved, named_files,
-                  need, normalise, number, open_pairs, progress, random_boxes, read_factors,
-                  read_json, read_label, read_lines, read_list, reading, resize, separable,
-                  triangle_filter, unit, visible, write_text)
+from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_mask,
+                  choose_workers, expand_path, run_main, leave_group, make_toy, move_to, find_images,
+                  need, normalise, number, open_dataset, show_progress, draw_boxes, read_factors,
+                  read_json, read_label, read_lines, read_list, reading, resize, filter_separably,
+                  make_triangle_filter, to_unit_range, make_visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, start_as_segformer
-from pretrain import (SCENARIOS, Run, check_batch, defaults, distributed, fill_in, leave,
-                      load_checkpoint, measure_statistics, mixed_precision, pretraining_of,
-                      processes, sha256_of, start_from, summed)
+from pretrain import (SCENARIOS, Run, check_batch, defaults, distribute, fill_in, leave,
+                      load_checkpoint, measure_statistics, mixed_precision, read_pretraining,
+                      read_environment, hash_file, start_from, sum_over_processes)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -95,11 +95,11 @@ RECIPES = {
 LINEAR = {"bigearthnet": (dict(lr=0.5), "paper, App. B"), "custom": (dict(lr=1e-2), "here"),
           "toy late": (dict(lr=0.5), "--toy"), "toy fcn": (dict(lr=1e-2), "--toy")}
 # --toy: every model goes with every task but bigearthnet.
-TOY = dict(backbone="resnet-toy", modality=0, steps=None, size=48)
-TOYS = {
-    "late": TOY | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05, weight_decay=0.0,
+TOY_SETTINGS = dict(backbone="resnet-toy", modality=0, steps=None, size=48)
+TOY_RECIPES = {
+    "late": TOY_SETTINGS | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05, weight_decay=0.0,
                        momentum=0.9, schedule="steps", scale=(0.8, 1.0), test_crop=1.0),
-    "fcn": TOY | dict(batch_size=32, epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.01,
+    "fcn": TOY_SETTINGS | dict(batch_size=32, epochs=8, optimizer="adamw", lr=1e-3, weight_decay=0.01,
                       schedule="poly", scale=(0.5, 1.0)),
     "cmx": CMX_NYU | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3, size=48, embed=64),
 }
@@ -122,18 +122,18 @@ def train(run, net, model, args, modalities):
         x, target = prepared(batch, args, modalities, run.device, run.draws)
         with precision:
             logits = model(*x)                  # NxC, or NxCxHxW; of CMX in float32, as published
-        loss = loss_of(logits, target, run.world)
+        loss = compute_transfer_loss(logits, target, run.world)
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
-        run.log(summed(loss.detach()) / run.world)
+        run.log(sum_over_processes(loss.detach()) / run.world)
 
 
-def loss_of(logits, target, world):
+def compute_transfer_loss(logits, target, world):
     """MultiLabelSoftMarginLoss, or CrossEntropyLoss over what all processes have labelled."""
     if target.is_floating_point():              # NxC, 0 or 1
         return F.multilabel_soft_margin_loss(logits.float(), target)
-    labelled = summed((target >= 0).sum().float()).clamp(min=1)
+    labelled = sum_over_processes((target >= 0).sum().float()).clamp(min=1)
     total = F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum")
     return total * world / labelled             # DistributedDataParallel will divide by `world`
 
@@ -158,9 +158,9 @@ def test(net, data, args, device, rank=0, world=1):
         else:
             matrix += confusion(s.argmax(1), target, C, -1)
         for k in range(min(len(s), args.save_images - first)):
-            save_picture(args, data, first + k, [images[k] for images in x], target[k], s[k])
+            save_prediction(args, data, first + k, [images[k] for images in x], target[k], s[k])
         first += len(s)
-    ranking, matrix = summed(ranking).cpu(), summed(matrix)
+    ranking, matrix = sum_over_processes(ranking).cpu(), sum_over_processes(matrix)
     if data.kind == "multi-label":
         metrics, each = ranking_metrics(*ranking)
     else:
@@ -196,7 +196,7 @@ def schedule(name, step, steps):
     return step / warm if step < warm else (1 - step / steps) ** 0.9
 
 
-def make_optimizer(net, args):
+def make_transfer_optimizer(net, args):
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [dict(params=trained)]
     if args.model == "cmx":                     # no weight decay on biases and norms
@@ -489,9 +489,9 @@ class Labelled:
         if self.target_of:
             x1, x2, target = x1[0], x2[0], [self.target_of(name)]  # the first views
         if x1.shape[-2:] != x2.shape[-2:]:      # one's own: one box will be cut out of both
-            x2 = resize(unit(x2)[None], x1.shape[-2:])[0]
+            x2 = resize(to_unit_range(x2)[None], x1.shape[-2:])[0]
         if self.kind == "segmentation":
-            check_label(name, target[0], x1.shape[-2:], len(self.classes))
+            check_mask(name, target[0], x1.shape[-2:], len(self.classes))
             return x1, x2, target[0] - 1        # 0: no label
         return x1, x2, target[0]
 
@@ -513,7 +513,7 @@ def open_task(args, rank):
     kind = "multi-label" if args.model == "late" else "segmentation"
     both = []
     for split in (args.split, args.test_split):
-        data = open_pairs(name, args.data, size, split, args.depth_unit, classes=num_classes)
+        data = open_dataset(name, args.data, size, split, args.depth_unit, classes=num_classes)
         both.append(Labelled(data, classes, kind, target_of))
     return both, []
 
@@ -539,7 +539,7 @@ def batches_of(data, indices, args, device, world, text):
     loader = DataLoader(Subset(data, indices.tolist()), max(1, args.batch_size // world),
                         num_workers=args.workers, worker_init_fn=leave_group,
                         pin_memory=device.type == "cuda")
-    for batch in progress(loader, desc=text):
+    for batch in show_progress(loader, desc=text):
         yield prepared(batch, args, data.modalities, device)
 
 
@@ -573,9 +573,9 @@ def resample(x, boxes, size):
     top, left, h, w, mirrored = [v.float().to(x.device) for v in boxes]  # Bx1 each
     H, W = x.shape[-2:]
     if x.is_floating_point():
-        Wy = triangle_filter(top, h, H, size[0]).nan_to_num(0)      # nan: a row outside
-        Wx = triangle_filter(left, w, W, size[1]).nan_to_num(0)
-        return separable(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
+        Wy = make_triangle_filter(top, h, H, size[0]).nan_to_num(0)      # nan: a row outside
+        Wx = make_triangle_filter(left, w, W, size[1]).nan_to_num(0)
+        return filter_separably(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
     pixel = torch.arange(max(size), device=x.device) + 0.5
     line = (top + pixel[:size[0]] * h / size[0]).floor().long().clamp(-1, H)  # BxH'
     column = (left + pixel[:size[1]] * w / size[1]).floor().long().clamp(-1, W)  # BxW'
@@ -588,14 +588,14 @@ def resample(x, boxes, size):
 def prepared(batch, args, modalities, device, draws=None):
     """A batch of files -> what the model sees, [NxCxHxW], and the target.  Augmented with draws;
     without, the frame, or with test_crop its middle, as large as training's crops; masks stay."""
-    *x, target = [moved(t, device) for t in batch]
+    *x, target = [move_to(t, device) for t in batch]
     if args.cached and draws:                   # a batch of features
         return x, target
-    x = [normalise(unit(x[m]), modalities[m]) for m in used(args)]
+    x = [normalise(to_unit_range(x[m]), modalities[m]) for m in used(args)]
     B, _, H, W = x[0].shape
     size = (args.size, args.size)
     if draws and args.scale:
-        boxes = random_boxes(B, H, W, args.scale, draws)
+        boxes = draw_boxes(B, H, W, args.scale, draws)
     elif draws:
         boxes, size = cmx_boxes(B, H, W, draws), (H, W)
     elif args.test_crop:
@@ -618,8 +618,8 @@ def open_own(args):
     if args.target.endswith(".csv"):
         files, labels = {}, read_table(args.target)
     else:
-        files, labels = named_files(args.target, (".png", ".tif", ".tiff")), {}
-        for name, file in progress(files.items(), desc="masks"):
+        files, labels = find_images(args.target, (".png", ".tif", ".tiff")), {}
+        for name, file in show_progress(files.items(), desc="masks"):
             labels[name] = set(np.unique(read_label(file)).tolist()) - {args.ignore}
     strangers = sorted(labels.keys() - set(pairs.ids))
     need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair; "
@@ -674,8 +674,8 @@ def own_pairs(args):
     """The pairs, and lines about them: images of 8 bits are normalised as the weights know them."""
     folders, p = [args.data1, args.data2], args.pretraining
     if p.get("scenario") == "custom":
-        return open_pairs("custom", folders, args.size, inputs=p["inputs"]), []
-    pairs, lines = open_pairs("custom", folders, args.size), []
+        return open_dataset("custom", folders, args.size, inputs=p["inputs"]), []
+    pairs, lines = open_dataset("custom", folders, args.size), []
     for m, row, seen in zip((0, 1), pairs.inputs, p.get("inputs", [])):
         source = "by their own mean and standard deviation"
         if row["dtype"] == "uint8" and len(row["bands"]) == len(seen["bands"]):
@@ -713,7 +713,7 @@ def split_of(args, ids):
 
 # ---- pictures ----
 
-def save_picture(args, data, i, x, target, s):
+def save_prediction(args, data, i, x, target, s):
     """Inputs, label and prediction side by side; below, in their colours, the classes in them."""
     names = ["no label", *data.classes]
     colours = np.random.default_rng(0).integers(50, 256, (len(names), 3), np.uint8)
@@ -722,7 +722,7 @@ def save_picture(args, data, i, x, target, s):
     panels = []
     for image, m in zip(x, used(args)):
         image = resize(image[None].float(), target.shape)[0]
-        panels.append(np.uint8(255 * visible(image, data.modalities[m])))
+        panels.append(np.uint8(255 * make_visible(image, data.modalities[m])))
     panels += [colours[label] for label in labels]
     wide = Image.fromarray(np.concatenate(panels, 1))
     wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
@@ -745,7 +745,7 @@ def main(argv=None):
     if args.table:
         return print_tables(args.table)
     started = time.time()
-    place = processes()
+    place = read_environment()
     rank, world, device = place
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in CMX and evaluation
@@ -770,11 +770,11 @@ def main(argv=None):
         trained, indices = net.fc, np.arange(len(chosen))
         seen = cached_features(net, data, chosen, args, device)
     run = Run(args, seen, indices, args.steps, partial(schedule, args.schedule), place)
-    model = distributed(trained, world, device)
+    model = distribute(trained, world, device)
 
     # ---- run ----
-    hashes = [sha256_of(file) for file in args.weights if Path(file).is_file()]
-    run.begin(net, make_optimizer(net, args), dict(
+    hashes = [hash_file(file) for file in args.weights if Path(file).is_file()]
+    run.begin(net, make_transfer_optimizer(net, args), dict(
         weights_sha256=hashes, samples=len(chosen), test_samples=len(test_data),
         num_classes=len(data.classes)))
     lines += [*more, f"{len(chosen)} of {len(data)} training samples"]
@@ -999,18 +999,18 @@ def get_args(argv=None):
     add("--task", choices=TASKS, help="data set and head, with their settings")
     add("--table", nargs="+", metavar="DIR", help="print these runs as the paper's tables")
     add("--toy", action="store_true", help="the made-up scenes of the task, and small settings")
-    add("--data", type=expanded, help="folder; default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
-    add("--split", type=expanded, help="to train on; default: train; custom: a file of names")
-    add("--test-split", type=expanded, help="to test on; default: test; custom: a file of names")
+    add("--data", type=expand_path, help="folder; default: data/bigearthnet, rgb-dem, rgbd or nyuv2")
+    add("--split", type=expand_path, help="to train on; default: train; custom: a file of names")
+    add("--test-split", type=expand_path, help="to test on; default: test; custom: a file of names")
     add("--labels", type=number(float, 1e-9, 1), help="share of the training samples; default: 1")
     add("--modality", type=int, choices=(0, 1, 2), help="0: both; default: 0, FCN on RGB-D 1")
     add("--depth-unit", type=number(float, 1e-3, 1e9), help="depth steps a metre; default: 1000")
     add("--size", type=number(int, 16, 4096), help="height of the training crop in pixels")
-    add("--workers", type=number(int, 0), default=default_workers(),
+    add("--workers", type=number(int, 0), default=choose_workers(),
         help="that read files; default: on CUDA up to 8, else 0")
     add("--model", choices=("late", "fcn", "cmx"), help="default: late (BigEarthNet, csv), fcn")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; cmx: mit_b2 or mit_b5")
-    add("--weights", type=expanded, nargs="+", metavar="FILE",
+    add("--weights", type=expand_path, nargs="+", metavar="FILE",
         help="file with both encoders, one for each, imagenet, a whole CMX, or none: random")
     add("--bgr", action="store_true", help="--weights saw BGR images: the DeCUR authors', CMX's")
     add("--part", choices=("common", "unique", "all"), help="classify this part of the embedding")
@@ -1021,16 +1021,16 @@ def get_args(argv=None):
     add("--lr", type=number(float, 1e-12, 1e6), help="at the start")
     add("--weight-decay", type=number(float, 0, 1))
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
-    add("--out", type=expanded, help="default: runs/TASK-MODEL-..., named by what it is")
+    add("--out", type=expand_path, help="default: runs/TASK-MODEL-..., named by what it is")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
     add("--save-images", type=number(int, 0), metavar="N", help="pictures of N test samples")
     add = parser.add_argument_group("--task custom").add_argument
-    files = dict(metavar="FILES", type=expanded, nargs="+", action=OnePattern)
+    files = dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern)
     add("--data1", **files, help="images of modality 1: a folder, or a pattern in quotes")
     add("--data2", **files, help="images of modality 2")
     add("--target", **files, help="masks, as folder or pattern; or a csv: name,label,...")
-    add("--classes", type=expanded, metavar="FILE", help="names of masks' 0, 1, ..., one a line")
+    add("--classes", type=expand_path, metavar="FILE", help="names of masks' 0, 1, ..., one a line")
     add("--ignore", type=number(int, 0), help="value in masks that is no label; default: 255")
     add("--test-share", type=number(float, 0, 1), help="of samples, without lists; default: 0.2")
     args = parser.parse_args(argv)
@@ -1050,20 +1050,20 @@ def settle(args):
         model = "late" if args.target.endswith(".csv") else "fcn"
     args.data = args.data or where
     args.model = args.model or model
-    args.pretraining, _ = pretraining_of(args.weights[0])
+    args.pretraining, _ = read_pretraining(args.weights[0])
     if args.epochs is not None:
         tables.append((dict(steps=None), "--epochs"))
     if args.linear:
         tables.append(LINEAR.get(f"toy {args.model}" if args.toy else args.task, ({}, "")))
     if args.toy:
-        tables.append((TOYS[args.model], "--toy"))
+        tables.append((TOY_RECIPES[args.model], "--toy"))
     if args.task == "custom" and args.pretraining:
         about = {name: args.pretraining[name] for name in ("backbone", "size")}
         tables.append((about, "--weights"))
     tables += RECIPES.get((args.task, args.model), [])
     sources, changed = fill_in(args, [*tables, (REST, "default")])
     free_sources, _ = fill_in(args, [(FREE, "default")])
-    check_flags(args, model)
+    check_transfer_flags(args, model)
     args.out = Path(args.out or f"runs/{name_of(args)}")
     return free_sources | sources, changed
 
@@ -1080,7 +1080,7 @@ def name_of(args):
     return "-".join(word for word in words if word)
 
 
-def check_flags(args, model):
+def check_transfer_flags(args, model):
     """What no single flag can tell.  model: of the task."""
     custom, cmx, late = args.task == "custom", args.model == "cmx", args.model == "late"
     fits = args.model == model or (args.task, args.model) in RECIPES and not custom
@@ -1101,4 +1101,4 @@ def check_flags(args, model):
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

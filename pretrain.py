@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, OnePattern, Samples, augment,
-                  both_views, default_workers, epoch_batches, expanded, guarded, input_warnings,
-                  leave_group, make_toy, mixed, need, number, open_pairs, read_json, reading,
+                  move_views, choose_workers, epoch_batches, expand_path, run_main, find_warnings,
+                  leave_group, make_toy, mix_seeds, need, number, open_dataset, read_json, reading,
                   write_atomically, write_text)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, bounds, clip_loss, decur_loss,
                    decur_loss_gram, diagonals, load_encoder, read_weights, simclr_loss, vicreg_loss)
@@ -69,7 +69,7 @@ def pretrain(run, model, augment1, augment2, Kc):
     """Algorithm 1.  Learning rates, log, checkpoints and --resume are `Run`'s, below."""
     for x1, x2 in run.batches():                                    # load a batch of pairs
         # a batch for each view: two seasons, or the same twice
-        x1, x2 = both_views(x1, run.device), both_views(x2, run.device)
+        x1, x2 = move_views(x1, run.device), move_views(x2, run.device)
         # two augmented views for each modality
         x11, x12 = augment1(x1[0]), augment1(x1[1])                 # nxC1xSxS, n of this process
         x21, x22 = augment2(x2[0]), augment2(x2[1])                 # nxC2xSxS
@@ -78,15 +78,15 @@ def pretrain(run, model, augment1, augment2, Kc):
             z11, z12, z21, z22 = model(x11, x12, x21, x22)          # nxK
         z11, z12, z21, z22 = map(gather, (z11, z12, z21, z22))      # NxK, the global batch, float32
         # cross-correlation matrices, calculate losses: Eq. 1-6, or a row of Tables 1-3
-        loss, terms = loss_of(run.args, Kc, z11, z12, z21, z22)
+        loss, terms = compute_loss(run.args, Kc, z11, z12, z21, z22)
         # optimization
         run.optimizer.zero_grad()
         loss.backward()
         run.optimizer.step()
-        run.log(loss.detach(), terms, partial(numbers_of, run.args, Kc, z11, z12, z21, z22))
+        run.log(loss.detach(), terms, partial(measure_embeddings, run.args, Kc, z11, z12, z21, z22))
 
 
-def loss_of(args, Kc, z11, z12, z21, z22):
+def compute_loss(args, Kc, z11, z12, z21, z22):
     """The loss of --method, and DeCUR's terms.  z: NxK; None for a view that is not encoded."""
     if args.method == "decur":
         N, K = z11.shape
@@ -96,7 +96,7 @@ def loss_of(args, Kc, z11, z12, z21, z22):
     return LOSSES[args.method](zA, zB), {}
 
 
-def numbers_of(args, Kc, z11, z12, z21, z22):
+def measure_embeddings(args, Kc, z11, z12, z21, z22):
     """For the log: DeCUR's mean diagonals, and the mean standard deviation of each embedding."""
     numbers = diagonals(z11, z12, z21, z22, Kc) if args.method == "decur" else {}
     for name, z in (("std1", z11), ("std2", z21)):
@@ -105,7 +105,7 @@ def numbers_of(args, Kc, z11, z12, z21, z22):
     return numbers
 
 
-def views_of(args):
+def choose_views(args):
     """Which of x11 x12 x21 x22 are encoded.  All four are made: each method sees the same."""
     if args.modality:                           # two views of one modality
         return [args.modality == 1, args.modality == 1, args.modality == 2, args.modality == 2]
@@ -161,13 +161,13 @@ def make_optimizer(net, args):
 
 def main(argv=None):
     args, sources = get_args(argv)
-    place = processes()
+    place = read_environment()
     rank, world, device = place
 
     # ---- data; the loader's workers start before any process talks to another ----
     if args.toy:
         make_toy(args.scenario, args.data, rank=rank)
-    data = open_data(args)
+    data = open_pretraining_data(args)
     check_batch(args.batch_size, len(data), world, least=2)
     steps = args.epochs * (len(data) // args.batch_size)
     channels = [views[0].shape[0] for views in data[0]]
@@ -175,7 +175,7 @@ def main(argv=None):
 
     # ---- model and optimiser ----
     torch.manual_seed(args.seed)
-    net = DeCUR(args.backbone, *channels, args.widths, views_of(args))
+    net = DeCUR(args.backbone, *channels, args.widths, choose_views(args))
     net.to(memory_format=torch.channels_last)
     branches = [f for f in (net.f1, net.f2) if f is not None]
     encoded = [m for m, f in zip(data.modalities, (net.f1, net.f2)) if f is not None]
@@ -183,7 +183,7 @@ def main(argv=None):
     Kc = round(args.common * K)
     if args.weights and run.step == 0:
         run.print(*start_from(args.weights, [f.E for f in branches], args, encoded))
-    model = distributed(net, world, device)
+    model = distribute(net, world, device)
 
     # ---- run ----
     about = dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
@@ -191,7 +191,7 @@ def main(argv=None):
     run.begin(net, make_optimizer(net, args), about)
     if args.scenario != "rgbd":
         del sources["depth_unit"]
-    run.introduce(sources, data, described_run(args, data, net, Kc, K))
+    run.introduce(sources, data, describe_run(args, data, net, Kc, K))
     augment1, augment2 = [partial(augment, modality=modality, size=args.size, draws=run.draws)
                           for modality in data.modalities]
     pretrain(run, model, augment1, augment2, Kc)
@@ -213,7 +213,7 @@ class Run:
     args     seed, batch_size (the global one), workers, out, resume, save_every (minutes)
     data     a data set; indices: those of its samples that are trained on
     steps    of the whole run; rate(step, steps): the learning rate as a fraction of its base
-    place    what `processes` returned
+    place    what `read_environment` returned
     Checkpoints: every save_every minutes, at a signal, at the end."""
 
     def __init__(self, args, data, indices, steps, rate, place):
@@ -222,7 +222,7 @@ class Run:
         N = args.batch_size
         rows = slice(self.rank * N // self.world, (self.rank + 1) * N // self.world)
         self.draws = Draws(args.seed, N, rows)
-        self.checkpoint = earlier(args)
+        self.checkpoint = find_checkpoint(args)
         self.step = self.checkpoint["step"] if self.checkpoint else 0
         self.steps_per_epoch = max(1, len(indices) // N)
         self.signalled = self.stopped = 0       # or the signal's number
@@ -242,13 +242,13 @@ class Run:
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         if self.checkpoint:
             file = self.args.out / "checkpoint.pt"
-            need_equal(self.settings, self.checkpoint["settings"], self.settings, "--resume",
+            check_equal(self.settings, self.checkpoint["settings"], self.settings, "--resume",
                        f"{file}; give the settings of that run, or a new --out")
             with reading(file, "a checkpoint of this run"):
                 net.load_state_dict(self.checkpoint["model"])
                 optimizer.load_state_dict(self.checkpoint["optimizer"])
             self.checkpoint = None
-        most, least = agreed(self.step, self.device), -agreed(-self.step, self.device)
+        most, least = max_over_processes(self.step, self.device), -max_over_processes(-self.step, self.device)
         need(most == least, f"{self.args.out} is at step {most} for one process, at {least} for "
              f"another; expected an --out that all of them see")
         self.batch = next(self.loader, None)    # if it cannot be read, there is no folder yet
@@ -271,14 +271,14 @@ class Run:
             self.batch = None
             self.waited += time.time() - start
             self.draws.restart(self.step)                           # the augmentations'
-            torch.manual_seed(mixed(self.args.seed, self.step, 1 + self.rank))  # drop path, dropout
+            torch.manual_seed(mix_seeds(self.args.seed, self.step, 1 + self.rank))  # drop path, dropout
             for group, lr in zip(self.optimizer.param_groups, self.base_lr):
                 group["lr"] = lr * self.rate(self.step, self.steps)
             yield batch
             self.step += 1
             self.bar.update()
             if self.world == 1 or self.step % 10 == 0:              # all leave at the same step
-                self.stopped = agreed(self.signalled, self.device)
+                self.stopped = max_over_processes(self.signalled, self.device)
             minutes = (time.time() - self.saved) / 60
             if self.stopped or self.step == self.steps or minutes > self.args.save_every:
                 self.save()
@@ -299,7 +299,7 @@ class Run:
         for name, value in {**(terms or {}), **numbers_of()}.items():
             line[name] = value.item()
         if not self.finite:
-            sys.exit(f"the loss is {loss.item()} by step {step} ({words_of(line)}); what was "
+            sys.exit(f"the loss is {loss.item()} by step {step} ({format_losses(line)}); what was "
                      f"saved before stays; look at the data, or take a smaller --lr or --lr-bias")
         if self.rank > 0:
             return
@@ -309,7 +309,7 @@ class Run:
                      data=self.waited / seconds)
         self.logged, self.logged_step, self.waited = time.time(), step, 0.0
         self.print(f"epoch {line['epoch']:03d} step {step:06d}/{self.steps:06d}  "
-                   f"{words_of(line)}  lr {line['lr']:.4g}  {line['pairs_per_s']:.0f} pairs/s  "
+                   f"{format_losses(line)}  lr {line['lr']:.4g}  {line['pairs_per_s']:.0f} pairs/s  "
                    f"data {line['data']:.0%}")
         with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -321,7 +321,7 @@ class Run:
             self.print(f"  {name.replace('_', '-'):14s} {getattr(self.args, name)!s:16s} {source}")
         self.print(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
                    f"{torch.__version__}", *lines)
-        for words in input_warnings(data):
+        for words in find_warnings(data):
             self.print(f"warning: {words}")
         if self.args.resume:
             self.print(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
@@ -369,7 +369,7 @@ def batch_order(indices, N, seed, rows, step, steps):
         step += len(batches)
 
 
-def earlier(args):
+def find_checkpoint(args):
     """The checkpoint to go on from, or None.  Without --resume an --out with a run is refused."""
     file = args.out / "checkpoint.pt"
     before = [path for path in (file, args.out / "log.jsonl") if path.exists()]
@@ -378,7 +378,7 @@ def earlier(args):
     return load_checkpoint(file) if file.exists() else None
 
 
-def need_equal(settings, before, names, flag, where):
+def check_equal(settings, before, names, flag, where):
     """where: what has the other settings, and the remedy."""
     for name in names:
         words = f"{settings[name]}, but {before.get(name)}"
@@ -411,7 +411,7 @@ def make_folder(out):
         raise BadInput(f"--out {out} cannot be made ({error.strerror}); give another") from None
 
 
-def words_of(line):
+def format_losses(line):
     """The loss with its terms, diagonals and standard deviations: what of them a line has."""
     terms = [f"{name} {line[name]:.1f}" for name in ("L1", "L2", "Lc", "Lu") if name in line]
     means = [f"{name} {line[name]:.2f}" for name in ("C1", "C2", "Cc", "Cu") if name in line]
@@ -460,7 +460,7 @@ def gather(z):
     return z
 
 
-def processes():
+def read_environment():
     """Rank, world size and device of this process, by torchrun's environment; without it, one."""
     numbers = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
@@ -495,7 +495,7 @@ def leave():
         dist.destroy_process_group()
 
 
-def distributed(net, world, device):
+def distribute(net, world, device):
     """net on its device, with synchronised batch norms, and the model that averages gradients."""
     net.to(device)
     if world == 1:
@@ -515,7 +515,7 @@ def mixed_precision(device):
     return nullcontext()
 
 
-def agreed(value, device):
+def max_over_processes(value, device):
     """The largest integer that a process gives, on all of them; 1 if it is True on one."""
     if not dist.is_initialized():
         return int(value)
@@ -524,7 +524,7 @@ def agreed(value, device):
     return int(value)
 
 
-def summed(t):
+def sum_over_processes(t):
     """Over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(t)
@@ -553,7 +553,7 @@ def load_checkpoint(path):
         return checkpoint
 
 
-def settings_of(checkpoint):
+def read_settings(checkpoint):
     """The settings of a pretraining, and whether it was `stopped` before its end, or None."""
     settings, step = complete(checkpoint["settings"]), checkpoint["step"]
     steps = settings["epochs"] * (settings["pairs"] // settings["batch_size"])
@@ -578,11 +578,11 @@ def export(path, E, modality, settings):
     write_atomically(path, partial(torch.save, state))
     about = dict(modality=modality, input="values in [0, 1], then (x - mean) / std",
                  sees=MODALITIES[modality], backbone=settings["backbone"],
-                 method=settings["method"], sha256=sha256_of(path), settings=settings)
+                 method=settings["method"], sha256=hash_file(path), settings=settings)
     write_text(path.with_suffix(".json"), json.dumps(about, indent=1, default=str))
 
 
-def sha256_of(path):
+def hash_file(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -591,7 +591,7 @@ def start_from(files, encoders, args, modalities):
     states = []
     try:
         for file in files:
-            _, seen = pretraining_of(file)
+            _, seen = read_pretraining(file)
             need(not (seen and args.bgr), f"--bgr: expected it with weights of others; {file} saw "
                  f"{MODALITIES[modalities[0]]['bands'][0]} first")
             for m, state in enumerate(read_weights(file, args.backbone)):
@@ -608,26 +608,26 @@ def start_from(files, encoders, args, modalities):
             lines.append(f"{file}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
             sees = MODALITIES[modality]
             if seen and any(seen.get(name) != plain_values(sees[name]) for name in sees):
-                lines.append(f"warning: {file} was trained on {described(seen)}; here it sees "
-                             f"{described(sees)}")
+                lines.append(f"warning: {file} was trained on {describe_input(seen)}; here it sees "
+                             f"{describe_input(sees)}")
         return lines
     except (OSError, ValueError) as error:
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
-def pretraining_of(file):
+def read_pretraining(file):
     """Of a weights file of this project: the settings behind it, and a row of MODALITIES for each
     encoder in it, what that was trained on.  {} and [] where they are not known."""
     path, beside = Path(file), Path(file).with_suffix(".json")
     if path.suffix == ".pth" and beside.is_file():
         about = read_json(beside, "what pretrain.py wrote beside an encoder")
-        need(about.get("sha256") in (None, sha256_of(path)), f"{path} is not the file that "
+        need(about.get("sha256") in (None, hash_file(path)), f"{path} is not the file that "
              f"{beside.name} was written for (another sha256); copy both again")
         with reading(beside, "what pretrain.py wrote beside an encoder"):
-            described(about["sees"])
+            describe_input(about["sees"])
             return complete(about["settings"]), [about["sees"]]
     try:
-        settings = settings_of(load_checkpoint(path))
+        settings = read_settings(load_checkpoint(path))
     except (BadInput, ValueError):              # of others; `read_weights` refuses what is damaged
         return {}, []
     return settings, plain_values(settings["inputs"])
@@ -637,7 +637,7 @@ def plain_values(value):
     return json.loads(json.dumps(value))        # tuples as lists, as a file has them
 
 
-def described(row):
+def describe_input(row):
     mean = " ".join(f"{x:.4g}" for x in row["mean"])
     std = " ".join(f"{x:.4g}" for x in row["std"])
     return f"{' '.join(row['bands'])} ({row['range']}; mean {mean}, std {std})"
@@ -662,18 +662,18 @@ RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "sav
             "toy", "save_images", "table", "pretraining")
 
 
-def open_data(args):
+def open_pretraining_data(args):
     """The data set; of one's own pairs at --resume with the statistics that were measured then."""
     custom = {}
     if args.scenario == "custom":
-        before = earlier(args)
+        before = find_checkpoint(args)
         custom = dict(augment_as=(args.augment1, args.augment2),
                       inputs=before["settings"]["inputs"] if before else None)
-    return open_pairs(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
+    return open_dataset(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
                       **custom)
 
 
-def described_run(args, data, net, Kc, K):
+def describe_run(args, data, net, Kc, K):
     """Lines: data, how they are augmented, sizes, the loss by chance and at the least."""
     root = " and ".join(args.data) if isinstance(args.data, list) else args.data
     lines = [f"{len(data)} pairs of {' and '.join(data.modalities)} from {root}"]
@@ -687,7 +687,7 @@ def described_run(args, data, net, Kc, K):
         lines.append(f"N {args.batch_size}  K {K}  Kc {Kc}")
         names = "chance (independent embeddings)", "floor (no batch goes below)"
         for words, terms in zip(names, bounds(args.batch_size, K, Kc, not args.no_intra)):
-            lines.append(f"  {words:32s} {words_of(dict(loss=sum(terms.values()), **terms))}")
+            lines.append(f"  {words:32s} {format_losses(dict(loss=sum(terms.values()), **terms))}")
     return lines
 
 
@@ -727,22 +727,22 @@ def get_args(argv=None):
     add("--scenario", required=True, choices=SCENARIOS, help="two modalities, their settings")
     add("--toy", action="store_true", help="small settings, made-up scenes in data/toy-SCENARIO")
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=expanded, metavar="DIR", help="default: data/SCENARIO")
+    add("--data", type=expand_path, metavar="DIR", help="default: data/SCENARIO")
     for m in (1, 2):
-        add(f"--data{m}", metavar="FILES", type=expanded, nargs="+", action=OnePattern,
+        add(f"--data{m}", metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
             help="with custom: a folder, or a pattern 'chips/*_S1.tif', whose * is a pair's name")
         add(f"--augment{m}", choices=AUGMENTATIONS, help="with custom: augment as this modality")
-    add("--split", type=expanded, help="pairs to use: all, train, test, of custom a file of names; "
+    add("--split", type=expand_path, help="pairs to use: all, train, test, of custom a file of names; "
         "default: all, rgb-dem and --toy train")
     add("--depth-unit", type=number(float, 1e-3, 1e9), help="depth steps a metre; default: 1000")
     add("--size", type=number(int, 16, 4096), help="crop in pixels; default: 224")
-    add("--workers", type=number(int, 0), default=default_workers(),
+    add("--workers", type=number(int, 0), default=choose_workers(),
         help="that read files; default: on CUDA up to 8, else 0")
     add = parser.add_argument_group("model").add_argument
     add("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
     add("--modality", type=int, choices=(1, 2), help="barlowtwins of two views of this one alone")
     add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; a mit trains with AdamW")
-    add("--weights", type=expanded, nargs="+", metavar="FILE", help="of both, of each, or imagenet")
+    add("--weights", type=expand_path, nargs="+", metavar="FILE", help="of both, of each, or imagenet")
     add("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' did")
     add("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
     add("--common", type=number(float, 0, 1), help="fraction of common dimensions; 1: w/o decoup.")
@@ -754,7 +754,7 @@ def get_args(argv=None):
     add("--lr-bias", type=number(float, 1e-12, 1e6), help="of the rest; default: 0.0048, mit 1e-4")
     add("--weight-decay", type=number(float, 0, 1), help="of the weights; default: 1e-6, mit 0.01")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
-    add("--out", type=expanded, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-...")
+    add("--out", type=expand_path, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-...")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
     args = parser.parse_args(argv)
@@ -788,4 +788,4 @@ def check_flags(args):
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_main(main)

@@ -33,7 +33,7 @@ import decur
 import explain
 import finetune
 import pretrain
-from data import BadInput, augment, hha, named_files, need, open_pairs, read_image, unit
+from data import BadInput, augment, hha, find_images, need, open_dataset, read_image, to_unit_range
 from decur import BN, DeCUR, decur_loss, decur_loss_gram, loss_c, on_diag
 
 HERE = Path(__file__).parent
@@ -472,14 +472,14 @@ def in_processes(world, folder, function, *args):
 
 def losses_and_gradients(rank, world):
     """Of DeCUR and of all that it is compared with: {name: [loss, gradient of each view]}."""
-    assert pretrain.agreed(rank, torch.device("cpu")) == world - 1
+    assert pretrain.max_over_processes(rank, torch.device("cpu")) == world - 1
     results = {}
     for name in pretrain.METHODS:
         joint = embeddings(16, 24, torch.float32)
         z = [view.detach().chunk(world)[rank].requires_grad_() for view in joint]
         args = argparse.Namespace(method=name, no_intra=False)
         views = z if name == "decur" else [z[0], None, z[2], None]
-        loss = pretrain.loss_of(args, 18, *map(pretrain.gather, views))[0]
+        loss = pretrain.compute_loss(args, 18, *map(pretrain.gather, views))[0]
         loss.backward()
         gradients = [view.grad / world for view in views if view is not None]  # DDP averages
         results[name] = [loss.detach(), *gradients]
@@ -491,7 +491,7 @@ def three_steps(rank, world):
     torch.manual_seed(0)
     net = DeCUR("resnet-toy", 3, 1, [16, 16]).eval()
     before = [p.detach().clone() for p in net.parameters()]
-    model = pretrain.distributed(net, world, torch.device("cpu"))
+    model = pretrain.distribute(net, world, torch.device("cpu"))
     optimizer = pretrain.make_optimizer(net, pretrain.get_args(["--scenario", "rgbd"])[0])
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for step in range(3):
@@ -534,7 +534,7 @@ def test_several_processes_make_the_one_process_steps(world, tmp_path):
 def test_processes_that_do_not_see_one_checkpoint_are_refused(scenes, tmp_path, monkeypatch):
     """As where --out lies on each node's own disk."""
     most = iter((3, 0))                         # that a process has, of step and of -step
-    monkeypatch.setattr(pretrain, "agreed", lambda value, device: next(most))
+    monkeypatch.setattr(pretrain, "max_over_processes", lambda value, device: next(most))
     is_refused("is at step 3 for one process, at 0 for another", call, pretrain,
                flags_of(scenes, tmp_path / "out"))
 
@@ -543,7 +543,7 @@ def test_processes_that_do_not_see_one_checkpoint_are_refused(scenes, tmp_path, 
     ("RANK", "7", "RANK=7 and WORLD_SIZE=1"), ("LOCAL_RANK", "x", "LOCAL_RANK=x")])
 def test_half_an_environment_of_torchrun_is_refused(name, value, words, monkeypatch):
     monkeypatch.setenv(name, value)
-    is_refused(words, pretrain.processes)
+    is_refused(words, pretrain.read_environment)
 
 
 # ---- pretrain.py: App. B ----
@@ -663,7 +663,7 @@ def test_pretrain_runs_and_loss_falls(pretrained):
         assert torch.equal(encoder.conv1.weight, checkpoint["model"][f"f{k}.E.conv1.weight"])
         about = json.loads((out / f"encoder{k}.json").read_text())
         assert about["sees"]["bands"] == (["depth"] if k == 2 else ["red", "green", "blue"])
-        assert about["sha256"] == pretrain.sha256_of(out / f"encoder{k}.pth")
+        assert about["sha256"] == pretrain.hash_file(out / f"encoder{k}.pth")
 
 
 @pytest.mark.parametrize("signalled", [True, False])
@@ -716,7 +716,7 @@ def test_workers_of_any_number_and_start_method_give_the_same_batches(scenes, tm
 def test_resuming_ones_own_pairs_keeps_what_was_measured(runs, scenes, tmp_path, monkeypatch):
     """Else the statistics, measured on another machine, could differ in the last digit."""
     shutil.copytree(runs / "own", tmp_path / "own")
-    monkeypatch.setattr(data, "measured", None)
+    monkeypatch.setattr(data, "measure_inputs", None)
     call(pretrain, f"{own_pairs(scenes, tmp_path / 'own')} --resume")
     a, b = (pretrain.load_checkpoint(folder / "own/checkpoint.pt") for folder in (runs, tmp_path))
     assert a["settings"]["inputs"] == b["settings"]["inputs"]
@@ -815,7 +815,7 @@ def test_a_first_batch_that_cannot_be_read_leaves_no_folder(scenes, tmp_path):
 def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(scenes, tmp_path, monkeypatch):
     call(pretrain, flags_of(scenes, tmp_path))
     before = (tmp_path / "args.json").read_bytes()
-    monkeypatch.setattr(pretrain, "earlier", lambda args: None)         # it looked too early
+    monkeypatch.setattr(pretrain, "find_checkpoint", lambda args: None)         # it looked too early
     is_refused("another run has just begun", call, pretrain, flags_of(scenes, tmp_path))
     assert (tmp_path / "args.json").read_bytes() == before
 
@@ -921,15 +921,15 @@ def test_the_crop_is_an_antialiased_resize_of_a_box_on_a_cpu_and_on_a_device():
     x = torch.rand(4, 5, 20, 24, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
     flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-    cpu = torch.cat([data.resized_box(image[None], 11, *map(int, box), *map(int, flip))
+    cpu = torch.cat([data.resize_box(image[None], 11, *map(int, box), *map(int, flip))
                      for image, box, flip in zip(x, boxes, flips)])
     expected = F.interpolate(x[2:3, :, 5:, :], (11, 11), mode="bilinear", antialias=True).flip(3)
     assert torch.equal(cpu[2:3], expected)
     filters = []
     for k, n in enumerate((20, 24)):            # top and height, left and width
-        W = data.triangle_filter(boxes[:, k, None], boxes[:, k + 2, None], n, 11)
+        W = data.make_triangle_filter(boxes[:, k, None], boxes[:, k + 2, None], n, 11)
         filters.append(torch.where(flips[:, k, None, None] > 0, W.flip(1), W))
-    assert (data.separable(x, *filters) - cpu).abs().max() < 1e-5
+    assert (data.filter_separably(x, *filters) - cpu).abs().max() < 1e-5
 
 
 def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
@@ -980,9 +980,9 @@ def test_grayscale_makes_channels_equal_for_any_number_of_them(C):
 
 
 def test_hue_turns_red_into_green_into_blue_and_keeps_grey():
-    third = data.hue_rotation(torch.tensor([2 * np.pi / 3]))[0]
+    third = data.make_hue_rotation(torch.tensor([2 * np.pi / 3]))[0]
     assert torch.allclose(third @ torch.eye(3), torch.eye(3).roll(1, 0), atol=1e-6)
-    grey = data.hue_rotation(torch.tensor([0.7]))[0] @ torch.ones(3)
+    grey = data.make_hue_rotation(torch.tensor([0.7]))[0] @ torch.ones(3)
     assert torch.allclose(grey, torch.ones(3), atol=1e-6)
 
 
@@ -1023,7 +1023,7 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says(modality, C):
 def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
     """Depth in metres as x gave 60481 once; wherever images enter."""
     x = torch.full((1, 1, 4, 4), value, dtype=dtype)
-    is_refused(words, data.plain, x, "depth", 4)
+    is_refused(words, data.resize_and_normalise, x, "depth", 4)
     is_refused(words, data.normalise, x, "depth")
     is_refused(words, augment, x, "depth", 4, drawn(1))
 
@@ -1031,7 +1031,7 @@ def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
 def test_collate_gives_two_views_of_each_modality():
     one, two = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
     batch = torch.utils.data.default_collate([([one], [one, two]), ([two], [two, one])])
-    x1, x2 = (data.both_views(views, "cpu") for views in batch)
+    x1, x2 = (data.move_views(views, "cpu") for views in batch)
     assert x1[0] is x1[1] and x1[0].shape == x2[0].shape == (2, 1, 2, 2)
     assert [x.amax((1, 2, 3)).tolist() for x in (*x1, *x2)] == [[0, 1], [0, 1], [0, 1], [1, 0]]
 
@@ -1149,7 +1149,7 @@ def test_hha_of_a_tilted_room_is_known():
             wrong = np.abs(out[..., 2] - (angle + 38))[inside & (plane == kind)]
             assert len(wrong) > 200 and np.median(wrong) <= 1 and (wrong > 2).mean() < 0.05
     integral = np.pad(np.ones((9, 8)), ((11, 10), (11, 10))).cumsum(0).cumsum(1)
-    sums = data.window_sums(integral, 3)[[0, 4, 4], [0, 4, 7]].tolist()
+    sums = data.sum_windows(integral, 3)[[0, 4, 4], [0, 4, 7]].tolist()
     assert sums == [16, 49, 28]                 # 4x4, 7x7, 7x4 at the border
 
 
@@ -1193,7 +1193,7 @@ def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
     raw = np.array([8 * 2378, 0, 8 * 8100, 1 << 3 | 2], np.uint16)
     for dtype in (np.uint16, np.int32):         # as Pillow before 10.3 gives it
         assert data.sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
-    is_refused("has no HHA yet; run `python data.py hha", open_pairs, "rgbd", tmp_path, 16)
+    is_refused("has no HHA yet; run `python data.py hha", open_dataset, "rgbd", tmp_path, 16)
     data.write_hha(tmp_path, 1, 1000.0)
     frames = data.sunrgbd_frames(tmp_path)
     assert list(frames) == ["kv1/b3dodata/img_0063", "xtion/sun3ddata/hotel/hotel/0000110-1"]
@@ -1207,30 +1207,30 @@ def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
     first.unlink()
     data.write_hha(tmp_path, 1, 1000.0)
     assert first.is_file() and second.stat().st_mtime_ns == written
-    pairs = open_pairs("rgbd", tmp_path, 16)
+    pairs = open_dataset("rgbd", tmp_path, 16)
     assert pairs.modalities == ("rgb", "hha")
     mm = 2000 + 5 * np.mgrid[:42, :56].sum(0)
     raw = np.where(np.arange(42)[:, None] < 4, 0, mm)
     _, (_, encoded) = pairs.raw(0)
     assert (encoded.transpose(1, 2, 0) == hha(mm / 1000, raw / 1000, (60, 60, 28, 21))).all()
     for split, label in (("test", 1), ("train", 2)):
-        (_, _, target), = open_pairs("sunrgbd", tmp_path, 16, split)
+        (_, _, target), = open_dataset("sunrgbd", tmp_path, 16, split)
         assert (target == label).all() and target.shape == (24, 32)
 
 
 def test_hha_of_the_folder_form_fills_holes_from_the_background(tmp_path):
     """A hole gets the farther reading beside it; HHA/ is there once all of it is."""
     row, full = [0, 2, 0, 0, 3, 0.0], [2, 2, 3, 3, 3, 3]
-    assert data.filled(np.array([row, [0] * 6])).tolist() == [full, [3] * 6]
+    assert data.fill_holes(np.array([row, [0] * 6])).tolist() == [full, [3] * 6]
     root = write_frames(tmp_path, 3)
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
     is_refused("2.png is uint8 .*16-bit", data.write_hha, root, 1, 1000.0)
     assert not (root / "HHA").exists() and len(os.listdir(root / "HHA.part")) == 3
     is_refused("HHA.part was begun with other", data.write_hha, root, 1, 100.0)
-    assert open_pairs("rgbd", root, 16).modalities == ("rgb", "depth")
+    assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
     data.write_hha(write_frames(root, 3), 1, 1000.0)
-    assert open_pairs("rgbd", root, 16).modalities == ("rgb", "hha")
+    assert open_dataset("rgbd", root, 16).modalities == ("rgb", "hha")
     assert sorted(os.listdir(root)) == ["Depth", "HHA", "RGB", "intrinsics.txt"]
     save(root / "RawDepth" / "0.png", np.full((36, 48), 700, np.uint16))
     shutil.rmtree(root / "HHA")
@@ -1263,7 +1263,7 @@ def write_ssl4eo(root, ids=("0000000", "000001", "0000007"), S=12):
 
 def test_ssl4eo_reads_four_seasons_in_the_order_of_their_dates(tmp_path):
     """Directories are listed (void ids, six digits); S1A is before S1B by name, not by date."""
-    pairs = open_pairs("sar-optical", write_ssl4eo(tmp_path), 8)
+    pairs = open_dataset("sar-optical", write_ssl4eo(tmp_path), 8)
     assert pairs.ids == ["0000000", "0000007", "000001"]
     raw = list(pairs.raw(0))
     for season, date in enumerate((3, 6, 9, 12)):
@@ -1279,7 +1279,7 @@ def test_ssl4eo_reads_four_seasons_in_the_order_of_their_dates(tmp_path):
 
 def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
     """Seasons are functions of (seed, epoch, index), drawn for each view; two need not agree."""
-    pairs = open_pairs("sar-optical", write_ssl4eo(tmp_path, ["0000000"]), 8, seed=3)
+    pairs = open_dataset("sar-optical", write_ssl4eo(tmp_path, ["0000000"]), 8, seed=3)
     seen = []
     for epoch in range(12):
         pairs.epoch = epoch
@@ -1372,7 +1372,7 @@ def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
     is_refused("1 samples .* only one of s1 and s2c .*000001", data.SSL4EO, root)
     (tmp_path / "train" / "S1GRD").mkdir(parents=True)
     (tmp_path / "train" / "S1GRD" / "ssl4eos12_train_seasonal_data_000001.zarr.zip").touch()
-    is_refused("v1.1", open_pairs, "sar-optical", tmp_path / "train", 8)
+    is_refused("v1.1", open_dataset, "sar-optical", tmp_path / "train", 8)
 
 
 def write_bigearthnet(root):
@@ -1400,7 +1400,7 @@ def write_bigearthnet(root):
 def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
     """Two columns name the pair, one is completed from the S1 patches' json; snow is left out."""
     pairs = write_bigearthnet(tmp_path)
-    task = open_pairs("bigearthnet", tmp_path, 8, "train")
+    task = open_dataset("bigearthnet", tmp_path, 8, "train")
     assert task.ids == [s2 for s2, _ in pairs[:2]]
     x1, x2, target = task[0]
     assert x1.shape == (2, 12, 12) and x2.shape == (13, 12, 12)
@@ -1410,11 +1410,11 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
     assert len(data.CLASSES19) == 19 and len(data.CLASSES43) + len(data.DROPPED43) == 43
     s1, there, away = pairs[0][1], tmp_path / "BigEarthNet-S1-v1.0", tmp_path / "away"
     shutil.move(there / s1, away)               # pairs.csv follows what is unpacked
-    is_refused("1 samples", open_pairs, "bigearthnet", tmp_path, 8, "val")
+    is_refused("1 samples", open_dataset, "bigearthnet", tmp_path, 8, "val")
     shutil.move(away, there / s1)
-    assert open_pairs("bigearthnet", tmp_path, 8, "val").ids == task.ids[::-1]
+    assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == task.ids[::-1]
     shutil.rmtree(tmp_path / "BigEarthNet-v1.0" / pairs[1][0])
-    is_refused(f"1 samples .*{pairs[1][0]}", open_pairs, "bigearthnet", tmp_path, 8, "train")
+    is_refused(f"1 samples .*{pairs[1][0]}", open_dataset, "bigearthnet", tmp_path, 8, "train")
 
 
 @pytest.mark.parametrize("file, text, words", [
@@ -1427,7 +1427,7 @@ def test_lists_and_labels_of_bigearthnet_that_are_none_are_refused(file, text, w
     (tmp_path / "train.csv").write_text(f"{s2}, {s1}\n")               # a space does no harm
     name = {"json": f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json", "csv": "train.csv"}[file]
     (tmp_path / name).write_text(text)
-    is_refused(words, lambda: open_pairs("bigearthnet", tmp_path, 8, "train")[0])
+    is_refused(words, lambda: open_dataset("bigearthnet", tmp_path, 8, "train")[0])
 
 
 # ---- GeoNRW ----
@@ -1446,9 +1446,9 @@ def write_geonrw(root):
 def test_geonrw_gives_16_patches_a_tile_and_cropped_equals_whole(tmp_path):
     """Row by row; three of four bands; split by city; masks keep label 0; `crop` changes no bit."""
     rgbi = write_geonrw(tmp_path)
-    whole = [open_pairs(name, tmp_path, 8, "train") for name in ("geonrw", "rgb-dem")]
+    whole = [open_dataset(name, tmp_path, 8, "train") for name in ("geonrw", "rgb-dem")]
     assert whole[0].ids == [f"aachen/371_5712_{k}" for k in range(1, 17)]
-    assert open_pairs("geonrw", tmp_path, 8, "test").ids[0] == "herne/371_5712_1"
+    assert open_dataset("geonrw", tmp_path, 8, "test").ids[0] == "herne/371_5712_1"
     rgb, dem, seg = whole[0][6]                 # the 7th: second row, third column
     assert (rgb.permute(1, 2, 0).numpy() == rgbi[8:16, 16:24, :3]).all()
     mask = tifffile.imread(tmp_path / "aachen" / "371_5712_seg.tif")
@@ -1456,13 +1456,13 @@ def test_geonrw_gives_16_patches_a_tile_and_cropped_equals_whole(tmp_path):
     assert (mask == 0).any()
     assert dem.shape == (3, 8, 8) and dem.dtype == torch.float32 and (dem[0] == dem[2]).all()
     data.crop(tmp_path, tmp_path / "cropped", 1)
-    cropped = [open_pairs(name, tmp_path, 8, "train") for name in ("geonrw", "rgb-dem")]
+    cropped = [open_dataset(name, tmp_path, 8, "train") for name in ("geonrw", "rgb-dem")]
     for i in range(16):
         before, after = ((*task[i], *sum(pairs[i], [])) for task, pairs in (whole, cropped))
         assert len(before) == len(after) == 5
         assert all((x == y).all() and x.dtype == y.dtype for x, y in zip(before, after))
     (tmp_path / "cropped" / "aachen" / "371_5712_3_seg.tif").unlink()
-    is_refused("all of dem, rgb, seg .*371_5712_3", open_pairs, "geonrw", tmp_path, 8, "train")
+    is_refused("all of dem, rgb, seg .*371_5712_3", open_dataset, "geonrw", tmp_path, 8, "train")
     shutil.rmtree(tmp_path / "cropped")
     save(tmp_path / "herne" / "371_5712_dem.tif", np.zeros((4, 4), np.float32))
     is_refused(r"371_5712: .*\(4, 4\).* equal sizes", data.crop, tmp_path, tmp_path / "out", 1)
@@ -1570,20 +1570,20 @@ def test_names_that_differ_by_a_fixed_part_pair_by_patterns(names1, names2, patt
     folders = [os.path.dirname(pattern) for pattern in where]
     for folder, names in zip(folders, (names1, names2)):
         write_pairs(Path(folder), names)
-    pairs = open_pairs("custom", where, 8)
+    pairs = open_dataset("custom", where, 8)
     assert len(pairs) == 2 and pairs[1][0][0].shape == (1, 8, 9)
     if folders[0] != folders[1]:
         stems = [re.escape(names.split()[0]) for names in (names1, names2)]
         words = rf"a \['{stems[0]}', .*b \['{stems[1]}', .*patterns like --data1 'chips"
-        is_refused(words, open_pairs, "custom", folders, 8)
+        is_refused(words, open_dataset, "custom", folders, 8)
 
 
 def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_path):
     accents = [unicodedata.normalize(form, "\u00e9") for form in ("NFC", "NFD")]
     write_pairs(tmp_path, f"s/x1/rgb s/x2/rgb c/{accents[0]} d/{accents[1]}")
-    files = named_files(f"{tmp_path}/s/*/rgb.png")
+    files = find_images(f"{tmp_path}/s/*/rgb.png")
     assert list(files) == ["x1", "x2"] and files["x2"] == f"{tmp_path}/s/x2/rgb.png"
-    assert open_pairs("custom", (tmp_path / "c", tmp_path / "d"), 8).ids == ["\u00e9"]
+    assert open_dataset("custom", (tmp_path / "c", tmp_path / "d"), 8).ids == ["\u00e9"]
 
 
 @pytest.mark.parametrize("where, words", [
@@ -1600,7 +1600,7 @@ def test_folders_that_do_not_pair_or_hold_images_of_two_forms_are_refused(where,
     save_arrays(tmp_path / "square", first, first[..., :8])
     save_arrays(tmp_path / "double", first, first.astype(float))
     folders = [f"{tmp_path}/{folder}" for folder in where.split()]
-    is_refused(words, open_pairs, "custom", folders, 8)
+    is_refused(words, open_dataset, "custom", folders, 8)
 
 
 def test_opening_a_folder_asks_nothing_of_each_file(tmp_path, monkeypatch):
@@ -1619,7 +1619,7 @@ def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
     one = save_arrays(tmp_path / "one", arrays[0].transpose(1, 2, 0), *arrays[1:])
     for i in range(4):
         save(two / f"{i}.{'PNG' if i % 2 else 'TIF'}", rng.integers(0, 256, (8, 9, 3), np.uint8))
-    pairs = open_pairs("custom", (one, two), 8)
+    pairs = open_dataset("custom", (one, two), 8)
     row1, row2 = pairs.inputs
     values = np.stack(arrays)[:, 0]
     assert abs(row1["raw_mean"][0] - np.nanmean(values)) < 1e-3
@@ -1630,10 +1630,10 @@ def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
     expected = ((arrays[2][0] - row1["raw_mean"][0]) / row1["raw_std"][0] / 6 + 0.5).clip(0, 1)
     expected[0, 0] = 0.5                        # no value: the mean
     assert np.abs(x1[0].numpy() - expected).max() < 1e-5 and (x1[1] == 0.5).all()
-    x = torch.stack([unit(pairs[i][1][0]) for i in range(4)])
+    x = torch.stack([to_unit_range(pairs[i][1][0]) for i in range(4)])
     assert data.normalise(x, "custom2").mean().abs() < 0.5
     (tmp_path / "list.txt").write_text("3\n0\n")
-    assert open_pairs("custom", (one, two), 8, tmp_path / "list.txt").ids == ["3", "0"]
+    assert open_dataset("custom", (one, two), 8, tmp_path / "list.txt").ids == ["3", "0"]
 
 
 # ---- made-up scenes ----
@@ -1715,9 +1715,9 @@ def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, sh
     """Written once, whole, never over a file; packed or cropped; beside lists and factors.csv."""
     root = tmp_path / "toy"
     data.make_toy(scenario, root, 16, 16)
-    train = open_pairs(scenario, root, 32, "train")
+    train = open_dataset(scenario, root, 32, "train")
     assert len(train) == 16 and [len(x) for x in sum(train[0], [])] == shapes
-    assert data.input_warnings(open_pairs(scenario, root, 32)) == []
+    assert data.find_warnings(open_dataset(scenario, root, 32)) == []
     rows = {row["id"]: row for row in csv.DictReader(open(root / "factors.csv"))}
     assert len(rows) == 32 and set(train.ids) <= set(rows)
     for i, name in enumerate(train.ids):
@@ -1727,7 +1727,7 @@ def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, sh
             label = data.read_label(root / "Label" / f"{name}.png")
         assert set(classes_of(rows[name])) <= set(np.unique(label))
     # there is none, and it is not the training set
-    is_refused("val", open_pairs, scenario, root, 32, "val")
+    is_refused("val", open_dataset, scenario, root, 32, "val")
     is_refused("factors.csv is a file", data.make_toy, scenario, root / "factors.csv", 16, 16)
 
 
@@ -1735,11 +1735,11 @@ def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, sh
 
 def test_images_are_shown_as_one_sees_them():
     rgb, depth = torch.rand(1, 3, 4, 5), torch.rand(1, 1, 9, 9) * 0.1
-    x = data.visible(data.normalise(rgb, "rgb")[0], "rgb")
+    x = data.make_visible(data.normalise(rgb, "rgb")[0], "rgb")
     assert np.allclose(x, rgb[0].permute(1, 2, 0), atol=1e-6)
-    x = data.visible(data.normalise(depth, "depth")[0], "depth")
+    x = data.make_visible(data.normalise(depth, "depth")[0], "depth")
     assert x.shape == (9, 9, 3) and x.min() == 0 and x.max() == 1 and (x[..., 0] == x[..., 2]).all()
-    x = data.visible(torch.rand(13, 9, 9) * 0.1 + 0.9, "ms")
+    x = data.make_visible(torch.rand(13, 9, 9) * 0.1 + 0.9, "ms")
     assert 0.3 < x.mean() < 0.7
 
 
@@ -1748,21 +1748,21 @@ def wrong_depth_unit(root):
     z = np.linspace(0.5, 2.5, 36)[:, None].repeat(48, 1)
     for path in (write_frames(root) / "Depth").iterdir():
         save(path, (5000 * z).astype(np.uint16))
-    return open_pairs("rgbd", root, 16)
+    return open_dataset("rgbd", root, 16)
 
 
 def linear_s1(root):
     """S1 in linear power: all of it is beyond the range in dB."""
     for path in write_ssl4eo(root, ["0000000"]).glob("s1/*/*/*.tif"):
         tifffile.imwrite(path, np.full((12, 12), 0.1, np.float32))
-    return open_pairs("sar-optical", root, 8)
+    return open_dataset("sar-optical", root, 8)
 
 
 def undeclared_no_data(root):
     """-9999 in a tenth of the pixels, which a declaration would turn to NaN."""
     x = np.random.default_rng(0).normal(5, 1, (8, 40, 40)).astype(np.float32)
     x[:, :4] = -9999
-    return open_pairs("custom", [save_arrays(root / name, *x) for name in "ab"], 8)
+    return open_dataset("custom", [save_arrays(root / name, *x) for name in "ab"], 8)
 
 
 @pytest.mark.parametrize("write, words", [
@@ -1772,7 +1772,7 @@ def undeclared_no_data(root):
     (linear_s1, "sar: 100 % beyond .*in dB"),
     (undeclared_no_data, "custom1: half of the values .*: is a `no data` value")])
 def test_inputs_that_look_wrong_are_told(write, words, tmp_path):
-    lines = data.input_warnings(write(tmp_path))
+    lines = data.find_warnings(write(tmp_path))
     assert re.match(words, lines[0]), lines
 
 
@@ -1839,7 +1839,7 @@ def test_check_of_ones_own_pairs_finds_what_holds_nothing_and_what_is_squeezed(t
 def last_words(capsys, function, *args):
     """What a script says on stderr that runs function(*args), which ends it with code 2."""
     with pytest.raises(SystemExit) as error:
-        data.guarded(lambda: function(*args))
+        data.run_main(lambda: function(*args))
     assert error.value.code == 2
     return capsys.readouterr().err
 
@@ -1937,15 +1937,15 @@ def test_files_are_replaced_whole_and_never_through_a_link(tmp_path):
 def test_workers_share_the_cores_that_a_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert data.default_workers() == 8
+    assert data.choose_workers() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert data.default_workers() == 3
+    assert data.choose_workers() == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert data.default_workers() == 0          # a CPU, and MPS
+    assert data.choose_workers() == 0          # a CPU, and MPS
 
 
 def test_where_there_is_no_terminal_progress_is_a_line_every_30_s(capsys):
-    with data.progress(total=4, desc="test") as bar:
+    with data.show_progress(total=4, desc="test") as bar:
         for _ in range(4):
             bar.start_t -= 40                   # as if so much time had passed
             bar.last_print_t -= 40
@@ -2241,7 +2241,7 @@ def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes):
     finetune.freeze(net, samples, np.arange(48), args, torch.device("cpu"))
     x = torch.stack([samples[i][0] for i in range(48)])
     E = net.encoders[0]
-    seen = E.conv1(data.plain(x, "rgb", 48)).mean((0, 2, 3))
+    seen = E.conv1(data.resize_and_normalise(x, "rgb", 48)).mean((0, 2, 3))
     assert torch.allclose(E.bn1.running_mean, seen, atol=0.01) and seen.abs().max() > 0.1
     assert not any(p.requires_grad for p in net.encoders.parameters())
 
@@ -2265,7 +2265,7 @@ def test_a_stopped_transfer_goes_on_as_if_nothing_had_been(scenes, tmp_path, mon
     flags = f"{FINE} --data {scenes} --model fcn --weights none"
     a = fine(f"{flags} --out {whole}")
     with monkeypatch.context() as patch:        # in the third step
-        watched(patch, finetune, "loss_of", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        watched(patch, finetune, "compute_transfer_loss", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert fine(f"{flags} --out {broken}") is None
     assert torch.load(broken / "checkpoint.pt", weights_only=True)["step"] == 3
     b = fine(f"{flags} --out {broken} --resume")
@@ -2290,7 +2290,7 @@ def test_weights_and_parts_of_the_embedding(pretrained, scenes, tmp_path):
     flags = f"{FINE} --data {scenes} --model late --linear --cached --weights"
     run = pretrained[0]
     whole = fine(f"{flags} {run}/checkpoint.pt --out {tmp_path / 'a'}")
-    assert whole["weights_sha256"] == [pretrain.sha256_of(run / "checkpoint.pt")]
+    assert whole["weights_sha256"] == [pretrain.hash_file(run / "checkpoint.pt")]
     assert whole["pretraining"]["method"] == "decur" and whole["pretraining"]["stopped"] is None
     assert whole["row"] == "late, DeCUR" and whole["changed"] == {
         "batch_size": 16, "epochs": 2, "cached": True, "pretraining epochs": 16,
@@ -2725,7 +2725,7 @@ def test_embeddings_are_for_programs_of_ones_own(runs, tmp_path):
         assert np.allclose(values.mean, z.mean(0), atol=1e-4)
         assert np.allclose(values.var, z.var(0), atol=1e-4)
     i = known.data.ids.index(e["names"][5])
-    x = data.plain(known.data[i][1][0][None], "depth", 32)
+    x = data.resize_and_normalise(known.data[i][1][0][None], "depth", 32)
     assert np.allclose(known.net.f2(x).numpy()[0], e["z2"][5], atol=1e-4)
     assert np.allclose(known.net.f2.E(x).numpy()[0], e["features2"][5], atol=1e-4)
 
