@@ -882,7 +882,8 @@ def test_weights_start_a_run(pretrained, scenes, tmp_path, monkeypatch, capsys):
         keys = [key for key in a if "running" not in key and "num_batches" not in key]
         assert all(torch.equal(a[key], b[key]) for key in keys)
     args = argparse.Namespace(backbone="resnet-toy", modality=None, bgr=False)
-    lines = pretrain.start_from([str(one)], [decur.resnet("resnet-toy", 3)], args, ["hha"])
+    encoders = [decur.resnet("resnet-toy", 3)]
+    lines = pretrain.start_from([str(one)], encoders, args, [MODALITIES["hha"]])
     assert re.search("was trained on red green blue .* here it sees disparity height", lines[1])
     content = bytearray(one.read_bytes())
     content[len(content) // 2] ^= 1             # one flipped bit
