@@ -85,14 +85,15 @@ def need(fine, words):
         raise BadInput(words)
 
 
-# ---- one normaliser per modality: what an encoder sees, in whatever it is used for ----
+# ---- normalisers: one per modality, for whatever the images are used for ----
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 S1 = ("VV", "VH")
 S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
-MODALITIES = {                                  # range: what x in [0, 1] is; mean and std of that x
-    # The authors used no statistics for what is seen from above: 0 and 1 change nothing.
+# A row per modality.  range: what 0 to 1 means in x.  mean, std: the normaliser's, for x in [0, 1].
+MODALITIES = {
+    # The authors normalise no modality that is seen from above: mean 0 and std 1 change nothing.
     "sar": dict(name="sar", bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
                 range="dB, 2 % cut in each image and band, mean -+ 2 std of the data set "
                 "(-12.55 -+ 2 x 5.26, -20.19 -+ 2 x 5.91; BigEarthNet: -12.59 -+ 2 x 5.04, "
@@ -103,68 +104,75 @@ MODALITIES = {                                  # range: what x in [0, 1] is; me
     "dem": dict(name="dem", bands=("height",) * 3, **UNCHANGED,
                 range="1st to 99th percentile of the patch"),
     "rgb": dict(name="rgb", bands=("red", "green", "blue"), range="0 to 255", **IMAGENET),
-    # Three channels in [0, 1], so the statistics of the authors, who used ImageNet's for HHA too.
+    # HHA has three channels of 8 bits.  The authors use ImageNet's mean and std for HHA as well.
     "hha": dict(name="hha", bands=("disparity", "height", "angle"), range="0 to 255", **IMAGENET),
-    # Mean and std of SUN RGB-D (2.38 m, 1.24 m).  No reading stands at the mean: 0 once normalised.
+    # Mean and std are SUN RGB-D's: 2.38 m and 1.24 m.  A pixel without a reading gets the mean, so
+    # the pixel is 0 once it is normalised.
     "depth": dict(name="depth", bands=("depth",), range="0 to 10 m, clipped", mean=(0.238,),
                   std=(0.124,)),
 }
-MAX_DEPTH = 10.0                                # m
+MAX_DEPTH = 10.0                                # metres that x = 1 stands for in "depth"
 
 
 def to_unit_range(x):
-    """uint8 -> float32 in [0, 1]; float tensors are there already."""
-    need(x.dtype == torch.uint8 or x.is_floating_point(),
-         f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """Returns x as floats in [0, 1].  x: uint8, or float in [0, 1] already.
 
-
-def check_range(x):
-    """x: uint8, or float in [0, 1], or it is refused; on a GPU the answer would take too long."""
-    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
-        low, high = x.aminmax()                 # NaN if there is one
+    Raises BadInput otherwise.  Only the type is checked on a GPU, because a check of the values
+    would wait for the GPU."""
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    need(x.is_floating_point(), f"the images are {x.dtype}; give uint8, or float in [0, 1]")
+    if x.device.type == "cpu" and x.numel():
+        low, high = x.aminmax()                 # NaN if any value is NaN
         need(low >= -0.001 and high <= 1.001,
-             f"an image holds {low:g} to {high:g}; expected uint8, or float in [0, 1]")
+             f"the images have values from {low:g} to {high:g}; give uint8, or float in [0, 1]")
     return x
 
 
 def normalise(x, row):
-    """(x - mean) / std of the row of MODALITIES, band by band.  x: BxCxHxW in [0, 1]."""
-    x = to_unit_range(check_range(x))
-    mean, std = (torch.tensor(row[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    """Returns (x - mean) / std, channel by channel.  x: BxCxHxW, uint8 or float in [0, 1]; row: of
+    MODALITIES, or of the same form."""
+    x = to_unit_range(x)
+    mean = torch.tensor(row["mean"]).view(-1, 1, 1)                     # Cx1x1
+    std = torch.tensor(row["std"]).view(-1, 1, 1)                       # Cx1x1
     if not mean.any() and (std == 1).all():
         return x
-    return torch.addcmul(move_to(-mean / std, x.device), x, move_to(1 / std, x.device))  # one pass
+    # -mean / std + x / std in one pass over x, because memory bounds the speed
+    return torch.addcmul(move_to(-mean / std, x.device), x, move_to(1 / std, x.device))
 
 
-# ---- augmentations, Sec. 4: batched, on any device, each image with parameters of its own ----
+# ---- augmentations, Sec. 4: batched, on any device; each image draws its own parameters ----
 
-# The paper follows BYOL (Grill et al., 2020, App. B), which treats its two views unequally; Alg. 1
-# has one augment1 for both: solarize has the mean of BYOL's 0 and 0.2, blur the authors' 0.5, and
-# their crops indoors are at least half of the area, lest the modalities show different things.
+# The paper follows BYOL (Grill et al., 2020, App. B).  BYOL augments its two views differently, but
+# Algorithm 1 has one augment1 for both views.  So solarize gets 0.1, the mean of BYOL's 0 and 0.2,
+# and blur gets the authors' 0.5.
 BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
-# Paper: BYOL's crops, 0.08 to 1 of the area; flips both ways for SAR and DEM.  Here: 0.2 to 1, as
-# the authors; seen from above no side is up: all four flip both ways.
+# Paper: BYOL's crops, 0.08 to 1 of the area; flips both ways for SAR and DEM.  Here: 0.2 to 1 of
+# the area, as the authors; flips both ways for all four, because no side is up from above.
 ABOVE = dict(scale=(0.2, 1.0), vflip=True)
+# The authors' crops indoors.  Smaller crops of two modalities would often show different objects.
+INDOORS = dict(scale=(0.5, 1.0))
 AUGMENTATIONS = {
     "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
     # Paper: brightness, contrast, saturation, hue.  Here: the first two; 13 bands have no hue.
     "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),
     "aerial": dict(**ABOVE, **BYOL),
     "dem": ABOVE,                               # Sec. 4: crop and flips
-    "rgb": dict(scale=(0.5, 1.0), **BYOL),
-    "hha": dict(scale=(0.5, 1.0)),              # Sec. 4: crop and horizontal flip only
-    "depth": dict(scale=(0.5, 1.0)),            # not in the paper: as HHA
-    # One's own images of other kinds, with any number of channels.
-    "photo": dict(scale=(0.5, 1.0), **BYOL),    # one side is up
+    "rgb": dict(**INDOORS, **BYOL),
+    "hha": INDOORS,                             # Sec. 4: crop and horizontal flip only
+    "depth": INDOORS,                           # not in the paper: the same as HHA
+    # One's own images that are none of these, with any number of channels.
+    "photo": dict(**INDOORS, **BYOL),           # one side is up
     "overhead": ABOVE,                          # seen from above
 }
 
 
 class Draws:
-    """Uniform random numbers for the images of the global batch, of which a process takes its rows.
-    One CPU generator, seeded anew at each step: what a sample looks like depends on (seed, step)
-    and on its place in the global batch, never on processes, workers, device or restarts."""
+    """Draws uniform random numbers for the images of the global batch; a process takes its rows.
+
+    One CPU generator is seeded anew at each step.  So the augmentation of an image depends on the
+    seed, the step and the image's place in the global batch, and on nothing else: not on the
+    number of processes or workers, the device, or a restart."""
 
     def __init__(self, seed, batch_size, rows):
         self.seed, self.batch_size, self.rows = seed, batch_size, rows
@@ -173,34 +181,39 @@ class Draws:
         self.generator = torch.Generator().manual_seed(mix_seeds(self.seed, step))
 
     def __call__(self, n):
-        return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]  # Bxn in [0, 1)
+        """Returns n numbers in [0, 1) for each image, Bxn."""
+        return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]
 
 
 def mix_seeds(*numbers):
+    """Returns one seed of 63 bits that depends on all the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def augment(x, row, size, draws):
-    """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
-    has = AUGMENTATIONS[row["name"]]
-    x = random_resized_crop(check_range(x), size, has["scale"], draws, has.get("vflip"))
-    if "gray_p" in has:
-        x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
-                          has["gray_p"], draws)
-        x = random_blur(x, has["blur_p"], draws)
-    if "solarize_p" in has:
-        x = random_solarize(x, has["solarize_p"], draws)
+    """Returns one augmented view of each image: augment1 and augment2 of Algorithm 1.
+
+    x: BxCxHxW, uint8 or float in [0, 1]; row: of MODALITIES.  Returns BxCxSxS, normalised."""
+    settings = AUGMENTATIONS[row["name"]]
+    x = random_resized_crop(x, size, settings["scale"], draws, settings.get("vflip"))
+    if "gray_p" in settings:
+        x = random_colour(x, settings.get("jitter", (0, 0, 0, 0)), settings.get("jitter_p", 0),
+                          settings["gray_p"], draws)
+        x = random_blur(x, settings["blur_p"], draws)
+    if "solarize_p" in settings:
+        x = random_solarize(x, settings["solarize_p"], draws)
     return normalise(x, row)
 
 
 def resize_and_normalise(x, row, size):
-    """What an encoder sees without augmentation: all of BxCxHxW -> BxCxSxS, normalised."""
+    """Returns what an encoder sees without augmentation: whole images, BxCxHxW -> BxCxSxS."""
     return normalise(resize(to_unit_range(x), (size, size)), row)
 
 
 def draw_boxes(B, H, W, scale, draws):
-    """Boxes of `scale` of the area, of log-uniform aspect ratio, half mirrored: the first of
-    ten tries that fits, as torchvision, or the largest.  Top, left, height, width, flip: Bx1."""
+    """Draws a box per image: its share of the area uniform in `scale`, its aspect ratio log-uniform
+    in [3/4, 4/3].  Like torchvision: of ten random boxes, the first that fits into the image; if
+    none fits, the largest centred one.  Returns top, left, height, width, mirrored: each Bx1."""
     u, ratio = draws(23).double(), (3 / 4, 4 / 3)                       # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
@@ -217,59 +230,75 @@ def draw_boxes(B, H, W, scale, draws):
 
 
 def random_resized_crop(x, size, scale, draws, vflip=False):
-    """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
+    """Returns a random box of each image, resized to SxS.  Half of the boxes are mirrored; with
+    vflip, half are turned upside down."""
     B, _, H, W = x.shape
-    top, left, h, w, mirrored = draw_boxes(B, H, W, scale, draws)     # Bx1 each
+    top, left, h, w, mirrored = draw_boxes(B, H, W, scale, draws)       # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
-    if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
-        return torch.cat([resize_box(image[None], size, *box)
-                          for image, box in zip(x, boxes.long().tolist())])
+    if x.device.type == "cpu":
+        return crop_in_turn(x, size, boxes)
+    return crop_at_once(x, size, boxes)
+
+
+def crop_in_turn(x, size, boxes):
+    """Crops, resizes and flips image by image.  For a CPU: there F.interpolate, which skips the
+    zeros of the filters, is faster than the matrix products of crop_at_once."""
+    crops = torch.empty(*x.shape[:2], size, size)                       # BxCxSxS
+    for i, box in enumerate(boxes.long().tolist()):
+        top, left, h, w, upside_down, mirrored = box
+        crop = to_unit_range(x[i:i + 1, :, top:top + h, left:left + w])
+        crop = resize(crop, (size, size))                               # 1xCxSxS
+        if upside_down:
+            crop = crop.flip(2)
+        if mirrored:
+            crop = crop.flip(3)
+        crops[i] = crop[0]
+    return crops
+
+
+def crop_at_once(x, size, boxes):
+    """Gives the same crops by two matrix products per batch.  For a GPU: crop_in_turn would launch
+    many small kernels per image."""
+    H, W = x.shape[2:]
     top, left, h, w, upside_down, mirrored = move_to(boxes.float(), x.device).split(1, 1)
-    Wx, Wy = make_triangle_filter(left, w, W, size), make_triangle_filter(top, h, H, size)  # BxSxW, BxSxH
-    Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
+    Wy = make_triangle_filter(top, h, H, size)                          # BxSxH
+    Wx = make_triangle_filter(left, w, W, size)                         # BxSxW
     Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
-    return filter_separably(to_unit_range(x), Wy, Wx)                                   # BxCxSxS
-
-
-def resize_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = resize(to_unit_range(image[:, :, top:top + h, left:left + w]), (size, size))
-    if upside_down:
-        box = box.flip(2)
-    if mirrored:
-        box = box.flip(3)
-    return box
+    Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
+    return filter_separably(to_unit_range(x), Wy, Wx)                   # BxCxSxS
 
 
 def resize(x, size):
+    """Returns x, BxCxHxW, resized to (height, width): bilinear, antialiased."""
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 def make_triangle_filter(start, length, n_in, n_out):
-    """Weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out."""
+    """Returns weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out, as
+    `resize` does.  start, length: Bx1."""
     pixel, step = torch.arange(n_in, device=start.device), length / n_out  # n_in, Bx1
     centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
     distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
     weight = (1 - distance).clamp(min=0)
-    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]  # in part: too
+    # A pixel that lies only partly inside [start, start + length) counts as well.
+    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]
     return (weight / weight.sum(-1, keepdim=True)).float()
 
 
 def filter_separably(x, Wy, Wx):
-    """Filter the columns with Wy: BxSyxH and the rows with Wx: BxSxxW.  x: BxCxHxW -> BxCxSyxSx.
-    The channels lie side by side: a filter broadcast over them would be copied for each."""
-    B, C, H, W = x.shape
-    x = Wy @ x.transpose(1, 2).reshape(B, H, C * W)                     # BxSyxCW
-    x = x.view(B, -1, W) @ Wx.mT                                        # BxSyCxSx
-    return x.view(B, -1, C, Wx.shape[1]).transpose(1, 2).contiguous()
+    """Filters the columns with Wy, BxS'xH, and the rows with Wx, BxSxW.  BxCxHxW -> BxCxS'xS."""
+    return Wy[:, None] @ x @ Wx[:, None].mT
 
 
 def random_colour(x, jitter, jitter_p, gray_p, draws):
-    """Brightness, contrast, saturation and hue jitter, then grayscale, for any number of channels.
-    They fold into one affine map of each image.  Brightness b and contrast c are x -> c b x +
-    (1 - c) b m with m the image's mean luma; saturation s blends with the luma; hue turns the
-    colour about the grey axis, which is linear, where HSV's hue is not; grayscale is s = 0.
-    Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold."""
+    """Jitters brightness, contrast, saturation and hue, then makes some images grey; for any number
+    of channels.
+
+    All of it folds into one affine map per image.  Brightness b and contrast c are x -> c b x +
+    (1 - c) b m, where m is the mean luma of the image.  Saturation s blends x with its luma.  Hue
+    turns colours about the grey axis, which is linear (HSV's hue is not).  Grayscale is s = 0.
+    Paper: BYOL jitters in a random order.  Here: in this order, because only then they fold."""
     C, shape = x.shape[1], x.shape
     u = draws(6)                                                        # Bx6
     jittered = (u[:, :1] < jitter_p).float()
@@ -287,7 +316,8 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
 
 
 def make_hue_rotation(angle):
-    """Bx3x3: turns colours by `angle` (B, radians) about the grey axis (1, 1, 1), red to green."""
+    """Returns Bx3x3 matrices that turn colours by `angle` (B, radians) about the grey axis
+    (1, 1, 1), from red to green."""
     grey = torch.full((3, 3), 1 / 3)                                    # projects on the axis
     turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a quarter turn
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
@@ -295,23 +325,28 @@ def make_hue_rotation(angle):
 
 
 def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
-    """Gaussian blur of the images that draw it; sigma in pixels at a crop of 224."""
+    """Blurs, in x itself, the images that draw it.  sigma: the Gaussian's, in pixels of a crop of
+    224; smaller crops get a smaller one."""
     u, S = draws(2), x.shape[-1]
-    chosen = (u[:, 0] < blur_p).nonzero()[:, 0]
-    if len(chosen) == 0:
-        return x
+    chosen = (u[:, 0] < blur_p).nonzero()[:, 0]                         # b indices
     width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
     chosen, width = move_to(chosen, x.device), move_to(width, x.device)
     pixel = torch.arange(S, dtype=x.dtype, device=x.device)
     distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
-    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)  # denormals beyond are slow on a CPU
-    G = G / G.sum(-1, keepdim=True)             # cut off at the border and normalised
-    return x.index_copy(0, chosen, filter_separably(x[chosen], G, G))
+    # Beyond 5 sigmas the weights would be denormal numbers, which are slow on a CPU.
+    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)
+    G = G / G.sum(-1, keepdim=True)             # cut off at the border, so normalised per pixel
+    x[chosen] = filter_separably(x[chosen], G, G)
+    return x
 
 
 def random_solarize(x, solarize_p, draws):
-    chosen = move_to(draws(1) < solarize_p, x.device)[..., None, None]    # Bx1x1x1
-    return torch.where(chosen & (x >= 0.5), 1 - x, x)                   # BxCxHxW
+    """Inverts, in x itself, the bright values of the images that draw it."""
+    chosen = (draws(1)[:, 0] < solarize_p).nonzero()[:, 0]              # b indices
+    chosen = move_to(chosen, x.device)
+    drawn = x[chosen]                                                   # bxCxSxS
+    x[chosen] = torch.where(drawn >= 0.5, 1 - drawn, drawn)
+    return x
 
 
 # ---- SSL4EO-S12 and BigEarthNet-MM: Sentinel-1 and Sentinel-2 ----

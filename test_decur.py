@@ -918,20 +918,32 @@ def npy(a):
 
 # ---- the data order and the augmentations ----
 
-def test_the_crop_is_an_antialiased_resize_of_a_box_on_a_cpu_and_on_a_device():
-    """A device's matrix products against F.interpolate, which a CPU takes; boxes of all sizes."""
-    x = torch.rand(4, 5, 20, 24, generator=torch.Generator().manual_seed(0))
-    boxes = torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
-    flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-    cpu = torch.cat([data.resize_box(image[None], 11, *map(int, box), *map(int, flip))
-                     for image, box, flip in zip(x, boxes, flips)])
-    expected = F.interpolate(x[2:3, :, 5:, :], (11, 11), mode="bilinear", antialias=True).flip(3)
-    assert torch.equal(cpu[2:3], expected)
-    filters = []
-    for k, n in enumerate((20, 24)):            # top and height, left and width
-        W = data.make_triangle_filter(boxes[:, k, None], boxes[:, k + 2, None], n, 11)
-        filters.append(torch.where(flips[:, k, None, None] > 0, W.flip(1), W))
-    assert (data.filter_separably(x, *filters) - cpu).abs().max() < 1e-5
+def test_the_crop_is_an_antialiased_resize_of_a_box():
+    x = torch.rand(1, 5, 20, 24, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[3, 2, 7, 9, 1, 0]])  # top, left, height, width, upside down, mirrored
+    inside = x[:, :, 3:10, 2:11]
+    expected = F.interpolate(inside, (11, 11), mode="bilinear", antialias=True).flip(2)
+    assert torch.equal(data.crop_in_turn(x, 11, boxes), expected)
+
+
+@pytest.mark.parametrize("name", data.AUGMENTATIONS)
+def test_a_gpu_s_crops_equal_a_cpu_s(name):
+    """The batched filters, here run on a CPU: random boxes of the modality's scale and flips, and
+    boxes that touch each border or are one pixel, to more and to fewer pixels."""
+    row, settings = MODALITIES.get(name, dict(bands="any")), data.AUGMENTATIONS[name]
+    B, H, W = 16, 40, 52
+    x = torch.randint(0, 256, (B, len(row["bands"]), H, W), dtype=torch.uint8,
+                      generator=torch.Generator().manual_seed(0))
+    draws = drawn(B)
+    *box, mirrored = data.draw_boxes(B, H, W, settings["scale"], draws)
+    upside_down = draws(1) < (0.5 if settings.get("vflip") else 0)
+    boxes = torch.cat((*box, upside_down, mirrored), 1)
+    boxes[:4] = torch.tensor([[0, 0, H, W, 0, 0], [H - 1, W - 1, 1, 1, 1, 1],
+                              [H - 7, 0, 7, W, 0, 1], [0, W - 9, H, 9, 1, 0]])
+    assert boxes[:, 4].any() and boxes[:, 5].any()
+    for size in (24, 96):
+        crops = data.crop_in_turn(x, size, boxes)
+        assert (data.crop_at_once(x, size, boxes) - crops).abs().max() < 1e-4
 
 
 def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
@@ -991,17 +1003,21 @@ def test_hue_turns_red_into_green_into_blue_and_keeps_grey():
 def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
     x = torch.rand(40, 1, 56, 56, generator=torch.Generator().manual_seed(0))
     x[:, :, :28] = 0.5
-    y = data.random_blur(x, 0.5, drawn(40))
+    y = data.random_blur(x.clone(), 0.5, drawn(40))
     assert torch.allclose(y[:, :, :24], x[:, :, :24], atol=1e-5)  # 8 sigma of <= 0.5 pixels away
     unchanged = (y == x).flatten(1).all(1)
-    assert 10 < unchanged.sum() < 30 and data.random_blur(x, 0.0, drawn(40)) is x
+    assert 10 < unchanged.sum() < 30
+    assert torch.equal(data.random_blur(x.clone(), 0.0, drawn(40)), x)
 
 
 def test_solarize_inverts_what_is_bright():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3)
-    solarized = data.random_solarize(x, 1.1, drawn(1)).flatten()
+    solarized = data.random_solarize(x.clone(), 1.1, drawn(1)).flatten()
     assert torch.allclose(solarized, torch.tensor([0.2, 0.5, 0.1]))
-    assert torch.equal(data.random_solarize(x, 0.0, drawn(1)), x)
+    assert torch.equal(data.random_solarize(x.clone(), 0.0, drawn(1)), x)
+    x = torch.full((40, 1, 2, 2), 0.75)
+    inverted = (data.random_solarize(x, 0.5, drawn(40)) == 0.25).flatten(1).all(1)
+    assert 10 < inverted.sum() < 30             # whole images, and about half of them
 
 
 @pytest.mark.parametrize("name, C", [("sar", 2), ("dem", 3), ("ms", 13)])
@@ -1020,9 +1036,9 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says(name, C):
 
 
 @pytest.mark.parametrize("value, dtype, words", [
-    (7500, torch.float32, "holds 7500 to 7500"), (np.nan, torch.float32, "holds nan to nan"),
-    (-0.1, torch.float32, "holds -0.1 to -0.1"), (0, torch.int32, "is of torch.int32"),
-    (0, torch.uint16, "is of torch.uint16")])
+    (7500, torch.float32, "7500 to 7500"), (np.nan, torch.float32, "nan to nan"),
+    (-0.1, torch.float32, "-0.1 to -0.1"), (0, torch.int32, "torch.int32"),
+    (0, torch.uint16, "torch.uint16")])
 def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
     """Depth in metres as x gave 60481 once; wherever images enter."""
     x = torch.full((1, 1, 4, 4), value, dtype=dtype)
