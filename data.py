@@ -42,7 +42,6 @@ views are made, or of two, one for each view.  uint8, or float32 in [0, 1].  A t
 """
 import argparse
 import contextlib
-import errno
 import functools
 import glob
 import json
@@ -810,41 +809,43 @@ def read_label(path, canvas=None):
 # ---- HHA: depth as disparity, height and angle with gravity ----
 
 def hha(depth_m, raw_m, K):
-    """Depth encoded as HHA (Gupta et al., 2014): equal to the authors' MATLAB code.
+    """Encodes depth as HHA (Gupta et al., 2014).  The result equals the authors' MATLAB code.
 
     depth_m   HxW   metres, holes filled
-    raw_m     HxW   what the sensor saw: 0 or NaN takes no part in the fits; or depth_m again
+    raw_m     HxW   what the sensor measured: a pixel of 0 or NaN takes no part in the fits
     K               3x3 camera matrix, or (fx, fy, cx, cy), in pixels
 
     Returns HxWx3 uint8: disparity (31000 / cm, saturates below 1.2 m), height above the lowest
     point (cm, saturates at 2.55 m) and angle of the surface with gravity (38..218 for 0..180
-    degrees).  Raises ValueError for depth not in metres."""
+    degrees).  Raises ValueError if the depth cannot be in metres, or if no pixel has depth."""
     z = 100 * np.nan_to_num(np.asarray(depth_m, float))                # HxW, cm from here on
     if not 0 <= z.min() <= z.max() < 1e4:
-        raise ValueError(f"depth from {z.min() / 100:g} to {z.max() / 100:g}; expected metres "
-                         "from 0 to 100: divide by the units of a metre")
+        raise ValueError(f"depth runs from {z.min() / 100:g} to {z.max() / 100:g} m; expected 0 to "
+                         "100 m; set --depth-unit to the file's steps per metre (1000 for mm)")
     K = np.asarray(K, float)
     fx, fy, cx, cy = K if K.size == 4 else (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
     H, W = z.shape
     u = (np.arange(1, W + 1)[None] - cx) / fx                          # 1xW, X/Z; 1-based pixels
     v = (np.arange(1, H + 1)[:, None] - cy) / fy                       # Hx1, Y/Z
-    m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)
+    m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)              # HxW, 1: takes part
     if not m.any():
         raise ValueError("no pixel has both depth_m and raw_m above 0; expected some valid depth")
-    q = m / np.where(m > 0, z, 1)
-    # integral images, padded for windows of 21
+    q = m / np.where(m > 0, z, 1)                                      # HxW, 1/Z
+    # Integral images of the nine products in the plane fits, padded for windows of 21 pixels.
     sums = [np.pad(a.cumsum(0).cumsum(1), ((11, 10), (11, 10)), "edge")
             for a in (u * u * m, u * v * m, u * m, v * v * m, v * m, m, u * q, v * q, q)]
     for a in sums:
         a[:11] = a[:, :11] = 0
-    N = fit_normals(sums, u, v, z, 10).reshape(3, -1)                          # smooth ones for gravity
+    N = fit_normals(sums, u, v, z, 10).reshape(3, -1)                  # smooth normals, for gravity
     g = find_gravity(N.compress(~np.isnan(N[0]), 1))
     if np.degrees(np.arccos(min(g[1], 1))) <= 0.1:
-        up = -z * v                             # so near the camera's y axis, it counts as that
+        up = -z * v                             # the authors take such a g for the camera's y axis
     else:
         up = -z * (g[0] * u + g[1] * v + g[2])
     lowest = up.min()
-    height = up - (lowest if lowest <= -90 else -130)  # no floor in sight: camera 130 cm high
+    # If the lowest point is less than 90 cm below the camera, the floor is out of sight.  The
+    # camera then counts as 130 cm high.
+    height = up - (lowest if lowest <= -90 else -130)
     cosine = np.einsum("c,chw->hw", g, fit_normals(sums, u, v, z, 3)).clip(-1, 1)
     angle = np.where(np.isnan(cosine), 180, np.degrees(np.arccos(cosine)))
     out = np.stack([31000 / np.maximum(z, 100), height, angle + 128 - 90], -1)  # HxWx3
@@ -852,7 +853,8 @@ def hha(depth_m, raw_m, K):
 
 
 def sum_windows(integral, radius):
-    """Sums over square windows from an integral image padded by 10: (H+21)x(W+21).  Returns HxW."""
+    """Returns HxW sums over square windows of 2 radius + 1 pixels.  integral: (H+21)x(W+21), an
+    integral image with the padding of `hha`."""
     lo, hi = 10 - radius, 11 + radius
     H, W = integral.shape[0] - 21, integral.shape[1] - 21
     rows = integral[hi:hi + H] - integral[lo:lo + H]
@@ -860,30 +862,36 @@ def sum_windows(integral, radius):
 
 
 def fit_normals(sums, u, v, z, radius):
-    """Unit normals 3xHxW of planes a u + b v + c = 1/z fitted to windows; NaN without any pixel."""
+    """Fits a plane a u + b v + c = 1/z to the window around each pixel.  Returns the unit normals,
+    3xHxW; NaN where no pixel of the window takes part."""
     uu, uv, u1, vv, v1, n, uq, vq, q1 = (sum_windows(a, radius) for a in sums)
-    # Least squares by the adjugate of the normal matrix: its determinant would only scale a, b, c.
+    # Least squares by the adjugate of the normal matrix.  Its determinant is left out, because the
+    # determinant would only scale a, b and c.
     A, B, C = vv * n - v1 * v1, u1 * v1 - uv * n, uv * v1 - u1 * vv
     D, E, G = uu * n - u1 * u1, uv * u1 - uu * v1, uu * vv - uv * uv
     N = np.stack([A * uq + B * vq + C * q1, B * uq + D * vq + E * q1, C * uq + E * vq + G * q1])
     length = np.sqrt(np.einsum("chw,chw->hw", N, N))                   # HxW
     length[(n < 0.5) | (length == 0)] = np.nan
-    side = (N[0] * u + N[1] * v + N[2]) * z     # its own point's; without a point, N_z >= 0
+    # The pixel's own point decides the sign of the normal; where it has no depth, N_z >= 0 does.
+    side = (N[0] * u + N[1] * v + N[2]) * z
     length[np.where(side == 0, N[2], side) < 0] *= -1
     N /= length
     return N
 
 
 def find_gravity(N):
-    """Gravity's direction: floors face it, walls stand along it; ten steps from down.  N: 3xP."""
+    """Returns the unit vector of gravity, from normals N (3xP): floors face along gravity, walls
+    stand at right angles to it.  Ten steps, which start from the camera's y axis."""
     g = np.array([0.0, 1.0, 0.0])
     i, j = np.triu_indices(3)
-    products, A = N[i] * N[j], np.empty((3, 3))                         # 6xP, once
+    products, A = N[i] * N[j], np.empty((3, 3))                         # 6xP, the same in all steps
     for limit in np.radians([45] * 5 + [15] * 5):
         s = np.abs(g @ N)
-        weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # +1 wall, -1 floor
+        weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # P: +1 wall, -1 floor
         A[i, j] = A[j, i] = products @ weight                           # the sum of weight n n^T
-        axis = np.linalg.eigh(A)[1][:, 0]       # least along walls, most along floors
+        # The eigenvector of the smallest eigenvalue: nearly at right angles to the normals of
+        # walls, nearly along those of floors.
+        axis = np.linalg.eigh(A)[1][:, 0]
         g = axis if g @ axis >= 0 else -axis
     return g
 
@@ -1168,9 +1176,10 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
 
 
 class Samples:
-    """A data set whose index is (epoch, i), for one loader over all epochs of a run.
+    """Wraps a data set so that its index is (epoch, i): one loader serves all epochs of a run.
 
-    keep: up to 1 GB of samples stay in memory, decoded; not of satellites: seasons change."""
+    keep: whether up to 1 GB of decoded samples stay in memory.  SSL4EO-S12 is not kept: its samples
+    change with the epoch, because seasons are drawn."""
 
     def __init__(self, data, keep=False):
         changes = getattr(data, "modalities", None) == SSL4EO.modalities
@@ -1189,18 +1198,21 @@ class Samples:
 
 
 def move_views(views, device):
-    """A batch for each of two views, on the device; a single one stands twice, and moves once."""
+    """Moves the images of both views to the device.  If both views are made from one image, the
+    image moves once and is returned twice."""
     views = [move_to(x, device) for x in views]
     return views if len(views) == 2 else [views[0], views[0]]
 
 
-def move_to(x, device):                           # on MPS, a copy not waited for may be torn
+def move_to(x, device):
+    """Copies x to the device.  A copy to CUDA does not wait; a copy to MPS has to, because it may
+    be incomplete otherwise."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def epoch_batches(n, batch_size, seed, epoch):
-    """The data order, n // batch_size x batch_size indices: a permutation of 0..n-1, a function of
-    (seed, epoch) alone, without its last incomplete batch."""
+    """Returns the indices of each batch of an epoch, (n // batch_size) x batch_size: a permutation
+    of 0..n-1 that depends only on seed and epoch.  The last, incomplete batch is left out."""
     order = np.random.default_rng((seed, epoch)).permutation(n)
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
 
@@ -1296,8 +1308,10 @@ def spread_evenly(indices, n):
 # ---- what all five scripts share: files, processes, the command line ----
 
 def write_atomically(path, write):
-    """write(binary file) beside the path, flush, rename: killed, it leaves the old file or the new.
-    Created exclusively: what a link of that name points to stays as it is."""
+    """Calls write(binary file) for PATH.part and then renames the file to PATH.  If the run is killed
+    or the disk is full, PATH keeps what it held before.
+
+    The .part file is created anew, so a symbolic link with its name is not followed."""
     part = Path(f"{path}.part")
     part.unlink(missing_ok=True)
     try:
@@ -1306,22 +1320,23 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:    # torch.save says RuntimeError where a write failed
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and "inline_container" not in str(error):
-            raise
-        raise BadInput(f"{path} cannot be written: is the disk full? What was there before is "
-                       f"whole; make room, then go on") from None
+        # On a full disk torch.save raises a RuntimeError, whose context is the OSError.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError) and reason.errno:
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
+        raise
 
 
 def write_text(path, text):
-    """As utf-8; what a file's name holds and utf-8 does not becomes a backslash and its number."""
+    """Writes text as UTF-8.  Characters that UTF-8 cannot encode (they can occur in file names) are
+    written as backslash escapes."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def read_json(path, what):
-    """The object in a json file; `what` it should be is said where it is none."""
+    """Returns the dict in a json file.  what: what the file is, for the message if it is damaged."""
     with reading(path, what):
         value = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(value, dict):
@@ -1330,7 +1345,7 @@ def read_json(path, what):
 
 
 def number(kind, low, high=math.inf):
-    """For argparse's type=: a finite int or float within low..high."""
+    """Returns a function for argparse's type=, which reads a finite int or float in low..high."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
@@ -1342,100 +1357,123 @@ def number(kind, low, high=math.inf):
 
 
 def expand_path(text):
-    """For argparse's type=: a file, folder or pattern; ~ is one's home."""
-    if not text:                                # as of a shell's variable that is not set
-        raise argparse.ArgumentTypeError("nothing; expected a name")
+    """Reads a file, folder or pattern, for argparse's type=; ~ stands for the home folder."""
+    if not text:                                # a variable of the shell that is not set gives this
+        raise argparse.ArgumentTypeError("the name is empty; give a file or folder")
     return os.path.expanduser(text)
 
 
 class OnePattern(argparse.Action):
-    """For argparse's action=, with nargs="+": a shell makes a list of a pattern without quotes."""
+    """Refuses several files, for argparse's action= with nargs="+".  Without quotes around a pattern
+    the shell gives the files that match instead of the pattern."""
 
     def __call__(self, parser, args, values, option=None):
         if len(values) > 1:
-            parser.error(f"{option}: {len(values)} files, such as {values[0]}; expected a folder, "
+            parser.error(f"{option} got {len(values)} files, such as {values[0]}; give one folder, "
                          f"or a pattern in quotes: '*.tif'")
         setattr(args, self.dest, values[0])
 
 
 def count_cores():
-    """How many this process may use; a cgroup or Slurm may give it less than the machine has."""
+    """Returns how many cores this process may use.  A cgroup or Slurm may allow fewer cores than
+    the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def choose_workers():
-    """--workers for each process: on CUDA at most 8; a CPU, and MPS, read in the main process."""
+    """Returns the default of --workers: with CUDA the cores per process, at most 8.  Otherwise 0,
+    because workers would take cores from the training."""
     if not torch.cuda.is_available():
         return 0
     return min(8, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def leave_group(worker):
-    """For a loader's worker: a signal to the whole group leaves the main process time to save."""
+    """Moves a DataLoader worker to its own process group.  A signal to the main group (Ctrl-C) then
+    does not stop the worker, so the main process has time to save."""
     if os.name == "posix":
         os.setpgrp()
 
 
 def show_progress(*args, **settings):
-    """tqdm's bar, gone when all is done; where nobody could see it move, news every 30 s."""
+    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal, for example a
+    log file, the bar is printed only every 30 s."""
     if sys.stderr is None or not sys.stderr.isatty():
         settings |= dict(delay=30, mininterval=30, miniters=1, disable=sys.stderr is None)
     return tqdm(*args, **dict(leave=False, dynamic_ncols=True) | settings)
 
 
 def run_main(main):
-    """Exit with what main() returns; with bad input, one line on stderr and exit code 2."""
-    with contextlib.suppress(AttributeError):   # a notebook's stdout; None where it is closed
+    """Exits with the code that main() returns.  If input cannot be used, prints one line on stderr
+    and exits with code 2."""
+    with contextlib.suppress(AttributeError):   # stdout is a notebook's, or None where it is closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)                           # as a shell has it
-    except BrokenPipeError:                     # as of `| head`, who has read enough
+        sys.exit(130)                           # the code that shells use for Ctrl-C
+    except BrokenPipeError:                     # the reader, such as `| head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError, RuntimeError) as error:
-        line = str(error).strip()
-        if "Traceback" in line:                 # of a worker
-            line = line.splitlines()[-1]
-        line = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(line.splitlines()))
-        if "DataLoader worker" in line:
-            line = "a process that reads files was killed: out of memory? Take fewer --workers"
-        elif "stack expects each tensor" in line:
-            line = f"samples differ in size ({line}); take the odd ones out"
-        elif isinstance(error, RuntimeError):
+        line = describe_error(error)
+        if line is None:
             raise
         if sys.stderr is not None:
             sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
 
 
+def describe_error(error):
+    """Returns the line to print for an error, or None if the error is a fault of the code."""
+    text = str(error).strip()
+    if "Traceback" in text:                     # of a worker: the last line holds the message
+        text = text.splitlines()[-1]
+    text = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(text.splitlines()))
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (f"{text.split(' GPU ')[0]}  Give a smaller --batch-size, or in pretraining a "
+                f"narrower --projector")
+    if re.search("Bus error|shared memory|</?torch_", text):
+        return ("/dev/shm, the memory that workers share with the main process, is full; enlarge it "
+                "(docker run --shm-size), or give fewer --workers.  Each worker holds two batches "
+                "there; a batch of 256 pairs of SSL4EO-S12 takes 535 MB")
+    if "DataLoader worker" in text:
+        return "a worker that reads files was killed; if the memory is full, give fewer --workers"
+    if "stack expects each tensor" in text:
+        return f"the samples of a batch differ in size ({text}); give samples of one size"
+    return None if isinstance(error, RuntimeError) else text
+
+
 # ---- made-up scenes: known factors, one in both modalities and one in each alone ----
 
-# A factor is the shape of one kind of object: seen by both sensors, by sensor 1, or by sensor 2.
-# Nothing else may tell scenes apart, or views agree on that instead: all shapes have the same area,
-# position, size and rotation are random, and clutter is small (encoders learned a tint of 5 %).
-# Linear probes, chance 0.25: supervised encoders 0.98 and more, random ones 0.32 to 0.47.
+# A factor is the shape of one kind of object.  Both sensors see the first kind, only sensor 1 sees
+# the second, only sensor 2 sees the third.  Nothing but the objects may identify a scene, because
+# an encoder would learn such a shortcut instead of the shapes (a tint of 5 % was enough).  So all
+# shapes have the same area; position, size and rotation are random; clutter is weak.
+# Accuracy of linear probes: chance 0.25, random encoders 0.32 to 0.47, supervised encoders 0.98 or
+# more.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
 
 
 def draw_shape(shape, u, v):
-    """Whether the points u, v (any equal shapes) on a shape's own axes lie in it; its area is 4."""
+    """Returns whether points lie inside a shape of area 4.  u, v: arrays of equal size, coordinates
+    on the shape's own axes."""
     r, a, b = np.hypot(u, v), np.abs(u), np.abs(v)
     return {"disk": r < 1.128, "ring": (r < 1.38) & (r > 0.795),
             "cross": (np.minimum(a, b) < 0.36) & (np.maximum(a, b) < 1.57),
             "triangle": (v < 0.877) & (3 ** 0.5 * a - v < 2 * 0.877)}[shape]  # equilateral
 
 
-def place(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
-    """Class and mask HxW of a shape, or of a random one, centred within rows and columns."""
+def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
+    """Draws an object whose centre lies within rows and columns (shares of H and W).  shape: an
+    index of SHAPES; default: a random one.  Returns that index and the mask, HxW in [0, 1]."""
     shape = int(rng.integers(len(SHAPES))) if shape is None else shape
     y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
     r, turn = rng.uniform(*radii) * H, rng.uniform(0, 2 * np.pi)
-    fine = (np.mgrid[0:2 * H, 0:2 * W] + 0.5) / 2  # two samples a pixel each way: antialiased
+    fine = (np.mgrid[0:2 * H, 0:2 * W] + 0.5) / 2  # 2x2 samples per pixel make smooth edges
     dy, dx = (fine[0] - y) / r, (fine[1] - x) / r
     u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
     mask = draw_shape(SHAPES[shape], u, v)
@@ -1443,27 +1481,30 @@ def place(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
 
 
 def place_three(rng, H, W):
-    """The objects of a room, common, unique1 and unique2: their masks, the label and classes."""
-    common = place(rng, H, W, (0.6, 0.76), (0.25, 0.75))
-    unique = [place(rng, H, W, (0.24, 0.4), (0.2, 0.8)) for _ in range(2)]
-    return labelled(*zip(common, *unique))
+    """Draws the three objects of a room: common, unique1 and unique2.  Returns as make_label."""
+    common = draw_object(rng, H, W, (0.6, 0.76), (0.25, 0.75))
+    unique = [draw_object(rng, H, W, (0.24, 0.4), (0.2, 0.8)) for _ in range(2)]
+    return make_label(*zip(common, *unique))
 
 
 def scatter_three(rng, S):
-    """The same seen from above, each three times, in cells of a 3x3 grid that begins anywhere: an
-    object that stands once is seldom in both views."""
+    """Draws the three kinds of objects for a scene seen from above.  Returns as make_label.
+
+    Each object stands three times, in the cells of a 3x3 grid that begins anywhere, because two
+    random crops seldom share an object that stands only once."""
     masks = np.zeros((3, S, S))
     classes = [int(shape) for shape in rng.integers(len(SHAPES), size=3)]
     square = np.add.outer(rng.permutation(3), rng.permutation(3)) % 3   # 3x3, a Latin square
     for kind, cells in enumerate((0, *rng.integers(1, 3, size=2))):
         for cell in np.argwhere(square == cells):
             rows, columns = ((i / 3 + 0.147, i / 3 + 0.187) for i in cell)
-            masks[kind] += place(rng, S, S, rows, columns, classes[kind], (0.095, 0.115))[1]
-    return labelled(classes, np.roll(masks, rng.integers(S, size=2), (1, 2)).clip(0, 1))
+            masks[kind] += draw_object(rng, S, S, rows, columns, classes[kind], (0.095, 0.115))[1]
+    return make_label(classes, np.roll(masks, rng.integers(S, size=2), (1, 2)).clip(0, 1))
 
 
-def labelled(classes, masks):
-    """Masks HxW, the first in front; label HxW uint8: 0 none, then SCENE_CLASSES + 1; classes."""
+def make_label(classes, masks):
+    """Puts the first of three masks HxW in front of the others.  Returns the masks that remain
+    visible, the label HxW uint8 (1 + index of SCENE_CLASSES) and the classes, indices of SHAPES."""
     front, *behind = masks
     masks = [front, *(mask * (1 - front) for mask in behind)]
     label = np.ones(front.shape, np.uint8)
@@ -1472,36 +1513,41 @@ def labelled(classes, masks):
     return masks, label, tuple(classes)
 
 
-def smooth_noise(rng, H, W, cells):
-    """Clutter: HxW, bicubic between random values in [-1, 1] on a coarse grid."""
+def make_clutter(rng, H, W, cells):
+    """Returns smooth noise HxW in about [-1, 1]: random values on a coarse grid of cells x cells,
+    with bicubic interpolation between them."""
     coarse = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
     return np.array(coarse.resize((W, H), Image.Resampling.BICUBIC))
 
 
-def indoor_scene(rng, H=48, W=64):
-    """A room: an object before the wall, a painting on it (RGB alone), a pane in it (depth alone).
-    Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 and the three classes."""
+def draw_room(rng, H=48, W=64):
+    """Draws an object before a wall, a painting on the wall (only RGB sees it) and a pane in the
+    wall (only depth sees it).  Returns rgb HxWx3 uint8, depth HxW uint16 in mm, label HxW uint8 and
+    the three classes."""
     (m_common, m_paint, m_pane), label, classes = place_three(rng, H, W)
-    rgb = camera(rng, m_common, m_paint, 0.12)
-    z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
+    rgb = photograph(rng, m_common, m_paint, 0.12)
+    z = 3 + 0.03 * make_clutter(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
     return rgb, (z * 1000).astype(np.uint16), label, classes
 
 
-def camera(rng, m_common, m_paint, clutter):
-    """What a camera sees of two masks HxW: a bright and a dark object on grey.  HxWx3 uint8."""
-    rgb = 0.5 + clutter * np.stack([smooth_noise(rng, *m_common.shape, 6) for _ in range(3)], -1)
+def photograph(rng, m_common, m_paint, clutter):
+    """Returns the photograph, HxWx3 uint8, of two masks HxW: the common object is bright, the
+    painted one is dark, the ground is grey with `clutter`."""
+    rgb = 0.5 + clutter * np.stack([make_clutter(rng, *m_common.shape, 6) for _ in range(3)], -1)
     rgb = rgb + (0.9 - rgb) * m_common[..., None] + (0.1 - rgb) * m_paint[..., None]
     return ((rgb + rng.normal(0, 0.04, rgb.shape)).clip(0, 1) * 255).astype(np.uint8)
 
 
-def satellite_scene(rng, S=48):
-    """From orbit: a village (bright in both), an oil slick (dark in SAR), algae (dark in optical).
-    Returns four seasons of {band: array} as in the files, label SxS uint8 and the classes."""
+def draw_satellite_scene(rng, S=48):
+    """Draws a village (bright for both sensors), an oil slick (dark, only in SAR) and algae (dark,
+    only in optical bands).  Returns four seasons of {band: array} with the values of the files,
+    label SxS uint8 and the three classes."""
     (m_common, m_slick, m_bloom), label, classes = scatter_three(rng, S)
-    clutter1, optical, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
-    levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)  # as real
+    clutter1, optical, infrared = (make_clutter(rng, S, S, 6) for _ in range(3))
+    # the mean of each band of S2, about as in real images
+    levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)
     seasons = []
     for _ in range(4):
         light, bands = rng.normal(1, 0.05), {}
@@ -1518,12 +1564,13 @@ def satellite_scene(rng, S=48):
     return seasons, label, classes
 
 
-def aerial_scene(rng, S=48):
-    """From the air: a building (bright, high), a painted square (dark), a pit of no colour (low).
-    Returns rgb SxSx3 uint8, heights SxS float32 m, label SxS uint8 and the three classes."""
+def draw_aerial_scene(rng, S=48):
+    """Draws a building (bright and high), a painted square (dark, only in RGB) and a pit (low, only
+    in heights).  Returns rgb SxSx3 uint8, heights SxS float32 in m, label SxS uint8 and the three
+    classes."""
     (m_common, m_paint, m_pit), label, classes = scatter_three(rng, S)
-    rgb = camera(rng, m_common, m_paint, 0.04)
-    dem = rng.uniform(50, 300) + 0.8 * smooth_noise(rng, S, S, 6) + rng.normal(0, 0.3, (S, S))
+    rgb = photograph(rng, m_common, m_paint, 0.04)
+    dem = rng.uniform(50, 300) + 0.8 * make_clutter(rng, S, S, 6) + rng.normal(0, 0.3, (S, S))
     dem = dem + 7 * (m_common - m_pit)
     return rgb, dem.astype(np.float32), label, classes
 
@@ -1531,7 +1578,7 @@ def aerial_scene(rng, S=48):
 def write_indoor(root, rngs, scenes):
     """The folder form; `scenes` are for training.  Yields (id, classes), as do the next two."""
     for i, rng in enumerate(rngs):
-        *images, classes = indoor_scene(rng)
+        *images, classes = draw_room(rng)
         for folder, image in zip(("RGB", "Depth", "Label"), images):
             save_new(root / folder / f"{i:04d}.png", image, compress_level=1)
         yield f"{i:04d}", classes
@@ -1540,7 +1587,7 @@ def write_indoor(root, rngs, scenes):
 def write_satellite(root, rngs, scenes, S=48):
     """SSL4EO-S12's raw tree, and Label/."""
     for i, rng in enumerate(rngs):
-        seasons, label, classes = satellite_scene(rng, S)
+        seasons, label, classes = draw_satellite_scene(rng, S)
         for day, bands in zip(("0320T101", "0621T102", "0922T103", "1221T104"), seasons):
             date = f"2020{day}{i % 1000:03d}"
             s1 = f"s1/{i:07d}/S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD"
@@ -1554,7 +1601,7 @@ def write_satellite(root, rngs, scenes, S=48):
 def write_aerial(root, rngs, scenes, S=48):
     """GeoNRW's tree: 16 scenes make a tile; those that are not for training lie in a test city."""
     for start in range(0, len(rngs), 16):
-        *images, classes = zip(*(aerial_scene(rng, S) for rng in rngs[start:start + 16]))
+        *images, classes = zip(*(draw_aerial_scene(rng, S) for rng in rngs[start:start + 16]))
         rgb, dem, seg = (np.stack(patches).reshape(4, 4, S, S, -1).swapaxes(1, 2)
                          .reshape(4 * S, 4 * S, -1) for patches in images)
         stem = f"{'aachen' if start < scenes else 'herne'}/{280 + start // 16}_5600"
