@@ -1430,6 +1430,8 @@ def describe_error(error):
     text = str(error).strip()
     if "Traceback" in text:                     # of a worker: the last line holds the message
         text = text.splitlines()[-1]
+    if "DataLoader worker" in text:             # the cause names the signal that killed the worker
+        text = f"{text}; {error.__cause__}"
     text = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(text.splitlines()))
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (f"{text.split(' GPU ')[0]}  Give a smaller --batch-size, or in pretraining a "
