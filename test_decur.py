@@ -26,6 +26,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageColor
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms.v2 import functional as TF
 
 import data
@@ -2850,3 +2853,113 @@ def test_readme_names_what_exists():
     assert len(names) > 30
     for module, name in names:
         assert hasattr(globals()[module], name), f"{module}.{name}"
+
+
+# ---- GPUs, without one ----
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what would make the CPU wait for the GPU.  Works within a FakeTensorMode, where
+    tensors on "cuda" are fake: they have a shape, a type and a device, but no values.
+
+    Torch itself raises where devices are mixed, and where the values of a fake tensor are asked
+    for, as by .item().  Added here: blocking copies, and masks as indices (their size is a value).
+    Tensors on the CPU stay real."""
+
+    def __torch_dispatch__(self, function, types, args=(), settings=None):
+        settings = settings or {}
+        leaves = tree_leaves((args, settings))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        devices |= {leaf.type for leaf in leaves if isinstance(leaf, torch.device)}
+        if "cuda" not in devices:
+            with unset_fake_temporarily():
+                return function(*args, **settings)
+        name = str(function)
+        if len(devices) > 1 and "copy" in name:
+            to_gpu = tensors[-1].device.type == "cpu"
+            assert to_gpu and (settings.get("non_blocking") or args[2:]), f"{name} waits"
+        if "index_put" in name:
+            assert all(tensor.dtype != torch.bool for tensor in tensors[1:]), f"{name} waits"
+        return function(*args, **settings)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that has bf16, and no values."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **settings: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    try:
+        with fake, NoWaits(), torch.autocast("cuda", torch.bfloat16):
+            x = torch.ones(2, 2, device="cuda")
+            assert (x @ x).dtype == torch.bfloat16
+    except (AssertionError, RuntimeError) as error:
+        pytest.skip(f"torch {torch.__version__} has no fake tensors on cuda: {error}")
+    with fake, NoWaits():
+        yield torch.device("cuda", 0)
+
+
+def one_step(gpu, monkeypatch, args, net, make_optimizer, batch):
+    """Returns a stand-in for pretrain.Run that gives one batch.  Its log is Run's own, at a step
+    that prints nothing.  The gradients are made up, because autograd needs a driver."""
+    net.to(gpu, non_blocking=True)
+    run = argparse.Namespace(args=args, device=gpu, world=1, rank=0, draws=drawn(4), losses=[],
+                             step=1, steps=10 ** 6, finite=torch.ones((), device=gpu) > 0,
+                             optimizer=make_optimizer(net, args), batches=lambda: [batch])
+
+    def log(loss, *others):
+        run.losses.append((loss.dtype, loss.device))
+        pretrain.Run.log(run, loss, *others)
+
+    def backward(loss):
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+
+    run.log = log
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    return run
+
+
+@pytest.mark.parametrize("name", data.AUGMENTATIONS)
+def test_augmentations_on_a_gpu_never_wait(name, gpu):
+    row = MODALITIES.get(name, MODALITIES["rgb"] | dict(name=name))
+    x = data.move_to(torch.zeros(4, len(row["bands"]), 60, 72, dtype=torch.uint8), gpu)
+    view = augment(x, row, 48, drawn(4))
+    assert (view.device, view.dtype, view.shape[2:]) == (gpu, torch.float32, (48, 48))
+
+
+@pytest.mark.parametrize("flags", ["", "--backbone mit_b0", "--method simclr"])
+def test_a_pretraining_step_on_a_gpu_never_waits(flags, gpu, monkeypatch):
+    """A ResNet with LARS, a MiT with AdamW, another method: embeddings in bf16, losses float32."""
+    args = pretrain.get_args(shlex.split(f"--scenario rgbd --toy --size 48 {flags}"))[0]
+    net = DeCUR(args.backbone, 3, 1, args.widths, pretrain.choose_views(args))
+    batch = [[torch.zeros(4, C, 60, 72, dtype=torch.uint8)] for C in (3, 1)]
+    run = one_step(gpu, monkeypatch, args, net, pretrain.make_optimizer, batch)
+
+    def model(*views):
+        z = net(*views)
+        assert {z_.dtype for z_ in z if z_ is not None} == {torch.bfloat16}
+        return z
+
+    augment1, augment2 = [partial(augment, row=MODALITIES[name], size=48, draws=run.draws)
+                          for name in ("rgb", "depth")]
+    pretrain.pretrain(run, model, augment1, augment2, 24)
+    assert run.losses == [(torch.float32, gpu)]
+
+
+@pytest.mark.parametrize("model", ["late", "fcn", "cmx"])
+def test_a_transfer_step_on_a_gpu_never_waits(model, gpu, monkeypatch):
+    args = finetune.get_args(shlex.split(f"--task sunrgbd --toy --model {model} --weights none"))[0]
+    encoders = [decur.resnet("resnet-toy", 3) for _ in range(2)]
+    target = torch.zeros(4, 64, 80, dtype=torch.int64)
+    net = finetune.FCN(encoders, 5)
+    if model == "late":
+        net = finetune.LateFusion(encoders, [E.dims[-1] for E in encoders], 5)
+        target = torch.zeros(4, 5)
+    if model == "cmx":
+        net = finetune.CMX("mit_b0", 5, (3, 3), 32)
+    batch = [torch.zeros(4, 3, 64, 80, dtype=torch.uint8)] * 2 + [target]
+    run = one_step(gpu, monkeypatch, args, net, finetune.make_transfer_optimizer, batch)
+    finetune.train(run, net, net, args, [MODALITIES["rgb"], MODALITIES["hha"]])
+    assert run.losses == [(torch.float32, gpu)]
