@@ -14,9 +14,9 @@
                   the log of training     picture_curves                          curves.png    .npz
                   --only embeddings       retrieve, picture_embeddings            embeddings    .npz
 
-For each picture one line is printed: what is expected, the measured numbers, and whether they agree.
-As in Algorithm 2, names in _c are of the common dimensions, names in _u of the unique dimensions.
-If a run has no unique dimensions, their maps are not drawn.  Networks are in evaluation mode and see
+For each picture it prints what is expected, the measured numbers, and whether the two agree.  As in
+Algorithm 2, names in _c are of the common dimensions, names in _u of the unique dimensions.  If a
+run has no unique dimensions, their maps are not drawn.  Networks are in evaluation mode and see
 whole images.
 """
 import argparse
@@ -350,7 +350,7 @@ class Explained:
     args, device           the command line; where the networks run
     net, settings          of the checkpoint; N its batch size, K and Kc its dimensions
     root, data             where the data set lies, and the data set
-    labels                 the names of the two modalities, with a number if they are equal
+    modalities             the names of the two modalities, with a number if they are equal
     samples                the samples of the data set that are explained, in random order
     dimensions             the dimensions of each modality that t-SNE shows
     batch_slices           up to four batches of N of these samples, as slices
@@ -360,12 +360,10 @@ class Explained:
 
     def __init__(self, args, device, net, settings, root, data):
         self.args, self.device, self.net, self.settings = args, device, net, settings
-        self.root, self.data, self.labels = root, data, tell_apart(settings["modalities"])
+        self.root, self.data, self.modalities = root, data, tell_apart(settings["modalities"])
         self.K, self.Kc = settings["K"], settings["Kc"]
         n = len(data)
-        usual = max(512, 4 * settings["batch_size"])
-        if args.only == ["embeddings"]:
-            usual = n
+        usual = n if args.only == ["embeddings"] else max(512, 4 * settings["batch_size"])
         count = args.samples or min(n, usual)
         need(count <= n, f"--samples {count} is too many: {root[0]} has {n} pairs")
         # Paper: Fig. 5 is of the whole data set.  Here: of these samples; --samples takes more.
@@ -383,12 +381,8 @@ class Explained:
 
     def keep_nonempty(self, common, unique):
         """Returns {"common": ..., "unique": ...} without the kind that has no dimensions."""
-        kinds = {}
-        if self.Kc > 0:
-            kinds["common"] = common
-        if self.Kc < self.K:
-            kinds["unique"] = unique
-        return kinds
+        kinds = {"common": (common, self.Kc), "unique": (unique, self.K - self.Kc)}
+        return {kind: value for kind, (value, size) in kinds.items() if size > 0}
 
 
 def tell_apart(modalities):
@@ -502,7 +496,7 @@ def main(argv=None):
     layer1, layer2 = choose_layer(net, args.layer)
     other = open_compared(args.compare, settings, device) if args.compare else None
     make_folder(args.out)
-    print(f"{len(e.samples)} of {len(data)} pairs of {' and '.join(e.labels)} from "
+    print(f"{len(e.samples)} of {len(data)} pairs of {' and '.join(e.modalities)} from "
           f"{' '.join(root)}; N {e.N}  K {e.K}  Kc {e.Kc}; {device.type}")
     first = len(e.batch_slices) * e.N
     e.z1, e.z2, (moments1, moments2) = embed(net, e.batches("embeddings"), first)
@@ -521,23 +515,27 @@ def main(argv=None):
 # ---- made-up scenes, of which the objects are known ----
 
 # Where the label image of a scene lies: 0 nothing, 1 background, then SHAPES for each object.
-LABELS = {"rgbd": "Label/{}.png", "sar-optical": "Label/{}.png", "rgb-dem": "cropped/{}_seg.tif"}
+LABEL_FILES = {"rgbd": "Label/{}.png", "sar-optical": "Label/{}.png",
+               "rgb-dem": "cropped/{}_seg.tif"}
 RANDOM = "random encoder"
+# Modality, object, and the dimensions in which less of the object is expected.
+PLACES = ((0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common"))
 
 
-def name_objects(labels):
-    """Returns what the three factors of a made-up scene are, in the order of factors.csv."""
-    return "what both see", f"what {labels[0]} alone sees", f"what {labels[1]} alone sees"
+def name_objects(modalities):
+    """Returns names for the objects of a made-up scene, in the order of factors.csv."""
+    return "what both see", *(f"what {modality} alone sees" for modality in modalities)
 
 
 def are_made_up(settings, root):
-    return settings["scenario"] in LABELS and (Path(root[0]) / "factors.csv").is_file()
+    return settings["scenario"] in LABEL_FILES and (Path(root[0]) / "factors.csv").is_file()
 
 
 def read_masks(scenario, root, name, size):
-    """Returns 3xSxS in [0, 1]: where the objects of a scene are that both sensors, sensor 1 and
-    sensor 2 see, on the grid of what the networks see."""
-    label = torch.as_tensor(read_label(Path(root[0]) / LABELS[scenario].format(name)))
+    """Returns 3xSxS in [0, 1], on the grid of what the networks see: the places of the objects that
+    both sensors see, sensor 1 alone and sensor 2 alone.  A pixel belongs to one object only, even
+    where the last two overlap."""
+    label = torch.as_tensor(read_label(Path(root[0]) / LABEL_FILES[scenario].format(name)))
     which = (label - 2).div(len(SHAPES), rounding_mode="floor")         # HxW; -1 is no object
     masks = torch.stack([which == factor for factor in range(3)])       # 3xHxW
     return resize(masks[None].float(), (size, size))[0]
@@ -559,19 +557,25 @@ def measure_densities(e):
 
 
 def report_densities(e, densities):
-    """Prints a table of the mean densities.  Returns lines that say whether they are as expected."""
-    objects, lines, table = name_objects(e.labels), [], collections.defaultdict(list)
-    for m, label in enumerate(e.labels):
-        means = {kind: np.nanmean(densities[m, kind], 0) for kind in e.keep_nonempty(0, 1)}
-        for kind, values in means.items():
-            table[f"{kind} maps"] += [f"{value:.2f}" for value in values]
-        for factor, lower in ((0, "unique"), (1 + m, "common")):
-            measured = {kind: values[factor] for kind, values in means.items()}
-            lines.append(claim(f"{label}: {lower} maps are less dense on {objects[factor]}",
-                               measured, lower))
+    """Prints a table of the mean densities.  Returns claims about them."""
+    means, lines = {key: np.nanmean(a, 0) for key, a in densities.items()}, {}
+    for kind in e.keep_nonempty(0, 1):
+        lines[f"{kind} maps"] = [f"{value:.2f}" for m in (0, 1) for value in means[m, kind]]
     print_objects(f"Density of the GradCAM maps on objects (1 is as everywhere else), "
-                  f"{len(e.samples)} scenes", e.labels, table)
-    return lines
+                  f"{len(e.samples)} scenes", e.modalities, lines)
+    return claim_objects("{} maps of {} are less dense on {}", means, e.modalities)
+
+
+def claim_objects(expected, means, modalities):
+    """Returns four claims: unique dimensions have less of what both see, common dimensions less of
+    what one sensor alone sees.  means: {(m, "common" or "unique"): a value for each object}"""
+    claims = []
+    for m, factor, lower in PLACES:
+        kinds = [kind for kind in ("common", "unique") if (m, kind) in means]
+        measured = {kind: means[m, kind][factor] for kind in kinds}
+        text = expected.format(lower, modalities[m], name_objects(modalities)[factor])
+        claims.append(claim(text, measured, lower))
+    return claims
 
 
 @torch.no_grad()
@@ -690,8 +694,8 @@ def picture_curves(e):
     names = [name for name in TERMS if any(log.get(name, ()))]          # an ablated term is 0
     legend = [("loss", INK)]
     legend += [(f"{name}, {name.replace('L', 'C')}", TERMS[name]) for name in names[1:]]
-    title = (f"Pretraining: the loss and its terms L; grey: chance {chance:.1f}, floor {floor:.1f}; "
-             f"right: mean diagonals C")
+    title = (f"Pretraining: the loss and its terms L; grey: chance {chance:.1f}, floor "
+             f"{floor:.1f}; right: mean diagonals C")
     image, pen = start_page(944, TOP + 300 + M, title, legend)
     lines = {name: log[name] for name in names}
     lines |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
@@ -770,7 +774,8 @@ def picture_tsne(e):
     side, shares = 448, collections.defaultdict(list)
     legend = []
     for kind, first in e.keep_nonempty(0, 2).items():
-        legend += [(f"{label}, {kind}", *MARKS[first + m]) for m, label in enumerate(e.labels)]
+        legend += [(f"{modality}, {kind}", *mark)
+                   for modality, mark in zip(e.modalities, MARKS[first:])]
     image, pen = start_page(944, TOP + math.ceil(n / 2) * (side + M),
                             "t-SNE: each mark is a dimension, each panel a batch", legend)
     for i, y in enumerate(points):
@@ -800,17 +805,18 @@ def picture_gradcam(e):
         tiles = []
         for m, net in enumerate((e.net1, e.net2)):
             picture = make_visible(x[m][0], e.data.inputs[m])
-            tiles.append((e.labels[m] + name_composite(e.data.inputs[m]), picture, ""))
+            tiles.append((e.modalities[m] + name_composite(e.data.inputs[m]), picture, ""))
             for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m])).items():
                 colours = to_viridis(scale_maps(att.relu())[0].cpu().numpy()) / 255
                 note = "" if att.max() > 0 else "no positive pixel"
-                tiles.append((f"{e.labels[m]}, {kind}", 0.45 * picture + 0.55 * colours, note))
+                tiles.append((f"{e.modalities[m]}, {kind}", 0.45 * picture + 0.55 * colours, note))
                 empty += note != ""
                 numbers[f"modality{m + 1}_{kind}"].append(att[0].cpu().numpy())
         pairs.append(tiles)
     title = (f"GradCAM: what raises the {VALUES[e.args.value]} of common, of unique dimensions "
              f"(violet: nothing, yellow: most)")
-    image, pen = start_page(2 * M + len(tiles) * (side + 4), TOP + len(pairs) * (side + 4) + M, title)
+    width, height = len(tiles) * (side + 4), len(pairs) * (side + 4)
+    image, pen = start_page(2 * M + width, TOP + height + M, title)
     for i, tiles in enumerate(pairs):
         for j, (heading, tile, note) in enumerate(tiles):
             x, y = M + j * (side + 4), TOP + i * (side + 4)
@@ -852,8 +858,8 @@ def picture_spatial(e):
                        f"mean {means[kind]:.3f}", "score: 0 no overlap, 1 the same places", "pairs")
         draw_bars(pen, at, edges, counts, np.zeros(40), COLOURS[kind])
         pen.line((*at(means[kind], 0), *at(means[kind], highest)), INK, 2)
-    return image, scores, claim("unique maps overlap less than common maps; the paper found a slight "
-                                "trend (means)", means, "unique")
+    return image, scores, claim("unique maps overlap less than common maps; the paper found a "
+                                "slight trend (means)", means, "unique")
 
 
 def picture_spectral(e):
@@ -873,11 +879,11 @@ def picture_spectral(e):
     error, gain = torch.stack(errors).mean(0).tolist()
     numbers, lines = {}, [f"Completeness: with {e.args.steps} steps the integrated gradients miss "
                           f"{error:.2g} of a mean sum of {gain:.2g}"]
-    title = (f"Integrated gradients, Fig. 5b: how far each band moves the {VALUES[e.args.value]} of "
-             f"common, of unique dimensions")
+    title = (f"Integrated gradients, Fig. 5b: how far each band moves the {VALUES[e.args.value]} "
+             f"of common, of unique dimensions")
     image, pen = start_page(944, TOP + 2 * (240 + M), title,
                             [(kind, COLOURS[kind]) for kind in e.keep_nonempty(0, 1)])
-    for m, label in enumerate(e.labels):
+    for m, modality in enumerate(e.modalities):
         imp_c, imp_u = torch.cat(stats[m]).unbind(1)                    # NxC
         # Paper: "we normalize the scores".  Here: by the largest magnitude in the modality, common
         # and unique together.
@@ -886,10 +892,10 @@ def picture_spectral(e):
         numbers |= {f"modality{m + 1}_{kind}": a / largest for kind, a in scores.items()}
         means = {kind: np.abs(a / largest).mean(0) for kind, a in scores.items()}  # C
         overall = {kind: a.mean() for kind, a in means.items()}
-        draw_grouped_bars(pen, place_panel(m, 1, 912, 240), means, e.data.inputs[m]["bands"], label,
-                          "mean magnitude of the score")
-        lines.append(claim(f"{label}: bands move common dimensions less than unique ones; the paper "
-                           f"found that of optical images (means)", overall, "common"))
+        draw_grouped_bars(pen, place_panel(m, 1, 912, 240), means, e.data.inputs[m]["bands"],
+                          modality, "mean magnitude of the score")
+        lines.append(claim(f"{modality}: bands move common dimensions less than unique ones; the "
+                           f"paper found that of optical images (means)", overall, "common"))
     return image, numbers, "\n  ".join(lines)
 
 
@@ -899,35 +905,33 @@ def picture_factors(e):
         return None, {}, "factors.png is left out, because only made-up scenes have known factors"
     run = ("this run", e.net, e.settings | dict(seed=e.args.seed))
     scenes = read_scenes(e.settings, e.root, e.args.workers, e.device)
-    return picture_measured(measure_factors([run], scenes), e.labels)
+    return picture_measured(measure_factors([run], scenes), e.modalities)
 
 
 def picture_measured(found, modalities):
     """Prints what `measure_factors` found as a table, and draws the means over the runs."""
-    objects, sentences = name_objects(modalities), []
     labels = list(dict.fromkeys(label for label, _, _ in found if label != RANDOM))
     print_measured(found, [*labels, RANDOM], modalities)
+    means = {key: a.mean(0) for key, a in found.items()}
     columns = 2 if len(labels) < 4 else 1       # as many names as fit below a panel
-    width = (912 - (columns - 1) * M) // columns
-    image, pen = start_page(944, TOP + 8 // columns * (200 + M), f"Share of variance between the "
-                            f"{len(SHAPES)} shapes of an object; accuracy of a linear probe on the "
-                            f"backbone", list(COLOURS.items()))
-    for i, (m, factor) in enumerate(((0, 0), (0, 1), (1, 0), (1, 2))):
-        title, shares = f"{modalities[m]}: {objects[factor]}", {}
+    width = 912 if columns == 1 else 448
+    title = (f"Share of variance between the {len(SHAPES)} shapes of an object; accuracy of a "
+             f"linear probe on the backbone")
+    image, pen = start_page(944, TOP + 8 // columns * (200 + M), title, list(COLOURS.items()))
+    for i, (m, factor, _) in enumerate(PLACES):
+        title, shares = f"{modalities[m]}: {name_objects(modalities)[factor]}", {}
         for kind in ("common", "unique"):
-            values = [found.get((label, m, kind), np.zeros((1, 3))) for label in labels]
-            shares[kind] = [a[:, factor].mean() for a in values]
-        accuracies = [found[label, m, "backbone"][:, factor].mean() for label in [*labels, RANDOM]]
+            shares[kind] = [means.get((label, m, kind), np.zeros(3))[factor] for label in labels]
+        accuracies = [means[label, m, "backbone"][factor] for label in [*labels, RANDOM]]
         draw_grouped_bars(pen, place_panel(2 * i, columns, width, 200), shares, labels, title,
                           "share of variance")
         draw_grouped_bars(pen, place_panel(2 * i + 1, columns, width, 200),
                           dict(backbone=accuracies), [*labels, RANDOM], title, "accuracy")
-        lower = "common" if factor else "unique"
-        measured = {kind: a[0] for kind, a in shares.items() if (labels[0], m, kind) in found}
-        sentences.append(claim(f"{labels[0]}: {lower} dimensions of {modalities[m]} vary less with "
-                               f"{objects[factor]}", measured, lower))
+    shares = {(m, kind): a for (label, m, kind), a in means.items() if label == labels[0]}
+    claims = claim_objects(f"{labels[0]}: {{}} dimensions of {{}} vary less with {{}}", shares,
+                           modalities)
     numbers = {f"{label} {modalities[m]} {kind}": a for (label, m, kind), a in found.items()}
-    return image, numbers, "\n  ".join(sentences)
+    return image, numbers, "\n  ".join(claims)
 
 
 def print_measured(found, labels, modalities):
@@ -953,7 +957,8 @@ def print_measured(found, labels, modalities):
 
 def print_objects(title, modalities, lines):
     """Prints a table with a column for each modality and object.  lines: {name: six cells}"""
-    columns = [f"{label}: {name}" for label in modalities for name in name_objects(modalities)]
+    columns = [f"{modality}: {name}" for modality in modalities
+               for name in name_objects(modalities)]
     print(f"{title}\n| | {' | '.join(columns)} |\n{'|---' * 7}|")
     for name, cells in lines.items():
         print(f"| {name} | {' | '.join(cells)} |")
@@ -976,7 +981,7 @@ def picture_embeddings(e):
             columns[f"z{m + 1}"].append(encode(f.P, backbone).cpu())
     numbers = {name: torch.cat(batches) for name, batches in columns.items()}
     z1_c, z2_c = (numbers[name][:5000, :e.Kc] for name in ("z1", "z2"))  # 5000: time grows as n^2
-    n, (first, second) = len(z1_c), e.labels
+    n, (first, second) = len(z1_c), e.modalities
     there, back = retrieve(z1_c, z2_c), retrieve(z2_c, z1_c)
     sentence = (f"Retrieval among {n} pairs by their common dimensions, R@1 and R@5: "
                 f"{there[0]:.4f} and {there[1]:.4f} from {first} to {second}, {back[0]:.4f} and "
