@@ -49,8 +49,8 @@ def alignment_histogram(z1, z2, bins=20, top=1.0):
 
     z1, z2   NxK   embeddings of one batch
     Returns the K losses, each in [0, 4], and their counts in `bins` equal steps of (0, top).  The
-    paper's top is 1.  It leaves out dimensions with a negative C_ii, which is half of the unrelated
-    ones."""
+    paper's histogram ends at 1, so it leaves out dimensions with a negative C_ii.  They are half of
+    the unrelated dimensions."""
     z1, z2 = BN(z1), BN(z2)                     # NxK
     C_ii = (z1 * z2).mean(0)                    # K    on_diag(z1.T @ z2 / N), but no KxK matrix
     losses = (C_ii - 1).pow(2)                  # K
@@ -553,12 +553,12 @@ def measure_densities(e):
             for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m], relu=True)).items():
                 on_objects = [measure_density(att, mask) for mask in masks.unbind(1)]
                 densities[m, kind].append(torch.stack(on_objects, 1).cpu())
-    return {key: torch.cat(batches).numpy() for key, batches in densities.items()}
+    return {key: torch.cat(batches) for key, batches in densities.items()}
 
 
 def report_densities(e, densities):
     """Prints a table of the mean densities.  Returns claims about them."""
-    means, lines = {key: np.nanmean(a, 0) for key, a in densities.items()}, {}
+    means, lines = {key: a.nanmean(0).tolist() for key, a in densities.items()}, {}
     for kind in e.keep_nonempty(0, 1):
         lines[f"{kind} maps"] = [f"{value:.2f}" for m in (0, 1) for value in means[m, kind]]
     print_objects(f"Density of the GradCAM maps on objects (1 is as everywhere else), "
@@ -579,7 +579,7 @@ def claim_objects(expected, means, modalities):
 
 
 @torch.no_grad()
-def encode(f, x):
+def run_network(f, x):
     """Returns f(x) in evaluation mode, computed for 256 samples at a time."""
     f.eval()
     return torch.cat([f(chunk) for chunk in x.split(256)])              # NxD
@@ -609,7 +609,7 @@ def make_random_encoder(settings, m, seed, x):
 
 def probe_factors(E, m, scenes):
     """Returns, for each of the three factors, the accuracy of a linear probe on encoder E."""
-    x, x_test = (encode(E, scenes[split][m]) for split in ("train", "test"))
+    x, x_test = (run_network(E, scenes[split][m]) for split in ("train", "test"))
     factors, factors_test = scenes["train"][2], scenes["test"][2]
     return [linear_probe(x, y, x_test, y_test) for y, y_test in zip(factors.T, factors_test.T)]
 
@@ -624,7 +624,7 @@ def measure_factors(runs, scenes):
     for label, net, settings in runs:
         print(f"measuring {label}, seed {settings['seed']}")
         for m, f in enumerate((net.f1, net.f2)):
-            z = encode(f, scenes["test"][m])                            # NxK
+            z = run_network(f, scenes["test"][m])                            # NxK
             shares = torch.stack([variance_shares(z, y) for y in scenes["test"][2].T])  # 3xK
             halves = shares.tensor_split([settings["Kc"]], 1)           # 3xKc, 3xKu
             for kind, half in zip(("common", "unique"), halves):
@@ -664,8 +664,8 @@ def sweep(args, device):
 
 # These colours are of Okabe and Ito, because colour-blind readers can tell them apart.
 INK, GREY, PAPER, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
-COLOURS = dict(common="#009e73", unique="#e69f00", backbone=INK)
-TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=COLOURS["common"], Lu=COLOURS["unique"])
+KIND_COLOURS = dict(common="#009e73", unique="#e69f00", backbone=INK)
+TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=KIND_COLOURS["common"], Lu=KIND_COLOURS["unique"])
 MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # common, then unique
 
 
@@ -676,9 +676,10 @@ def claim(expected, measured, lower):
     line = f"Expected: {expected}. Measured: {numbers}."
     if len(measured) < 2:
         return line
-    highest, verdict = max(measured.values()), "yes"
-    if measured[lower] > highest - max(0.01, 0.05 * abs(highest)):
-        verdict = "hardly" if measured[lower] < highest else "no"
+    highest, verdict = max(measured.values()), "no"                     # NaN agrees with nothing
+    if measured[lower] < highest:
+        clear = measured[lower] <= highest - max(0.01, 0.05 * abs(highest))
+        verdict = "yes" if clear else "hardly"
     return f"{line} Agrees: {verdict}."
 
 
@@ -686,7 +687,7 @@ def picture_curves(e):
     """Draws the terms of Eq. 6 and the mean diagonals as they were logged."""
     path = e.args.checkpoint.with_name("log.jsonl")
     if e.settings["method"] != "decur" or not path.is_file():
-        return None, {}, f"curves.png is left out, because {path} with DeCUR's terms does not exist"
+        return None, {}, f"curves.png is left out, because it needs a run of DeCUR and its {path}"
     log = read_log(path)
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
@@ -733,7 +734,7 @@ def picture_alignment(e):
     """Draws Fig. 4a and 8."""
     pairs = e.keep_nonempty((e.z1[:, :e.Kc], e.z2[:, :e.Kc]), (e.z1[:, e.Kc:], e.z2[:, e.Kc:]))
     kinds, n, sizes = list(pairs), len(e.batch_slices), dict.fromkeys(pairs, e.K)
-    legend = [(f"{kind} dimensions", COLOURS[kind]) for kind in kinds]
+    legend = [(f"{kind} dimensions", KIND_COLOURS[kind]) for kind in kinds]
     if e.compared:
         pairs["compared"], sizes["compared"] = e.compared, e.compared[0].shape[1]
         legend.append(("all dimensions of --compare", INK, "outline"))
@@ -753,7 +754,7 @@ def picture_alignment(e):
         at = draw_axes(pen, place_panel(i, 2, 448, 250), (0, top), (0, highest), f"batch {i + 1}",
                        "loss: 0 aligned, 1 unrelated, above 1 opposed", "% of K dimensions")
         for kind in kinds:
-            draw_bars(pen, at, edges, heights[kind], base, COLOURS[kind])
+            draw_bars(pen, at, edges, heights[kind], base, KIND_COLOURS[kind])
             base = base + heights[kind]
         if e.compared:
             draw_bars(pen, at, edges, heights["compared"], np.zeros(40), None, INK)
@@ -793,8 +794,8 @@ def picture_tsne(e):
     means = {kind: np.mean(a) for kind, a in shares.items()}
     return image, dict(points=points, dimensions=e.dimensions, Kc=e.Kc), (
         f"KL divergence of each batch: {divergences}\n  " +
-        claim("the nearest mark is the same dimension of the other modality for common dimensions, "
-              "not for unique ones (share of the dimensions)", means, "unique"))
+        claim("common dimensions lie next to the same dimension of the other modality, unique "
+              "dimensions do not (share of those that do)", means, "unique"))
 
 
 def picture_gradcam(e):
@@ -825,8 +826,8 @@ def picture_gradcam(e):
             pen.text((x + side / 2, y + side / 2), note, PAPER, FONT, "mm")
             if i == 0:
                 pen.text((x, y - LINE - 2), heading, INK, FONT)
-    lines = [f"Each line of the picture is a pair.  Common maps should lie on what both modalities "
-             f"show, unique maps on what one alone shows; {empty} maps have no positive pixel"]
+    lines = [f"Each row of the picture is a pair.  Common maps should lie on what both modalities "
+             f"show, unique maps on what one alone shows.  {empty} maps have no positive pixel"]
     if are_made_up(e.settings, e.root):
         densities = measure_densities(e)
         numbers |= {f"modality{m + 1}_{kind}_density": a for (m, kind), a in densities.items()}
@@ -850,13 +851,13 @@ def picture_spatial(e):
     means = {kind: a.mean() for kind, a in scores.items()}
     title = "Overlap of both modalities' GradCAM maps, Fig. 5a; the line is the mean"
     image, pen = start_page(560, TOP + len(scores) * (220 + M), title,
-                            [(kind, COLOURS[kind]) for kind in scores])
+                            [(kind, KIND_COLOURS[kind]) for kind in scores])
     for i, (kind, a) in enumerate(scores.items()):
         counts, edges = np.histogram(a, 40, (0, 1))
         highest = 1.05 * counts.max()
         at = draw_axes(pen, place_panel(i, 1, 528, 220), (0, 1), (0, highest),
                        f"mean {means[kind]:.3f}", "score: 0 no overlap, 1 the same places", "pairs")
-        draw_bars(pen, at, edges, counts, np.zeros(40), COLOURS[kind])
+        draw_bars(pen, at, edges, counts, np.zeros(40), KIND_COLOURS[kind])
         pen.line((*at(means[kind], 0), *at(means[kind], highest)), INK, 2)
     return image, scores, claim("unique maps overlap less than common maps; the paper found a "
                                 "slight trend (means)", means, "unique")
@@ -882,7 +883,7 @@ def picture_spectral(e):
     title = (f"Integrated gradients, Fig. 5b: how far each band moves the {VALUES[e.args.value]} "
              f"of common, of unique dimensions")
     image, pen = start_page(944, TOP + 2 * (240 + M), title,
-                            [(kind, COLOURS[kind]) for kind in e.keep_nonempty(0, 1)])
+                            [(kind, KIND_COLOURS[kind]) for kind in e.keep_nonempty(0, 1)])
     for m, modality in enumerate(e.modalities):
         imp_c, imp_u = torch.cat(stats[m]).unbind(1)                    # NxC
         # Paper: "we normalize the scores".  Here: by the largest magnitude in the modality, common
@@ -917,7 +918,7 @@ def picture_measured(found, modalities):
     width = 912 if columns == 1 else 448
     title = (f"Share of variance between the {len(SHAPES)} shapes of an object; accuracy of a "
              f"linear probe on the backbone")
-    image, pen = start_page(944, TOP + 8 // columns * (200 + M), title, list(COLOURS.items()))
+    image, pen = start_page(944, TOP + 8 // columns * (200 + M), title, list(KIND_COLOURS.items()))
     for i, (m, factor, _) in enumerate(PLACES):
         title, shares = f"{modalities[m]}: {name_objects(modalities)[factor]}", {}
         for kind in ("common", "unique"):
@@ -937,22 +938,22 @@ def picture_measured(found, modalities):
 def print_measured(found, labels, modalities):
     """Prints a table of what `measure_factors` found, with mean and deviation over the runs.
 
-    A ratio says how much more varies where it belongs: what both sensors see belongs into common
-    dimensions, what one sensor alone sees into its unique dimensions."""
+    A ratio says how much more varies where it belongs: what both sensors see belongs in common
+    dimensions, what one sensor alone sees belongs in its unique dimensions."""
     lines = {}
     for label in labels:
         values = {kind: np.concatenate([found[label, m, kind] for m in (0, 1)], 1)  # Sx6
-                  for kind in COLOURS if (label, 0, kind) in found}
+                  for kind in KIND_COLOURS if (label, 0, kind) in found}
         for kind, a in values.items():
             name = f"{label} ({len(a)}), " + (kind if kind == "backbone" else f"{kind} dimensions")
             lines[name] = [format_mean(column) for column in a.T]
         if "common" in values and "unique" in values:
             common, unique = (values[kind].mean(0).clip(0.001) for kind in ("common", "unique"))
-            more, less = common / unique, unique / common               # 6; below 0.001 is noise
-            ratios = more[0], less[1], None, more[3], None, less[5]
+            both, own = common / unique, unique / common                # 6; below 0.001 is noise
+            ratios = both[0], own[1], None, both[3], None, own[5]
             lines[f"{label}, ratio"] = [f"{ratio:.1f}" if ratio else "" for ratio in ratios]
-    print_objects("Share of variance in dimensions; accuracy of a linear probe on the backbone, "
-                  f"where chance is {1 / len(SHAPES):g}; unseen scenes", modalities, lines)
+    print_objects(f"Share of the variance of dimensions, and accuracy of a linear probe on the "
+                  f"backbone (chance {1 / len(SHAPES):g}), on unseen scenes", modalities, lines)
 
 
 def print_objects(title, modalities, lines):
@@ -976,19 +977,21 @@ def picture_embeddings(e):
     columns = dict(z1=[], z2=[], features1=[], features2=[])            # MxK, MxK, Mxd, Mxd
     for x in e.batches("embeddings and features"):
         for m, f in enumerate((e.net.f1, e.net.f2)):
-            backbone = encode(f.E, x[m])
+            backbone = run_network(f.E, x[m])
             columns[f"features{m + 1}"].append(backbone.cpu())
-            columns[f"z{m + 1}"].append(encode(f.P, backbone).cpu())
+            columns[f"z{m + 1}"].append(run_network(f.P, backbone).cpu())
     numbers = {name: torch.cat(batches) for name, batches in columns.items()}
     z1_c, z2_c = (numbers[name][:5000, :e.Kc] for name in ("z1", "z2"))  # 5000: time grows as n^2
     n, (first, second) = len(z1_c), e.modalities
-    there, back = retrieve(z1_c, z2_c), retrieve(z2_c, z1_c)
-    sentence = (f"Retrieval among {n} pairs by their common dimensions, R@1 and R@5: "
-                f"{there[0]:.4f} and {there[1]:.4f} from {first} to {second}, {back[0]:.4f} and "
-                f"{back[1]:.4f} from {second} to {first}, by chance {1 / n:.4f} and {5 / n:.4f}\n  "
-                f"z1 and z2 are not normalised; their first Kc columns are common")
+    lines = [f"Retrieval among {n} pairs by common dimensions; chance is R@1 {1 / n:.4f}, R@5 "
+             f"{min(1, 5 / n):.4f}"]
+    routes = {f"{first} to {second}": (z1_c, z2_c), f"{second} to {first}": (z2_c, z1_c)}
+    for route, pair in routes.items():
+        R1, R5 = retrieve(*pair)
+        lines.append(f"{route}: R@1 {R1:.4f}, R@5 {R5:.4f}")
+    lines.append("z1 and z2 are not normalised; their first Kc columns are common")
     numbers |= dict(names=[e.data.ids[i] for i in e.samples], Kc=e.Kc)
-    return None, numbers, sentence
+    return None, numbers, "\n  ".join(lines)
 
 
 VALUES = {"mean": "mean", "square": "mean square"}  # of --value
@@ -1098,13 +1101,13 @@ def draw_bars(pen, at, edges, heights, base, colour, outline=None):
 
 
 def draw_grouped_bars(pen, box, groups, names, title, ylabel):
-    """Draws bars side by side above each of the names.  groups: {a key of COLOURS: heights}."""
+    """Draws bars side by side above each of the names.  groups: {a key of KIND_COLOURS: heights}."""
     highest = max(1e-12, *(max(heights) for heights in groups.values()))
     at = draw_axes(pen, box, (0, len(names)), (0, 1.05 * highest), title, "", ylabel, names=names)
     for i, (name, heights) in enumerate(groups.items()):
         for j, height in enumerate(heights):
             left, width = j + 0.1 + 0.8 * i / len(groups), 0.8 / len(groups)
-            draw_bars(pen, at, (left, left + width), [height], [0], COLOURS[name])
+            draw_bars(pen, at, (left, left + width), [height], [0], KIND_COLOURS[name])
 
 
 def to_viridis(value):
