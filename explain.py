@@ -45,7 +45,7 @@ from pretrain import (check_equal, load_checkpoint, make_folder, measure_statist
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
 
 def alignment_histogram(z1, z2, bins=20, top=1.0):
-    """Eq. 7, L_i = (1 - C_ii)^2: 0 if the two modalities agree in dimension i, 1 if unrelated.
+    """Computes Eq. 7, L_i = (1 - C_ii)^2: 0 if the modalities agree in dimension i, 1 if unrelated.
 
     z1, z2   NxK   embeddings of one batch
     Returns the K losses, each in [0, 4], and their counts in `bins` equal steps of (0, top).  The
@@ -71,7 +71,7 @@ def tsne_vis(z1, z2, text="t-SNE"):
 
 
 def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
-    """Exact t-SNE (van der Maaten & Hinton, 2008).  x: nxD.  Returns nx2 and the final KL(P|Q).
+    """Computes exact t-SNE (van der Maaten & Hinton, 2008).  x: nxD.  Returns nx2 and KL(P|Q).
 
     The points start from the first two principal components, because a random start would leave
     the global arrangement to chance.  The rate n / 12 of Belkina et al. (2019) is n / 48 here,
@@ -102,7 +102,7 @@ def find_affinities(x, perplexity):
     """Returns t-SNE's P, nxn.  Each point's Gaussian gets, by bisection, the width that gives the
     perplexity."""
     D = square_distances(x).fill_diagonal_(torch.inf)                   # nxn
-    D = D - D.min(1, keepdim=True).values                               # softmax stays the same
+    D = D - D.min(1, keepdim=True).values                               # softmax does not change
     beta = torch.ones_like(D[:, :1])                                    # nx1  1 / (2 sigma^2)
     low, high = torch.zeros_like(beta), torch.full_like(beta, torch.inf)
     for _ in range(40):
@@ -157,8 +157,8 @@ class TwoValues:
 
 
 def gradcam(net, layer, x, target, relu=False):
-    """GradCAM (Selvaraju et al., 2017, Eq. 1-2): the sum of a layer's channels, each times its mean
-    gradient.
+    """Computes GradCAM (Selvaraju et al., 2017, Eq. 1-2): the sum of a layer's channels, each times
+    its mean gradient.
 
     net           function or module, NxCxHxW -> NxM
     layer         a module that net calls; its output is NxCxhxw, or NxhxwxC of a LayerNorm (MiT)
@@ -239,8 +239,8 @@ def scale_maps(att):
 
 
 def measure_density(att, mask):
-    """How dense a map is on an object: the map's share on the object over the object's share of the
-    area.  1 is as dense as everywhere else.
+    """Measures how dense a map is on an object: the map's share on the object over the object's
+    share of the area.  1 means as dense as in the whole image.
 
     att, mask   NxHxW   maps that are not negative; 1 on the object and 0 elsewhere
     Returns N values.  They are NaN if the map is 0 or the object is hidden."""
@@ -251,8 +251,8 @@ def measure_density(att, mask):
 # ---- Algorithm 2, 5: spectral saliency statistics ----
 
 def integrated_gradients(net, x, x0=None, target=0, steps=32):
-    """Integrated gradients (Sundararajan et al., 2017, Eq. 1): (x - x0) times the mean gradient on
-    the straight way from x0 to x.
+    """Computes integrated gradients (Sundararajan et al., 2017, Eq. 1): (x - x0) times the mean
+    gradient on the straight way from x0 to x.
 
     net      function or module, NxCxHxW -> NxM
     x0       the baseline, as x.  None: 0, which is the mean of the data set in normalised images
@@ -290,13 +290,13 @@ def IG_stat(net1, x1, steps):
 # ---- beside Algorithm 2: what dimensions vary with, what a probe reads, what is retrieved ----
 
 def variance_shares(z, classes):
-    """Returns the share of each dimension's variance that lies between the classes, less chance:
-    max(0, between / total - (k - 1) / (n - 1)), which is eta squared less its mean in pure noise.
+    """Returns the share of each dimension's variance that lies between the classes, minus chance:
+    max(0, between / total - (k - 1) / (n - 1)).  That is eta squared minus its mean in pure noise.
 
     z         nxK   embeddings of n samples
     classes   n     the class of each sample; k different ones
-    A probe on 384 dimensions reads an object even if each dimension holds only a trace of it.  A
-    share says how much of a dimension the object makes up."""
+    A probe on 384 dimensions reads an object even if each dimension holds only a trace of the
+    object.  The share says how much of a dimension the object makes up."""
     z = z.double()
     mean = z.mean(0)                                                    # K
     total = (z - mean).pow(2).sum(0)                                    # K
@@ -464,7 +464,7 @@ def open_compared(path, settings, device):
 
 
 def choose_layer(net, name):
-    """Returns the module of both encoders that GradCAM looks at; by default the last."""
+    """Returns the module of each encoder that GradCAM looks at.  The default is the last layer."""
     layers1, layers2 = find_layers(net.f1.E), find_layers(net.f2.E)
     name = name or list(layers1)[-1]
     need(name in layers1, f"--layer {name}: the encoder has no such layer.  Choose one of "
@@ -534,7 +534,7 @@ def are_made_up(settings, root):
 def read_masks(scenario, root, name, size):
     """Returns 3xSxS in [0, 1], on the grid of what the networks see: the places of the objects that
     both sensors see, sensor 1 alone and sensor 2 alone.  A pixel belongs to one object only, even
-    where the last two overlap."""
+    where the objects of the two sensors overlap."""
     label = torch.as_tensor(read_label(Path(root[0]) / LABEL_FILES[scenario].format(name)))
     which = (label - 2).div(len(SHAPES), rounding_mode="floor")         # HxW; -1 is no object
     masks = torch.stack([which == factor for factor in range(3)])       # 3xHxW
@@ -561,7 +561,7 @@ def report_densities(e, densities):
     means, lines = {key: a.nanmean(0).tolist() for key, a in densities.items()}, {}
     for kind in e.keep_nonempty(0, 1):
         lines[f"{kind} maps"] = [f"{value:.2f}" for m in (0, 1) for value in means[m, kind]]
-    print_objects(f"Density of the GradCAM maps on objects (1 is as everywhere else), "
+    print_objects(f"Density of the GradCAM maps on objects (1: as in the whole image), "
                   f"{len(e.samples)} scenes", e.modalities, lines)
     return claim_objects("{} maps of {} are less dense on {}", means, e.modalities)
 
@@ -615,9 +615,10 @@ def probe_factors(E, m, scenes):
 
 
 def measure_factors(runs, scenes):
-    """Measures what runs know of the factors.  runs: a label, net and settings each.
+    """Measures what the networks of several runs know about the three factors.  runs: a label, a
+    network and its settings each.
 
-    Returns {(label, m, kind): Sx3} for the S runs with that label and the three factors.  Of kind
+    Returns {(label, m, kind): Sx3} for the S runs with that label.  Of kind
     "common" or "unique": the mean share of variance on the test split.  Of kind "backbone": the
     accuracy of a linear probe."""
     found, seeds = collections.defaultdict(list), set()
@@ -742,7 +743,7 @@ def picture_alignment(e):
     for kind, (z1, z2) in pairs.items():
         losses[kind] = torch.stack([alignment_histogram(z1[batch], z2[batch])[0]
                                     for batch in e.batch_slices])
-    top = max(1.5, *(a.max().item() for a in losses.values()))  # up to 4, not Algorithm 2's 1
+    top = max(1.5, *(a.max().item() for a in losses.values()))  # at most 4; Algorithm 2 stops at 1
     edges = np.linspace(0, top, 41)
     title = ("Cross-modal alignment: the loss of each dimension, Eq. 7; bars of unique dimensions "
              "stand on those of common ones")
@@ -914,7 +915,7 @@ def picture_measured(found, modalities):
     labels = list(dict.fromkeys(label for label, _, _ in found if label != RANDOM))
     print_measured(found, [*labels, RANDOM], modalities)
     means = {key: a.mean(0) for key, a in found.items()}
-    columns = 2 if len(labels) < 4 else 1       # as many names as fit below a panel
+    columns = 2 if len(labels) < 4 else 1       # names of more runs need wide panels
     width = 912 if columns == 1 else 448
     title = (f"Share of variance between the {len(SHAPES)} shapes of an object; accuracy of a "
              f"linear probe on the backbone")
@@ -1101,7 +1102,7 @@ def draw_bars(pen, at, edges, heights, base, colour, outline=None):
 
 
 def draw_grouped_bars(pen, box, groups, names, title, ylabel):
-    """Draws bars side by side above each of the names.  groups: {a key of KIND_COLOURS: heights}."""
+    """Draws bars side by side above each of the names.  groups: {kind: heights}."""
     highest = max(1e-12, *(max(heights) for heights in groups.values()))
     at = draw_axes(pen, box, (0, len(names)), (0, 1.05 * highest), title, "", ylabel, names=names)
     for i, (name, heights) in enumerate(groups.items()):
@@ -1133,10 +1134,10 @@ def get_args(argv=None):
     add("--only", nargs="+", choices=PICTURES, default=list(PICTURES)[:-1],
         help="the pictures to make; default: all except embeddings")
     add("--out", type=expand_to_path, metavar="DIR",
-        help="the folder to write; default: explain/ beside the checkpoint, with --sweep explain/")
+        help="the folder to write; default: explain/ in the run's folder, for --sweep explain/")
     add("--data", type=expand_path, nargs="+", metavar="DIR",
-        help="the data's folder, with custom two folders or patterns; default: as in pretraining")
-    add("--split", type=expand_path, help="the split of the data; default: as in pretraining")
+        help="the folder of the data; for custom two folders or patterns; default: as in training")
+    add("--split", type=expand_path, help="the split of the data; default: as in training")
     add("--samples", type=number(int, 8),
         help="the number of random pairs; default: 512, or 4 batches if that is more")
     add("--seed", type=number(int, 0), default=0,
