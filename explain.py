@@ -850,7 +850,8 @@ def picture_spatial(e):
     mul_c, mul_u = (torch.cat(scores).cpu().numpy() for scores in zip(*stats))
     scores = e.keep_nonempty(mul_c, mul_u)
     means = {kind: a.mean() for kind, a in scores.items()}
-    title = "Overlap of both modalities' GradCAM maps, Fig. 5a; the line is the mean"
+    title = (f"Overlap of both modalities' GradCAM maps of the {VALUES[e.args.value]}, Fig. 5a; "
+             f"line: mean score")
     image, pen = start_page(560, TOP + len(scores) * (220 + M), title,
                             [(kind, KIND_COLOURS[kind]) for kind in scores])
     for i, (kind, a) in enumerate(scores.items()):
