@@ -850,8 +850,7 @@ def picture_spatial(e):
     mul_c, mul_u = (torch.cat(scores).cpu().numpy() for scores in zip(*stats))
     scores = e.keep_nonempty(mul_c, mul_u)
     means = {kind: a.mean() for kind, a in scores.items()}
-    title = (f"Overlap of both modalities' GradCAM maps of the {VALUES[e.args.value]}, Fig. 5a; "
-             f"line: mean score")
+    title = f"Fig. 5a: overlap of both modalities' GradCAM maps of the {VALUES[e.args.value]}"
     image, pen = start_page(560, TOP + len(scores) * (220 + M), title,
                             [(kind, KIND_COLOURS[kind]) for kind in scores])
     for i, (kind, a) in enumerate(scores.items()):
