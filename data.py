@@ -1229,17 +1229,21 @@ def check_mask(path, label, image_size, num_classes):
 
 # ---- what the network sees ----
 
+def choose_visible(row):
+    """Returns the channels that make_visible shows: B4 B3 B2, the first three, or one as grey."""
+    bands = row["bands"]
+    if "B4" in bands:
+        return [bands.index(band) for band in ("B4", "B3", "B2")]
+    return [0] if row["name"] in ("sar", "dem") or len(bands) < 3 else [0, 1, 2]
+
+
 def make_visible(x, row):
     """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].  Colours, HHA as they are;
     else stretched from the 2nd to the 98th percentile, B4 B3 B2, three, or one as grey."""
-    bands, mean, std = (row[key] for key in ("bands", "mean", "std"))
-    x = (x.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).numpy()
-    grey = row["name"] in ("sar", "dem") or len(bands) < 3
-    channels = [0] if grey else [0, 1, 2]
-    if "B4" in bands:
-        channels = [bands.index(band) for band in ("B4", "B3", "B2")]
-    x = x[channels].transpose(1, 2, 0)          # HxWx3, or 1
-    if grey or len(bands) > 3:
+    mean, std = (torch.tensor(row[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    channels = choose_visible(row)
+    x = (x.cpu() * std + mean).numpy()[channels].transpose(1, 2, 0)  # HxWx3, or 1
+    if len(channels) == 1 or len(row["bands"]) > 3:
         low, high = np.percentile(x, (2, 98), axis=(0, 1))
         x = (x - low) / np.maximum(high - low, 1e-6)
     return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))

@@ -1,8 +1,8 @@
-"""Explains what was pretrained: Algorithm 2, and every picture of Sec. 7 and App. D.
+"""Explains a pretrained run: Algorithm 2, and every picture of Sec. 7 and App. D.
 
     python explain.py --checkpoint runs/toy-rgbd-decur/checkpoint.pt
     python explain.py --checkpoint runs/rgbd-decur/checkpoint.pt --compare runs/cross/checkpoint.pt
-    python explain.py --sweep runs/common-*               made-up scenes: Sec. 6 over seeds, Fig. 3a
+    python explain.py --sweep runs/common-*               many runs on made-up scenes: Sec. 6
 
     Algorithm 2   figure                  function                                picture, numbers
     1             Fig. 4a and 8, Eq. 7    alignment_histogram                     alignment.png .npz
@@ -10,13 +10,14 @@
     3             Fig. 4b and 10          gradcam, gradcam_vis                    gradcam.png   .npz
     4             Fig. 5a                 gradcam_stat                            spatial.png   .npz
     5             Fig. 5b                 integrated_gradients, IG_vis, IG_stat   spectral.png  .npz
-    not there     made-up scenes only     linear_probe, sweep                     factors.png   .npz
-                  the training's log      picture_curves                          curves.png    .npz
-                  --only embeddings       picture_embeddings                      embeddings    .npz
+    not there     made-up scenes only     variance_shares, linear_probe           factors.png   .npz
+                  the log of training     picture_curves                          curves.png    .npz
+                  --only embeddings       retrieve, picture_embeddings            embeddings    .npz
 
-What should be seen, what was measured and whether it is so is printed beside each path.  Names end
-in _c for common and in _u for unique dimensions, as in Algorithm 2; a slice without dimensions has
-maps of 0, which are not drawn.  Networks are in evaluation mode and see whole images.
+For each picture it prints what is expected, the measured numbers, and whether the two agree.  As in
+Algorithm 2, names in _c are of the common dimensions, names in _u of the unique dimensions.  If a
+run has no unique dimensions, their maps are not drawn.  Networks are in evaluation mode and see
+whole images.
 """
 import argparse
 import collections
@@ -33,22 +34,23 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data import (BadInput, Draws, epoch_batches, expand_path, run_main, need, number,
-                  open_dataset, resize_and_normalise, show_progress, random_resized_crop, read_factors, read_json,
-                  reading, make_visible, write_atomically)
+from data import (SHAPES, BadInput, choose_visible, expand_path, make_visible, need, number,
+                  open_dataset, read_factors, read_json, read_label, reading, resize,
+                  resize_and_normalise, run_main, show_progress, write_atomically)
 from decur import BN, DeCUR, bounds, branch
-from pretrain import (load_checkpoint, make_folder, measure_statistics, check_equal, read_environment,
-                      read_settings)
+from pretrain import (check_equal, load_checkpoint, make_folder, measure_statistics,
+                      read_environment, read_settings)
 
 
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
 
 def alignment_histogram(z1, z2, bins=20, top=1.0):
-    """Eq. 7, L_i = (1 - C_ii)^2: 0 where both modalities agree in dimension i, 1 where unrelated.
+    """Computes Eq. 7, L_i = (1 - C_ii)^2: 0 if the modalities agree in dimension i, 1 if unrelated.
 
     z1, z2   NxK   embeddings of one batch
-    Returns the losses, K in [0, 4], and their counts in `bins` equal steps of (0, top).  The
-    paper's top is 1, which leaves out dimensions with a negative C_ii: half of the unrelated."""
+    Returns the K losses, each in [0, 4], and their counts in `bins` equal steps of (0, top).  The
+    paper's histogram ends at 1, so it leaves out dimensions with a negative C_ii.  They are half of
+    the unrelated dimensions."""
     z1, z2 = BN(z1), BN(z2)                     # NxK
     C_ii = (z1 * z2).mean(0)                    # K    on_diag(z1.T @ z2 / N), but no KxK matrix
     losses = (C_ii - 1).pow(2)                  # K
@@ -58,30 +60,33 @@ def alignment_histogram(z1, z2, bins=20, top=1.0):
 # ---- Algorithm 2, 2: representation visualization ----
 
 def tsne_vis(z1, z2, text="t-SNE"):
-    """One point a DIMENSION, with N samples as coordinates.  z1, z2: NxK -> 2Kx2, z1's first; KL.
+    """Returns one point per DIMENSION (2Kx2, those of z1 first) and the KL divergence.
 
-    Normalised features have the squared distance 2 N (1 - C_ij): near points are correlated."""
+    z1, z2   NxK   the N samples are the coordinates of a dimension
+    Dimensions i and j of BN(z) have the squared distance 2 N (1 - C_ij), so near points are
+    correlated dimensions."""
     feature = torch.cat((BN(z1), BN(z2)), -1)   # Nx2K
     feature = feature.permute(1, 0)             # 2KxN
     return tsne(feature, text=text)
 
 
 def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
-    """Exact t-SNE (van der Maaten & Hinton, 2008).  x: nxD.  Returns nx2 and the final KL(P|Q).
+    """Computes exact t-SNE (van der Maaten & Hinton, 2008).  x: nxD.  Returns nx2 and KL(P|Q).
 
-    Starts from the first two principal components, lest the global arrangement be left to chance,
-    with the rate of Belkina et al. (2019): n / 12, over the gradient's 4."""
+    The points start from the first two principal components, because a random start would leave
+    the global arrangement to chance.  The rate n / 12 of Belkina et al. (2019) is n / 48 here,
+    because their gradient lacks the factor 4."""
     n = len(x)
-    P = affinities(x, min(perplexity, (n - 1) / 3))                     # nxn
+    P = find_affinities(x, min(perplexity, (n - 1) / 3))                # nxn
     U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     y = U[:, :2] * S[:2]                                                # nx2
     y = y / y[:, 0].std().clamp(min=1e-12) * 1e-4
     velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
-    near, pull = torch.empty_like(P), torch.empty_like(P)   # used again: each pass over nxn counts
+    near, pull = torch.empty_like(P), torch.empty_like(P)   # reused: new nxn memory takes time
     for step in show_progress(range(steps), text, unit="step"):
         early = step < steps // 4
         exaggeration, momentum = (12, 0.5) if early else (1, 0.8)
-        student(y, near)                                                # nxn
+        fill_student(y, near)                                           # nxn
         Q_share = 1 / (exaggeration * near.sum().item())
         torch.sub(P, near, alpha=Q_share, out=pull).mul_(near)          # nxn  (P - Q) near
         gradient = 4 * exaggeration * (pull.sum(1, keepdim=True) * y - pull @ y)  # nx2
@@ -89,14 +94,15 @@ def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
         gains = torch.where(downhill, gains + 0.2, gains * 0.8).clamp(min=0.01)
         velocity = momentum * velocity - lr * gains * gradient
         y = y + velocity
-    Q = student(y, near) / near.sum()
+    Q = fill_student(y, near) / near.sum()
     return y, (torch.special.xlogy(P, P) - P * Q.clamp(min=1e-12).log()).sum().item()
 
 
-def affinities(x, perplexity):
-    """P of t-SNE, nxn: each point's Gaussian is as wide as gives the perplexity, by bisection."""
-    D = distances(x).fill_diagonal_(torch.inf)                          # nxn
-    D = D - D.min(1, keepdim=True).values                               # softmax stays the same
+def find_affinities(x, perplexity):
+    """Returns t-SNE's P, nxn.  Each point's Gaussian gets, by bisection, the width that gives the
+    perplexity."""
+    D = square_distances(x).fill_diagonal_(torch.inf)                   # nxn
+    D = D - D.min(1, keepdim=True).values                               # softmax does not change
     beta = torch.ones_like(D[:, :1])                                    # nx1  1 / (2 sigma^2)
     low, high = torch.zeros_like(beta), torch.full_like(beta, torch.inf)
     for _ in range(40):
@@ -107,37 +113,43 @@ def affinities(x, perplexity):
     return (P + P.T) / (2 * len(x))
 
 
-def student(y, out):
-    """1 / (1 + |y_i - y_j|^2), its diagonal 0, into out: nxn.  y: nx2.
+def fill_student(y, out):
+    """Writes 1 / (1 + |y_i - y_j|^2), with a diagonal of 0, into out (nxn).  y: nx2.
 
-    One product of nx4 matrices; its rounding is small beside the 1."""
+    One product of nx4 matrices is enough.  Its rounding error is small compared with the 1."""
     length, one = y.pow(2).sum(1, keepdim=True), torch.ones_like(y[:, :1])  # nx1
     left, right = torch.cat((-2 * y, 1 + length, one), 1), torch.cat((y, one, length), 1)
     return torch.mm(left, right.T, out=out).reciprocal_().fill_diagonal_(0)
 
 
-def distances(x):
-    """|x_i - x_j|^2, nxn, without a product of matrices, in which digits would cancel."""
+def square_distances(x):
+    """Returns |x_i - x_j|^2, nxn.  A matrix product would be faster, but it loses digits."""
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").pow(2)
 
 
 # ---- Algorithm 2, 3: spatial saliency visualization ----
 
 class TwoValues:
-    """One modality's network with its output prepared: "we average the common and unique
-    dimensions as two single values output" (Sec. 7).  Images NxCxHxW -> out1, Nx2.
+    """One modality's network with two outputs: "we average the common and unique dimensions as two
+    single values output" (Sec. 7).  Maps images NxCxHxW to out1, Nx2.
 
     f1          encoder and projector
-    mean, var   K, of the embedding over all samples: constants.  With the batch's own, the sum of a
-                normalised feature over it is 0 whatever x is, so is its gradient, so is every map
+    mean, var   K, of the embedding over all samples, as constants.  If the batch's own mean and
+                variance were used, every normalised feature would sum to 0 over the batch for any
+                x.  Its gradient, and so every map, would be 0
     Kc          the first Kc dimensions are common
-    layer       the module of f1 that GradCAM looks at"""
+    layer       the module of f1 that GradCAM looks at
+    square      False: the mean of the dimensions, as in Algorithm 2.  True: the mean of their
+                squares.  The sign of a dimension is arbitrary, so in the mean dimensions cancel"""
 
-    def __init__(self, f1, mean, var, Kc, layer):
-        self.f1, self.mean, self.var, self.Kc, self.layer = f1, mean, var, Kc, layer
+    def __init__(self, f1, mean, var, Kc, layer, square=False):
+        self.f1, self.mean, self.var, self.Kc = f1, mean, var, Kc
+        self.layer, self.square = layer, square
 
     def __call__(self, x1):
         z1 = (self.f1(x1) - self.mean) / (self.var + 1e-5).sqrt()       # NxK  BN(f1(x1))
+        if self.square:
+            z1 = z1.pow(2)                                              # NxK
         z1_c = z1[:, :self.Kc].mean(-1, keepdim=True)                   # Nx1
         z1_u = z1[:, self.Kc:].mean(-1, keepdim=True)                   # Nx1
         out1 = torch.cat((z1_c, z1_u), -1)                              # Nx2
@@ -145,12 +157,14 @@ class TwoValues:
 
 
 def gradcam(net, layer, x, target, relu=False):
-    """GradCAM (Selvaraju et al., 2017, Eq. 1-2): channels, weighted by their mean gradient, summed.
+    """Computes GradCAM (Selvaraju et al., 2017, Eq. 1-2): the sum of a layer's channels, each times
+    its mean gradient.
 
     net           function or module, NxCxHxW -> NxM
     layer         a module that net calls; its output is NxCxhxw, or NxhxwxC of a LayerNorm (MiT)
     target        column of the output, 0 <= target < M
-    relu          the positive part only, as Selvaraju's Eq. 2; Algorithm 2's LayerGradCam keeps all
+    relu          True keeps only the positive part, as Selvaraju's Eq. 2 does.  Algorithm 2's
+                  LayerGradCam keeps negative values as well
     Returns Nx1xhxw.  Samples do not mix as long as net is in evaluation mode."""
     outputs = []
 
@@ -173,7 +187,7 @@ def gradcam(net, layer, x, target, relu=False):
 
 
 def gradcam_vis(net1, x1, relu=False):
-    """The common and the unique map, NxHxW each, of a `TwoValues`."""
+    """Returns the common and the unique map, NxHxW each, of a `TwoValues`."""
     attr1_c = gradcam(net1, net1.layer, x1, 0, relu)                    # Nx1xhxw  Nx7x7 in Alg. 2
     attr1_u = gradcam(net1, net1.layer, x1, 1, relu)                    # Nx1xhxw
     return upsamp(attr1_c, x1), upsamp(attr1_u, x1)                     # NxHxW, Nx224x224 in Alg. 2
@@ -183,11 +197,12 @@ def upsamp(attr, x):
     return F.interpolate(attr, x.shape[-2:], mode="bilinear")[:, 0]     # NxHxW
 
 
-def layers(E):
-    """{name: module} for GradCAM, the last the default: "after the last convolutional layer".
+def find_layers(E):
+    """Returns {name: module} for --layer of GradCAM.  The last module is the default.
 
-    Paper: that in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here: the last, in a ResNet-50
-    layer4.2.conv3; --layer layer4.2.conv2 gives the other.  Of SegFormer: its stages' ends."""
+    Paper: "after the last convolutional layer" in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here:
+    the last convolution, which in a ResNet-50 is layer4.2.conv3; --layer layer4.2.conv2 chooses
+    the other.  SegFormer has no such layer, so the ends of its stages are offered."""
     ends = ("norm1", "norm2", "norm3", "norm4")
     stages = {name: module for name, module in E.named_modules() if name in ends}
     return stages or {name: module for name, module in E.named_modules()
@@ -197,10 +212,12 @@ def layers(E):
 # ---- Algorithm 2, 4: spatial saliency statistics ----
 
 def gradcam_stat(net1, net2, x1, x2):
-    """How far the salient areas of both modalities overlap: two scores in [0, 1] for each pair.
+    """Measures how far the salient areas of two modalities overlap.  Returns N common and N unique
+    scores in [0, 1].
 
     Paper: "norm" is not defined; Sec. 7 says multiply, take the logarithm, normalize each patch.
-    Here: as the authors' code, logarithm and min-max of each map, then the mean of the product."""
+    Here: as in the authors' code, each map gets ReLU before it is upsampled, then logarithm and
+    min-max; a score is the mean of the product."""
     att1_c, att1_u = gradcam_vis(net1, x1, relu=True)                   # NxHxW
     att2_c, att2_u = gradcam_vis(net2, x2, relu=True)                   # NxHxW
     mul_c = (norm(att1_c) * norm(att2_c)).mean((1, 2))                  # N
@@ -209,26 +226,39 @@ def gradcam_stat(net1, net2, x1, x2):
 
 
 def norm(att):
-    """Logarithm of each map's positive part, scaled to 0..1; 0 where nothing is positive.  NxHxW"""
-    return scaled((att.relu() + 1e-20).log10())
+    """Scales the logarithm of each map to 0..1.  att: NxHxW, not negative.  A map of 0 stays 0."""
+    return scale_maps((att + 1e-20).log10())
 
 
-def scaled(att):
-    """Each map of NxHxW from its minimum to its maximum, to 0..1; a flat one is 0."""
+def scale_maps(att):
+    """Scales each map of NxHxW from its minimum and maximum to 0 and 1.  A flat map becomes 0."""
     low, high = att.amin((1, 2), keepdim=True), att.amax((1, 2), keepdim=True)
-    span = high - low                           # of a 1x1 map, upsampled: rounding alone
-    return torch.where(span > 1e-5 * high.abs(), (att - low) / span, 0)
+    span = high - low
+    varies = span > 1e-5 * high.abs()           # an upsampled 1x1 map varies only by rounding
+    return torch.where(varies, (att - low) / span, 0)
+
+
+def measure_density(att, mask):
+    """Measures how dense a map is on an object: the map's share on the object over the object's
+    share of the area.  1 means as dense as in the whole image.
+
+    att, mask   NxHxW   maps that are not negative; 1 on the object and 0 elsewhere
+    Returns N values.  They are NaN if the map is 0 or the object is hidden."""
+    share = (att * mask).mean((1, 2)) / att.mean((1, 2))                # N
+    return share / mask.mean((1, 2))
 
 
 # ---- Algorithm 2, 5: spectral saliency statistics ----
 
 def integrated_gradients(net, x, x0=None, target=0, steps=32):
-    """Integrated gradients (Sundararajan et al., 2017, Eq. 1): (x - x0) * mean gradient on the way.
+    """Computes integrated gradients (Sundararajan et al., 2017, Eq. 1): (x - x0) times the mean
+    gradient on the straight way from x0 to x.
 
     net      function or module, NxCxHxW -> NxM
-    x0       the baseline, as x; None is 0, the mean of the data set where inputs are normalised
-    steps    of the midpoint rule.  One at a time: memory is that of one batch, whatever the number
-    Returns NxCxHxW, whose sum is net(x) - net(x0), "completeness", but for the rule's error."""
+    x0       the baseline, as x.  None: 0, which is the mean of the data set in normalised images
+    steps    of the midpoint rule.  Only one step is in memory at a time
+    Returns NxCxHxW.  Its sum is net(x) - net(x0), except for the error of the midpoint rule; the
+    paper of the method calls this completeness."""
     x0 = torch.zeros_like(x) if x0 is None else x0
     total = torch.zeros_like(x)                 # NxCxHxW
     for step in range(steps):
@@ -240,167 +270,51 @@ def integrated_gradients(net, x, x0=None, target=0, steps=32):
 
 
 def IG_vis(net1, x1, steps):
-    """Integrated gradients of both values of a `TwoValues`, NxCxHxW each."""
+    """Returns the integrated gradients, NxCxHxW each, of both values of a `TwoValues`."""
     att1_c = integrated_gradients(net1, x1, None, 0, steps)
     att1_u = integrated_gradients(net1, x1, None, 1, steps)
     return att1_c, att1_u
 
 
 def IG_stat(net1, x1, steps):
-    """The importance of each band, NxC: the signed mean over the pixels.
+    """Returns the importance of each band, NxC for each value: the signed mean over the pixels.
 
-    Paper: Algorithm 2 averages over images too, Fig. 5b counts them.  Here: a value an image."""
+    Paper: Algorithm 2 averages over the images as well, but Fig. 5b is a histogram over images.
+    Here: one value per image and band."""
     att1_c, att1_u = IG_vis(net1, x1, steps)    # NxCxHxW
     imp_c = att1_c.mean((2, 3))                 # NxC
     imp_u = att1_u.mean((2, 3))                 # NxC
     return imp_c, imp_u
 
 
-# ---- what is explained ----
+# ---- beside Algorithm 2: what dimensions vary with, what a probe reads, what is retrieved ----
 
-@torch.no_grad()
-def embed(net, loader, count):
-    """One pass over the samples.  Returns z1 and z2, NxK on the CPU, of the first `count`, and for
-    each modality mean and biased variance over all samples, K each."""
-    z, n, sums = ([], []), 0, [0, 0]
-    for x in loader:
-        for m, f in enumerate((net.f1, net.f2)):
-            z_batch = f(x[m]).cpu()             # BxK
-            if n < count:
-                z[m].append(z_batch)
-            sums[m] += torch.stack((z_batch.double(), z_batch.double().pow(2))).sum(1)  # 2xK
-        n += len(x[0])
-    moments = []
-    for mean, square in (total / n for total in sums):
-        var = (square - mean.pow(2)).clamp(min=0)
-        moments.append((mean.float().to(x[0].device), var.float().to(x[0].device)))
-    return torch.cat(z[0])[:count], torch.cat(z[1])[:count], moments
+def variance_shares(z, classes):
+    """Returns the share of each dimension's variance that lies between the classes, minus chance:
+    max(0, between / total - (k - 1) / (n - 1)).  That is eta squared minus its mean in pure noise.
 
-
-class Explained:
-    """What every picture needs.
-
-    net, settings         of the checkpoint; N its batch size, K and Kc its dimensions
-    data, samples         the data set, and which of its samples are explained
-    z1, z2, batch_rows    embeddings of 4 N samples, as far as there are, and each batch's slice
-    net1, net2, compared  `TwoValues` of the two modalities; z1 and z2 of --compare, or None"""
-
-    def __init__(self, args, device):
-        self.args, self.device = args, device
-        self.net, settings = open_net(args.checkpoint, device)
-        self.settings, self.modalities = settings, settings["modalities"]
-        self.K, self.Kc = settings["K"], settings["Kc"]
-        self.root = args.data or trained_on(args.checkpoint, settings)
-        self.data = open_explained_data(settings, self.root, args.split or settings["split"])
-        n = len(self.data)
-        usual = n if args.only == ["embeddings"] else min(n, max(512, 4 * settings["batch_size"]))
-        count = args.samples or usual
-        need(count <= n, f"--samples {count}: expected at most the {n} pairs under {self.root[0]}")
-        # Paper: Fig. 5 is of the whole data set.  Here: of these samples; --samples takes more.
-        rng = np.random.default_rng(args.seed)
-        self.samples = rng.permutation(n)[:count]
-        self.dimensions = np.sort(rng.permutation(self.K)[:args.tsne_dims])
-        N = min(settings["batch_size"], count)  # in Alg. 2, 1 and 2: as in training
-        self.batch_rows = [slice(i, i + N) for i in range(0, count - N + 1, N)][:4]  # Fig. 8 and 9
-        layers1, layers2 = layers(self.net.f1.E), layers(self.net.f2.E)
-        layer = args.layer or list(layers1)[-1]
-        need(layer in layers1, f"--layer {layer}: no such layer; there are {' '.join(layers1)}")
-        if args.compare:
-            other, others = open_net(args.compare, device)
-            check_equal(others, settings, ("scenario", "modalities", "channels", "size"),
-                       args.compare, "the first run; expected runs that see the same")
-        make_folder(args.out)
-        print(f"{count} of {n} pairs of {' and '.join(self.modalities)} from "
-              f"{' '.join(self.root)}; N {N}  K {self.K}  Kc {self.Kc}; {device.type}")
-        first = len(self.batch_rows) * N
-        self.z1, self.z2, moments = embed(self.net, self.batches("embeddings"), first)
-        self.net1 = TwoValues(self.net.f1, *moments[0], self.Kc, layers1[layer])
-        self.net2 = TwoValues(self.net.f2, *moments[1], self.Kc, layers2[layer])
-        example = torch.zeros(1, settings["channels"][0], settings["size"], settings["size"])
-        h, w = gradcam(self.net1, self.net1.layer, example.to(device), 0).shape[-2:]
-        if max(h, w) <= 2:
-            print(f"warning: GradCAM's maps are {h}x{w} pixels, too coarse to tell places apart; "
-                  f"give an earlier --layer, or pretrain with a larger --size")
-        self.compared = embed(other, self.batches("compared"), first)[:2] if args.compare else None
-
-    def batches(self, text):
-        return batches(self.data, self.samples, self.settings["size"], self.args.batch_size,
-                       self.args.workers, self.device, text)
-
-    def parts(self, common, unique):
-        """{"common": ..., "unique": ...}, without the one that has no dimensions."""
-        both, sizes = {"common": common, "unique": unique}, (self.Kc, self.K - self.Kc)
-        return {part: value for (part, value), size in zip(both.items(), sizes) if size > 0}
-
-
-def open_net(path, device):
-    """The pretrained network, in evaluation mode and frozen, and its settings, with the step."""
-    checkpoint = load_checkpoint(path)
-    try:
-        settings = read_settings(checkpoint) | dict(step=checkpoint["step"])
-        net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
-        net.load_state_dict(checkpoint["model"])
-        need(all(t.isfinite().all() for t in net.state_dict().values()), "a weight is not finite")
-        return net.to(device).eval().requires_grad_(False), settings
-    except (BadInput, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} cannot be explained ({' '.join(str(error).split())[:150]}); "
-                       f"expected a whole pretraining, with both encoders; give another") from None
-
-
-def trained_on(path, settings):
-    """Where the run that wrote checkpoint `path` read its data: a list, of two for custom."""
-    record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
-    if record.is_file():
-        root = read_json(record, "the record of a run by pretrain.py").get("data")
-    need(isinstance(root, (str, list)), f"{record} names no data; expected folders; give --data")
-    return [root] if isinstance(root, str) else [str(folder) for folder in root]
-
-
-def open_explained_data(settings, root, split):
-    """The data set, or BadInput if it is not of the kind that the checkpoint knows."""
-    custom = dict(inputs=settings["inputs"]) if settings["scenario"] == "custom" else {}
-    need(len(root) == (2 if custom else 1),
-         f"--data {' '.join(root)}: expected two folders or patterns for custom, one otherwise")
-    data = open_dataset(settings["scenario"], root if custom else root[0], settings["size"], split,
-                      settings["depth_unit"], settings["seed"], **custom)
-    shown = [[name, len(views[0])] for name, views in zip(data.modalities, data[0])]
-    trained = [list(pair) for pair in zip(settings["modalities"], settings["channels"])]
-    need(shown == trained, f"{root[0]} holds {shown}, the checkpoint knows {trained}; give --data")
-    return data
-
-
-def batches(data, samples, size, batch_size, workers, device, text):
-    """Batches [x1, x2] of what the networks see, BxCxSxS, under a progress bar."""
-    loader = DataLoader(Subset(data, samples), batch_size, num_workers=workers)
-    for views in show_progress(loader, text, unit="batch"):
-        yield [resize_and_normalise(x[0].to(device), row, size)
-               for x, row in zip(views, data.inputs)]
-
-
-def main(argv=None):
-    args = get_args(argv)
-    rank, _, device = read_environment()
-    if rank > 0:                                # under torchrun the first process does it all
-        return
-    if args.sweep:
-        return sweep(args, device)
-    e = Explained(args, device)
-    stopped = e.settings["stopped"] or f"at step {e.settings['step']}"  # "at step 100 of 200"
-    caption = f"{args.checkpoint.resolve().parent.name} {stopped}"
-    for name in args.only:
-        image, numbers, sentence = PICTURES[name](e)
-        save_picture(args.out, name, image, numbers, sentence, caption)
-
-
-# ---- made-up scenes: what a linear probe reads ----
-
-FEATURES = ("common", "unique", "backbone")
-YARDSTICKS = ("random encoder", "supervised encoder")
+    z         nxK   embeddings of n samples
+    classes   n     the class of each sample; k different ones
+    A probe on 384 dimensions reads an object even if each dimension holds only a trace of the
+    object.  The share says how much of a dimension the object makes up."""
+    z = z.double()
+    mean = z.mean(0)                                                    # K
+    total = (z - mean).pow(2).sum(0)                                    # K
+    between, kinds = torch.zeros_like(mean), classes.unique()
+    for kind in kinds:
+        members = z[classes == kind]
+        between += len(members) * (members.mean(0) - mean).pow(2)       # K
+    chance = (len(kinds) - 1) / (len(z) - 1)
+    return (between / total.clamp(min=1e-12) - chance).clamp(min=0)     # K
 
 
 def linear_probe(x, y, x_test, y_test, decay=1e-2):
-    """Accuracy on unseen samples of logistic regression, with a decay of the squared weights of
-    features of standard deviation 1.  x: NxD features, y: N classes, W: (D+1)xM, biases last."""
+    """Trains a logistic regression and returns its accuracy on unseen samples.
+
+    x, x_test   NxD   features, which are scaled to a standard deviation of 1
+    y, y_test   N     classes
+    decay       times the squared weights is added to the loss
+    The weights W are (D+1)xM; the last row holds the biases."""
     mean, std = x.mean(0), x.std(0) + 1e-5
     x, x_test = (x - mean) / std, (x_test - mean) / std
     W = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -416,280 +330,545 @@ def linear_probe(x, y, x_test, y_test, decay=1e-2):
     return ((x_test @ W[:-1] + W[-1]).argmax(1) == y_test).float().mean().item()
 
 
-def supervised(E, x, y, seed, epochs=12):
-    """Trains encoder E on all factors at once: the most that it could know.  x: NxCxSxS, y: NxF."""
-    classes, N = int(y.max()) + 1, min(128, len(x))
-    head = nn.Linear(E.dims[-1], y.shape[1] * classes).to(x.device)
-    draws, steps = Draws(seed, N, slice(None)), epochs * (len(x) // N)
-    optimizer = torch.optim.AdamW([*E.parameters(), *head.parameters()], weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    E.train()
-    for step in show_progress(range(steps), "supervised encoder", unit="step"):
-        epoch, i = divmod(step, len(x) // N)
-        batch = epoch_batches(len(x), N, seed, epoch)[i]
-        draws.restart(step)
-        scores = head(E(random_resized_crop(x[batch], x.shape[-1], (0.5, 1.0), draws)))
-        loss = F.cross_entropy(scores.unflatten(1, (-1, classes)).mT, y[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+def retrieve(z1, z2, ranks=(1, 5)):
+    """Returns R@k for each k of ranks: the share of samples of modality 1 whose partner is among
+    the k nearest of all samples of modality 2.
+
+    z1, z2   nxK   embeddings.  Near is a large cosine after BN; the partner loses every tie"""
+    z1, z2 = F.normalize(BN(z1)), F.normalize(BN(z2))                   # nxK
+    similarity = z1 @ z2.T                                              # nxn
+    partner = similarity.diagonal()[:, None]                            # nx1
+    nearer = (similarity >= partner).sum(1) - 1                         # n
+    return [(nearer < k).float().mean().item() for k in ranks]
+
+
+# ---- what is explained ----
+
+class Explained:
+    """Holds what every picture needs.
+
+    args, device           the command line; where the networks run
+    net, settings          of the checkpoint; N its batch size, K and Kc its dimensions
+    root, data             where the data set lies, and the data set
+    modalities             the names of the two modalities, with a number if they are equal
+    samples                the samples of the data set that are explained, in random order
+    dimensions             the dimensions of each modality that t-SNE shows
+    batch_slices           up to four batches of N of these samples, as slices
+    main adds what needs a pass over the samples:
+    z1, z2                 the embeddings of these batches; compared: those of --compare, or None
+    net1, net2             `TwoValues` of the two modalities"""
+
+    def __init__(self, args, device, net, settings, root, data):
+        self.args, self.device, self.net, self.settings = args, device, net, settings
+        self.root, self.data, self.modalities = root, data, tell_apart(settings["modalities"])
+        self.K, self.Kc = settings["K"], settings["Kc"]
+        n = len(data)
+        usual = n if args.only == ["embeddings"] else max(512, 4 * settings["batch_size"])
+        count = args.samples or min(n, usual)
+        need(count <= n, f"--samples {count} is too many: {root[0]} has {n} pairs")
+        # Paper: Fig. 5 is of the whole data set.  Here: of these samples; --samples takes more.
+        rng = np.random.default_rng(args.seed)
+        self.samples = rng.permutation(n)[:count]
+        self.dimensions = np.sort(rng.permutation(self.K)[:args.tsne_dims])
+        self.N = N = min(settings["batch_size"], count)  # the batch size of training, as in Alg. 2
+        starts = range(0, count - N + 1, N)
+        self.batch_slices = [slice(start, start + N) for start in starts][:4]  # Fig. 8 and 9
+        self.z1 = self.z2 = self.compared = self.net1 = self.net2 = None
+
+    def batches(self, text):
+        return load_batches(self.data, self.samples, self.settings["size"], self.args.batch_size,
+                            self.args.workers, self.device, text)
+
+    def keep_nonempty(self, common, unique):
+        """Returns {"common": ..., "unique": ...} without the kind that has no dimensions."""
+        kinds = {"common": (common, self.Kc), "unique": (unique, self.K - self.Kc)}
+        return {kind: value for kind, (value, size) in kinds.items() if size > 0}
+
+
+def tell_apart(modalities):
+    """Returns the names of the two modalities, such as "rgb 1" and "rgb 2" if they are equal."""
+    first, second = modalities
+    return (first, second) if first != second else (f"{first} 1", f"{second} 2")
 
 
 @torch.no_grad()
-def features(f, x):
-    """f(x) in evaluation mode, 256 samples at a time."""
+def embed(net, loader, count):
+    """Goes over the samples once.  Returns z1 and z2, NxK on the CPU, of the first `count` samples,
+    and for each modality mean and biased variance over all samples, K values each."""
+    z, n, sums = ([], []), 0, [0, 0]
+    for x in loader:
+        for m, f in enumerate((net.f1, net.f2)):
+            z_batch = f(x[m]).cpu()             # BxK
+            if n < count:
+                z[m].append(z_batch)
+            sums[m] += torch.stack((z_batch.double(), z_batch.double().pow(2))).sum(1)  # 2xK
+        n += len(x[0])
+    moments = []
+    for mean, square in (total / n for total in sums):
+        var = (square - mean.pow(2)).clamp(min=0)
+        moments.append((mean.float().to(x[0].device), var.float().to(x[0].device)))
+    return torch.cat(z[0])[:count], torch.cat(z[1])[:count], moments
+
+
+def open_net(path, device):
+    """Returns the pretrained network, frozen and in evaluation mode, and its settings and step."""
+    checkpoint = load_checkpoint(path)
+    try:
+        settings = read_settings(checkpoint) | dict(step=checkpoint["step"])
+        net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
+        net.load_state_dict(checkpoint["model"])
+        need(all(t.isfinite().all() for t in net.state_dict().values()), "a weight is not finite")
+        return net.to(device).eval().requires_grad_(False), settings
+    except (BadInput, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} cannot be explained ({' '.join(str(error).split())[:150]}).  Give "
+                       f"a checkpoint.pt of pretrain.py, which has both encoders") from None
+
+
+def find_data(path, settings):
+    """Returns where the run that wrote the checkpoint read its data: a list, of two for custom."""
+    record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
+    if record.is_file():
+        root = read_json(record, "the record of a run by pretrain.py").get("data")
+    need(isinstance(root, (str, list)), f"{record} does not name the data.  Give --data")
+    return [root] if isinstance(root, str) else [str(folder) for folder in root]
+
+
+def open_explained_data(settings, root, split):
+    """Returns the data set.  Raises BadInput if its modalities differ from the checkpoint's."""
+    custom = dict(inputs=settings["inputs"]) if settings["scenario"] == "custom" else {}
+    need(len(root) == (2 if custom else 1), f"--data {' '.join(root)}: expected two folders or "
+                                            f"patterns for custom, one folder otherwise")
+    data = open_dataset(settings["scenario"], root if custom else root[0], settings["size"], split,
+                        settings["depth_unit"], settings["seed"], **custom)
+    found = [[name, len(views[0])] for name, views in zip(data.modalities, data[0])]
+    expected = [list(pair) for pair in zip(settings["modalities"], settings["channels"])]
+    need(found == expected, f"{root[0]} holds {found} (modality, channels), but the checkpoint was "
+                            f"trained on {expected}.  Give other --data")
+    return data
+
+
+def load_batches(data, samples, size, batch_size, workers, device, text):
+    """Yields batches [x1, x2] of what the networks see, BxCxSxS, under a progress bar."""
+    loader = DataLoader(Subset(data, samples), batch_size, num_workers=workers)
+    for views in show_progress(loader, text, unit="batch"):
+        yield [resize_and_normalise(x[0].to(device), row, size)
+               for x, row in zip(views, data.inputs)]
+
+
+def open_compared(path, settings, device):
+    """Returns the network of --compare, which must have been trained on images of the same form."""
+    net, others = open_net(path, device)
+    check_equal(others, settings, ("scenario", "modalities", "channels", "size"), path,
+                "the run of --checkpoint; give a run on the same modalities and size")
+    return net
+
+
+def choose_layer(net, name):
+    """Returns the module of each encoder that GradCAM looks at.  The default is the last layer."""
+    layers1, layers2 = find_layers(net.f1.E), find_layers(net.f2.E)
+    name = name or list(layers1)[-1]
+    need(name in layers1, f"--layer {name}: the encoder has no such layer.  Choose one of "
+                          f"{' '.join(layers1)}")
+    return layers1[name], layers2[name]
+
+
+def warn_if_coarse(e):
+    """Prints a warning if GradCAM's maps have 2x2 pixels or fewer."""
+    size = e.settings["size"]
+    example = torch.zeros(1, e.settings["channels"][0], size, size, device=e.device)
+    h, w = gradcam(e.net1, e.net1.layer, example, 0).shape[-2:]
+    if max(h, w) <= 2:
+        print(f"warning: GradCAM's maps have only {h}x{w} pixels, too few to show places.  Give an "
+              f"earlier --layer, or pretrain with a larger --size")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    rank, _, device = read_environment()
+    if rank > 0:                                # under torchrun the first process does everything
+        return
+    if args.sweep:
+        return sweep(args, device)
+    net, settings = open_net(args.checkpoint, device)
+    root = args.data or find_data(args.checkpoint, settings)
+    data = open_explained_data(settings, root, args.split or settings["split"])
+    e = Explained(args, device, net, settings, root, data)
+    layer1, layer2 = choose_layer(net, args.layer)
+    other = open_compared(args.compare, settings, device) if args.compare else None
+    make_folder(args.out)
+    print(f"{len(e.samples)} of {len(data)} pairs of {' and '.join(e.modalities)} from "
+          f"{' '.join(root)}; N {e.N}  K {e.K}  Kc {e.Kc}; {device.type}")
+    first = len(e.batch_slices) * e.N
+    e.z1, e.z2, (moments1, moments2) = embed(net, e.batches("embeddings"), first)
+    e.net1 = TwoValues(net.f1, *moments1, e.Kc, layer1, args.value == "square")
+    e.net2 = TwoValues(net.f2, *moments2, e.Kc, layer2, args.value == "square")
+    warn_if_coarse(e)
+    if other:
+        e.compared = embed(other, e.batches("embeddings of --compare"), first)[:2]
+    stopped = settings["stopped"] or f"at step {settings['step']}"  # "at step 100 of 200"
+    caption = f"{args.checkpoint.resolve().parent.name} {stopped}"
+    for name in args.only:
+        image, numbers, sentence = PICTURES[name](e)
+        save_picture(args.out, name, image, numbers, sentence, caption)
+
+
+# ---- made-up scenes, of which the objects are known ----
+
+# Where the label image of a scene lies: 0 nothing, 1 background, then SHAPES for each object.
+LABEL_FILES = {"rgbd": "Label/{}.png", "sar-optical": "Label/{}.png",
+               "rgb-dem": "cropped/{}_seg.tif"}
+RANDOM = "random encoder"
+# Modality, object, and the dimensions in which less of the object is expected.
+PLACES = ((0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common"))
+
+
+def name_objects(modalities):
+    """Returns names for the objects of a made-up scene, in the order of factors.csv."""
+    return "what both see", *(f"what {modality} alone sees" for modality in modalities)
+
+
+def are_made_up(settings, root):
+    return settings["scenario"] in LABEL_FILES and (Path(root[0]) / "factors.csv").is_file()
+
+
+def read_masks(scenario, root, name, size):
+    """Returns 3xSxS in [0, 1], on the grid of what the networks see: the places of the objects that
+    both sensors see, sensor 1 alone and sensor 2 alone.  A pixel belongs to one object only, even
+    where the objects of the two sensors overlap."""
+    label = torch.as_tensor(read_label(Path(root[0]) / LABEL_FILES[scenario].format(name)))
+    which = (label - 2).div(len(SHAPES), rounding_mode="floor")         # HxW; -1 is no object
+    masks = torch.stack([which == factor for factor in range(3)])       # 3xHxW
+    return resize(masks[None].float(), (size, size))[0]
+
+
+def measure_densities(e):
+    """Returns {(m, "common" or "unique"): Nx3}: how dense the GradCAM maps of all samples are on
+    the three objects of their scenes."""
+    size, densities = e.settings["size"], collections.defaultdict(list)
+    names = iter([e.data.ids[i] for i in e.samples])
+    for x in e.batches("density of GradCAM maps"):
+        masks = [read_masks(e.settings["scenario"], e.root, next(names), size) for _ in x[0]]
+        masks = torch.stack(masks).to(e.device)                         # Bx3xSxS
+        for m, net in enumerate((e.net1, e.net2)):
+            for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m], relu=True)).items():
+                on_objects = [measure_density(att, mask) for mask in masks.unbind(1)]
+                densities[m, kind].append(torch.stack(on_objects, 1).cpu())
+    return {key: torch.cat(batches) for key, batches in densities.items()}
+
+
+def report_densities(e, densities):
+    """Prints a table of the mean densities.  Returns claims about them."""
+    means, lines = {key: a.nanmean(0).tolist() for key, a in densities.items()}, {}
+    for kind in e.keep_nonempty(0, 1):
+        lines[f"{kind} maps"] = [f"{value:.2f}" for m in (0, 1) for value in means[m, kind]]
+    print_objects(f"Density of the GradCAM maps on objects (1: as in the whole image), "
+                  f"{len(e.samples)} scenes", e.modalities, lines)
+    return claim_objects("{} maps of {} are less dense on {}", means, e.modalities)
+
+
+def claim_objects(expected, means, modalities):
+    """Returns four claims: unique dimensions have less of what both see, common dimensions less of
+    what one sensor alone sees.  means: {(m, "common" or "unique"): a value for each object}"""
+    claims = []
+    for m, factor, lower in PLACES:
+        kinds = [kind for kind in ("common", "unique") if (m, kind) in means]
+        measured = {kind: means[m, kind][factor] for kind in kinds}
+        text = expected.format(lower, modalities[m], name_objects(modalities)[factor])
+        claims.append(claim(text, measured, lower))
+    return claims
+
+
+@torch.no_grad()
+def run_network(f, x):
+    """Returns f(x) in evaluation mode, computed for 256 samples at a time."""
     f.eval()
     return torch.cat([f(chunk) for chunk in x.split(256)])              # NxD
 
 
-def read_features(settings, m, f, seed, x, y, x_test, y_test):
-    """{features: accuracies, one a factor} of modality m's branch f.  x: NxCxSxS, y: NxF.
-
-    With a seed also of a backbone that knows nothing, and of one that is told all."""
-    Kc, z, z_test = settings["Kc"], features(f, x), features(f, x_test)  # NxK
-    inputs = dict(common=(z[:, :Kc], z_test[:, :Kc]), unique=(z[:, Kc:], z_test[:, Kc:]))
-    encoders = {"backbone": f.E}
-    if seed is not None:
-        torch.manual_seed(seed)
-        for name in YARDSTICKS:
-            encoders[name] = branch(settings["backbone"], settings["channels"][m], ()).E.to(x)
-        measure_statistics(encoders["random encoder"], ([chunk] for chunk in x.split(256)))
-        supervised(encoders["supervised encoder"], x, y, seed)
-    for name, E in encoders.items():
-        inputs[name] = features(E, x), features(E, x_test)
-    accuracies = {}
-    for name, (train, test) in inputs.items():
-        if train.shape[1] > 0:
-            accuracies[name] = [linear_probe(train, y[:, factor], test, y_test[:, factor])
-                                for factor in range(y.shape[1])]
-    return accuracies
-
-
-def read_runs(runs, root, args, device):
-    """{(label, m, features): accuracies, seeds x factors} of made-up scenes, of which the factors
-    are known; None if there are none under root.  runs: (label, net, settings) each."""
-    settings, x, y = runs[0][2], [], []
-    if not (Path(root[0]) / "factors.csv").is_file():
-        return None
-    factors = read_factors(root[0])
+def read_scenes(settings, root, workers, device):
+    """Returns {"train" or "test": (x1, x2, factors)}: NxCxSxS, NxCxSxS and Nx3 classes."""
+    scenes, factors = {}, read_factors(root[0])
     for split in ("train", "test"):
         data = open_explained_data(settings, root, split)
         missing = [name for name in data.ids if name not in factors]
-        need(not missing, f"factors.csv lacks {missing[:1]}; make the scenes again: data.py toy")
-        y.append(torch.tensor([factors[name] for name in data.ids], device=device))
-        loader = batches(data, range(len(data)), settings["size"], 256, args.workers, device, split)
-        x.append([torch.cat(images) for images in zip(*loader)])        # NxCxSxS each
-    accuracies, seeds = collections.defaultdict(list), set()
+        need(not missing, f"factors.csv lacks the scene {missing[:1]}.  Make the scenes again with "
+                          f"`data.py toy`")
+        loaded = load_batches(data, range(len(data)), settings["size"], 256, workers, device, split)
+        x1, x2 = (torch.cat(images) for images in zip(*loaded))
+        scenes[split] = x1, x2, torch.tensor([factors[name] for name in data.ids], device=device)
+    return scenes
+
+
+def make_random_encoder(settings, m, seed, x):
+    """Returns an untrained encoder of modality m, with BatchNorm statistics of the images x."""
+    torch.manual_seed(seed)
+    E = branch(settings["backbone"], settings["channels"][m], ()).E.to(x)
+    measure_statistics(E, ([chunk] for chunk in x.split(256)))
+    return E
+
+
+def probe_factors(E, m, scenes):
+    """Returns, for each of the three factors, the accuracy of a linear probe on encoder E."""
+    x, x_test = (run_network(E, scenes[split][m]) for split in ("train", "test"))
+    factors, factors_test = scenes["train"][2], scenes["test"][2]
+    return [linear_probe(x, y, x_test, y_test) for y, y_test in zip(factors.T, factors_test.T)]
+
+
+def measure_factors(runs, scenes):
+    """Measures what the networks of several runs know about the three factors.  runs: a label, a
+    network and its settings each.
+
+    Returns {(label, m, kind): Sx3} for the S runs with that label.  Of kind
+    "common" or "unique": the mean share of variance on the test split.  Of kind "backbone": the
+    accuracy of a linear probe."""
+    found, seeds = collections.defaultdict(list), set()
     for label, net, settings in runs:
-        print(f"probes of {label}, seed {settings['seed']}")
-        seed = None if settings["seed"] in seeds else settings["seed"]  # yardsticks: once a seed
-        seeds.add(seed)
+        print(f"measuring {label}, seed {settings['seed']}")
         for m, f in enumerate((net.f1, net.f2)):
-            table = read_features(settings, m, f, seed, x[0][m], y[0], x[1][m], y[1])
-            for name, values in table.items():
-                key = (name, m, "backbone") if name in YARDSTICKS else (label, m, name)
-                accuracies[key].append(values)
-    return {key: np.array(values) for key, values in accuracies.items()}
+            z = run_network(f, scenes["test"][m])                            # NxK
+            shares = torch.stack([variance_shares(z, y) for y in scenes["test"][2].T])  # 3xK
+            halves = shares.tensor_split([settings["Kc"]], 1)           # 3xKc, 3xKu
+            for kind, half in zip(("common", "unique"), halves):
+                if half.numel():
+                    found[label, m, kind].append(half.mean(1).tolist())
+            found[label, m, "backbone"].append(probe_factors(f.E, m, scenes))
+            if settings["seed"] not in seeds:   # one random encoder for each seed
+                E = make_random_encoder(settings, m, settings["seed"], scenes["train"][m])
+                found[RANDOM, m, "backbone"].append(probe_factors(E, m, scenes))
+        seeds.add(settings["seed"])
+    return {key: np.array(values) for key, values in found.items()}
 
 
 def sweep(args, device):
-    """Sec. 6 on made-up scenes: Table 4, Fig. 3a and the like from many runs, over their seeds.
+    """Measures the factors in many runs on made-up scenes, for Table 4, Fig. 3a and the like.
 
-    Runs whose folders have one name but for -SEED at its end are one line of the table."""
+    Runs whose folders have the same name except for a seed at the end, such as decur-0 and decur-1,
+    are one line of the tables."""
     runs = []
     for folder in args.sweep:
         net, settings = open_net(folder / "checkpoint.pt", device)
         label = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
         runs.append((label, net, settings))
         check_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
-                   "the first run; expected runs that see the same")
-    root = args.data or trained_on(args.sweep[0] / "checkpoint.pt", runs[0][2])
-    accuracies = read_runs(runs, root, args, device)
-    need(accuracies, f"--sweep: no factors.csv under {root[0]}; expected runs of made-up scenes")
+                    "the first run; give runs on the same scenario and size")
+    settings = runs[0][2]
+    root = args.data or find_data(args.sweep[0] / "checkpoint.pt", settings)
+    need(are_made_up(settings, root), f"--sweep works only with runs on made-up scenes, but "
+                                      f"{root[0]} has no factors.csv")
+    found = measure_factors(runs, read_scenes(settings, root, args.workers, device))
     make_folder(args.out)
-    picture = picture_accuracies(accuracies, runs[0][2]["modalities"])
+    picture = picture_measured(found, tell_apart(settings["modalities"]))
     save_picture(args.out, "sweep", *picture, f"{len(runs)} runs")
 
 
-# ---- the pictures: each returns an image, its numbers, and a sentence ----
+# ---- the pictures: each function returns an image, its numbers, and what to print ----
 
-# Of Okabe and Ito: colour-blind readers tell them apart.
+# These colours are of Okabe and Ito, because colour-blind readers can tell them apart.
 INK, GREY, PAPER, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
-COLOURS = dict(common="#009e73", unique="#e69f00", backbone=INK)
-TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=COLOURS["common"], Lu=COLOURS["unique"])
+KIND_COLOURS = dict(common="#009e73", unique="#e69f00", backbone=INK)
+TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=KIND_COLOURS["common"], Lu=KIND_COLOURS["unique"])
 MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # common, then unique
 
 
-def claim(words, numbers, less):
-    """What should be, what was measured: is numbers[less] lower ("hardly": by < 5 % or 0.01)?"""
-    measured = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-    if len(numbers) < 2:
-        return f"{words}: {measured}"
-    highest, answer = max(numbers.values()), "yes"
-    if numbers[less] > highest - max(0.01, 0.05 * abs(highest)):
-        answer = "hardly" if numbers[less] < highest else "no"
-    return f"{words}: {measured}: is {less} lower? {answer}"
+def claim(expected, measured, lower):
+    """Returns a line: what is expected, the measured numbers, and whether they agree, which means
+    that measured[lower] is lower.  They hardly agree if the difference is below 5 % or 0.01."""
+    numbers = ", ".join(f"{name} {value:.3g}" for name, value in measured.items())
+    line = f"Expected: {expected}. Measured: {numbers}."
+    if len(measured) < 2:
+        return line
+    highest, verdict = max(measured.values()), "no"                     # NaN agrees with nothing
+    if measured[lower] < highest:
+        clear = measured[lower] <= highest - max(0.01, 0.05 * abs(highest))
+        verdict = "yes" if clear else "hardly"
+    return f"{line} Agrees: {verdict}."
 
 
 def picture_curves(e):
-    """The terms of Eq. 6 and the mean diagonals as they were logged."""
+    """Draws the terms of Eq. 6 and the mean diagonals as they were logged."""
     path = e.args.checkpoint.with_name("log.jsonl")
     if e.settings["method"] != "decur" or not path.is_file():
-        return None, {}, f"no {path} of DeCUR's terms, so curves.png is left out"
+        return None, {}, f"curves.png is left out, because it needs a run of DeCUR and its {path}"
     log = read_log(path)
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
-    steps, names = log["step"], [name for name in TERMS if any(log.get(name, ()))]  # 0: ablated
+    steps = log["step"]
+    names = [name for name in TERMS if any(log.get(name, ()))]          # an ablated term is 0
     legend = [("loss", INK)]
     legend += [(f"{name}, {name.replace('L', 'C')}", TERMS[name]) for name in names[1:]]
-    image, pen = page(944, TOP + 300 + M, f"Pretraining: the loss and its terms L; grey: chance "
-                      f"{chance:.1f}, floor {floor:.1f}; right: mean diagonals C", legend)
+    title = (f"Pretraining: the loss and its terms L; grey: chance {chance:.1f}, floor "
+             f"{floor:.1f}; right: mean diagonals C")
+    image, pen = start_page(944, TOP + 300 + M, title, legend)
     lines = {name: log[name] for name in names}
     lines |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
     logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in lines.items()}  # a loss can be 0
     ends = np.array(list(logs.values()))
-    at = axes(pen, panel(0, 2, 448, 300), (0, steps[-1]),
-              (math.floor(ends.min()), ends.max() + 0.1), "", "step", "loss", powers=True)
+    at = draw_axes(pen, place_panel(0, 2, 448, 300), (0, steps[-1]),
+                   (math.floor(ends.min()), ends.max() + 0.1), "", "step", "loss", powers=True)
     for name, a in logs.items():
-        curve(pen, at, steps, a, TERMS.get(name, GREY))
-    at = axes(pen, panel(1, 2, 448, 300), (0, steps[-1]), (-0.2, 1), "", "step", "mean diagonal")
+        draw_curve(pen, at, steps, a, TERMS.get(name, GREY))
+    at = draw_axes(pen, place_panel(1, 2, 448, 300), (0, steps[-1]), (-0.2, 1), "", "step",
+                   "mean diagonal")
     means = {name: log[name] for name in ("C1", "C2", "Cc", "Cu") if name in log}
     for name, a in means.items():
-        curve(pen, at, steps, a, TERMS[name.replace("C", "L")])
+        draw_curve(pen, at, steps, a, TERMS[name.replace("C", "L")])
     last = {name: a[-1] for name, a in means.items() if name in ("Cc", "Cu")}
-    return image, log, claim(f"Loss {log['loss'][-1]:.4g} at step {steps[-1]} (chance "
-                             f"{chance:.4g}, floor {floor:.4g}); the mean diagonal Cc should rise "
-                             f"to 1 and Cu stay at 0, below it", last, "Cu")
+    return image, log, (f"Loss {log['loss'][-1]:.4g} at step {steps[-1]}; chance {chance:.4g}, "
+                        f"floor {floor:.4g}\n  " +
+                        claim("the mean diagonal Cc rises to 1, Cu stays near 0", last, "Cu"))
 
 
 def read_log(path):
-    """{name: values} of a run's log.jsonl."""
-    log = {}
+    """Returns {name: values} of a run's log.jsonl.  A run that was resumed may have logged a step
+    twice; the last line of a step counts."""
     with reading(path, "the numbers of a step on each line", "or leave curves out of --only"):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for name in lines[0]:
-            log[name] = [line[name] for line in lines]
-        finite = np.isfinite(np.array(list(log.values()), float)).all()  # numbers, all of them
+        parsed = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        lines = list({line["step"]: line for line in parsed}.values())
+        log = {name: [line[name] for line in lines] for name in lines[0]}
+        finite = np.isfinite(np.array(list(log.values()), float)).all()  # fails without a number
         if not finite or min(log["step"]) < 1:
             raise ValueError("a number is not finite, or a step below 1")
         return log
 
 
 def picture_alignment(e):
-    """Fig. 4a, 8."""
-    pairs = e.parts((e.z1[:, :e.Kc], e.z2[:, :e.Kc]), (e.z1[:, e.Kc:], e.z2[:, e.Kc:]))
-    parts, n, sizes = list(pairs), len(e.batch_rows), dict.fromkeys(pairs, e.K)
-    legend = [(f"{part} dimensions", COLOURS[part]) for part in pairs]
+    """Draws Fig. 4a and 8."""
+    pairs = e.keep_nonempty((e.z1[:, :e.Kc], e.z2[:, :e.Kc]), (e.z1[:, e.Kc:], e.z2[:, e.Kc:]))
+    kinds, n, sizes = list(pairs), len(e.batch_slices), dict.fromkeys(pairs, e.K)
+    legend = [(f"{kind} dimensions", KIND_COLOURS[kind]) for kind in kinds]
     if e.compared:
         pairs["compared"], sizes["compared"] = e.compared, e.compared[0].shape[1]
-        legend.append(("all of the compared run", INK, "outline"))
+        legend.append(("all dimensions of --compare", INK, "outline"))
     losses = {}                                 # batches x dimensions each
-    for part, (z1, z2) in pairs.items():
-        losses[part] = torch.stack([alignment_histogram(z1[batch], z2[batch])[0]
-                                    for batch in e.batch_rows])
-    top = max(1.5, *(a.max().item() for a in losses.values()))  # up to 4, not Algorithm 2's 1
-    image, pen = page(944, TOP + math.ceil(n / 2) * (250 + M), "Cross-modal alignment: dimensions "
-                      "by their loss, Eq. 7; bars of common and unique ones are stacked", legend)
+    for kind, (z1, z2) in pairs.items():
+        losses[kind] = torch.stack([alignment_histogram(z1[batch], z2[batch])[0]
+                                    for batch in e.batch_slices])
+    top = max(1.5, *(a.max().item() for a in losses.values()))  # at most 4; Algorithm 2 stops at 1
+    edges = np.linspace(0, top, 41)
+    title = ("Cross-modal alignment: the loss of each dimension, Eq. 7; bars of unique dimensions "
+             "stand on those of common ones")
+    image, pen = start_page(944, TOP + math.ceil(n / 2) * (250 + M), title, legend)
     for i in range(n):
-        heights = {part: torch.histc(a[i], 40, 0, top).numpy() * 100 / sizes[part]
-                   for part, a in losses.items()}
+        heights = {kind: torch.histc(a[i], 40, 0, top).numpy() * 100 / sizes[kind]
+                   for kind, a in losses.items()}
         highest, base = sum(a.max() for a in heights.values()), np.zeros(40)
-        at = axes(pen, panel(i, 2, 448, 250), (0, top), (0, highest), f"batch {i + 1}",
-                  "loss: 0 aligned, 1 unrelated, above 1 opposed", "% of K dimensions")
-        for part in parts:
-            bars(pen, at, np.linspace(0, top, 41), heights[part], base, COLOURS[part])
-            base = base + heights[part]
+        at = draw_axes(pen, place_panel(i, 2, 448, 250), (0, top), (0, highest), f"batch {i + 1}",
+                       "loss: 0 aligned, 1 unrelated, above 1 opposed", "% of K dimensions")
+        for kind in kinds:
+            draw_bars(pen, at, edges, heights[kind], base, KIND_COLOURS[kind])
+            base = base + heights[kind]
         if e.compared:
-            bars(pen, at, np.linspace(0, top, 41), heights["compared"], np.zeros(40), None, INK)
+            draw_bars(pen, at, edges, heights["compared"], np.zeros(40), None, INK)
         pen.line((*at(1, 0), *at(1, highest)), GREY)
-    means = {part: losses[part].mean().item() for part in parts}
-    return image, losses, claim("Common losses should be 0, unique ones 1; mean", means, "common")
+    means = {kind: losses[kind].mean().item() for kind in kinds}
+    return image, losses, claim("common dimensions have a mean loss near 0, unique ones near 1",
+                                means, "common")
 
 
 def picture_tsne(e):
-    """Fig. 1, 9."""
-    results, n, k = [], len(e.batch_rows), len(e.dimensions)
-    for i, batch in enumerate(e.batch_rows):
+    """Draws Fig. 1 and 9."""
+    results, n, k = [], len(e.batch_slices), len(e.dimensions)
+    for i, batch in enumerate(e.batch_slices):
         z1, z2 = (z[batch][:, e.dimensions].to(e.device) for z in (e.z1, e.z2))
         results.append(tsne_vis(z1, z2, f"t-SNE {i + 1} of {n}"))
     points = np.stack([y.cpu().numpy() for y, _ in results])            # batches x 2k x 2
     unique = e.dimensions >= e.Kc               # k
     side, shares = 448, collections.defaultdict(list)
     legend = []
-    for part, first in e.parts(0, 2).items():
-        legend += [(f"{name} {part}", *MARKS[first + m]) for m, name in enumerate(e.modalities)]
-    image, pen = page(944, TOP + math.ceil(n / 2) * (side + M),
-                      "t-SNE: a mark is a dimension, a panel a batch", legend)
+    for kind, first in e.keep_nonempty(0, 2).items():
+        legend += [(f"{modality}, {kind}", *mark)
+                   for modality, mark in zip(e.modalities, MARKS[first:])]
+    image, pen = start_page(944, TOP + math.ceil(n / 2) * (side + M),
+                            "t-SNE: each mark is a dimension, each panel a batch", legend)
     for i, y in enumerate(points):
-        box = panel(i, 2, side, side)
+        box = place_panel(i, 2, side, side)
         pen.rectangle(box, None, GREY)
         middle, radius = (y.min(0) + y.max(0)) / 2, max(np.ptp(y, axis=0).max() / 2, 1e-12)
         pixels = (y - middle) / radius * (side / 2 - M) + np.reshape(box, (2, 2)).mean(0)
-        nearest = distances(torch.from_numpy(y)).fill_diagonal_(torch.inf).argmin(1)
+        nearest = square_distances(torch.from_numpy(y)).fill_diagonal_(torch.inf).argmin(1)
         for j, (px, py) in enumerate(pixels):
             m, dimension = divmod(j, k)
-            mark(pen, px, py, *MARKS[2 * unique[dimension] + m])
-            part = "unique" if unique[dimension] else "common"
-            shares[part].append(float(nearest[j] == (j + k) % (2 * k)))
-    kl = " ".join(f"{divergence:.3f}" for _, divergence in results)
-    return image, dict(points=points, dimensions=e.dimensions, Kc=e.Kc), claim(
-        f"KL of each batch {kl}.  Common dimensions should lie on their partners of the other "
-        f"modality, unique ones apart; share whose nearest is the partner",
-        {part: np.mean(a) for part, a in shares.items()}, "unique")
+            draw_mark(pen, px, py, *MARKS[2 * unique[dimension] + m])
+            kind = "unique" if unique[dimension] else "common"
+            shares[kind].append(float(nearest[j] == (j + k) % (2 * k)))
+    divergences = " ".join(f"{divergence:.3f}" for _, divergence in results)
+    means = {kind: np.mean(a) for kind, a in shares.items()}
+    return image, dict(points=points, dimensions=e.dimensions, Kc=e.Kc), (
+        f"KL divergence of each batch: {divergences}\n  " +
+        claim("common dimensions lie next to the same dimension of the other modality, unique "
+              "dimensions do not (share of those that do)", means, "unique"))
 
 
 def picture_gradcam(e):
-    """Fig. 4b, 10."""
+    """Draws Fig. 4b and 10.  On made-up scenes, also measures how dense maps are on the objects."""
     side, empty, pairs, numbers = 144, 0, [], collections.defaultdict(list)
-    for x in batches(e.data, e.samples[:e.args.pairs], e.settings["size"], 1, 0, e.device, "pairs"):
+    size = e.settings["size"]
+    for x in load_batches(e.data, e.samples[:e.args.pairs], size, 1, 0, e.device, "pairs"):
         tiles = []
-        for m, (name, net) in enumerate(zip(e.modalities, (e.net1, e.net2))):
+        for m, net in enumerate((e.net1, e.net2)):
             picture = make_visible(x[m][0], e.data.inputs[m])
-            tiles.append((name, picture, ""))
-            for part, att in e.parts(*gradcam_vis(net, x[m])).items():
-                colours = viridis(scaled(att.relu())[0].cpu().numpy()) / 255
+            tiles.append((e.modalities[m] + name_composite(e.data.inputs[m]), picture, ""))
+            for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m])).items():
+                colours = to_viridis(scale_maps(att.relu())[0].cpu().numpy()) / 255
                 note = "" if att.max() > 0 else "no positive pixel"
-                tiles.append((f"{name}, {part}", 0.45 * picture + 0.55 * colours, note))
+                tiles.append((f"{e.modalities[m]}, {kind}", 0.45 * picture + 0.55 * colours, note))
                 empty += note != ""
-                numbers[f"modality{m + 1}_{part}"].append(att[0].cpu().numpy())
+                numbers[f"modality{m + 1}_{kind}"].append(att[0].cpu().numpy())
         pairs.append(tiles)
-    image, pen = page(2 * M + len(tiles) * (side + 4), TOP + len(pairs) * (side + 4) + M,
-                      "GradCAM: what raises the mean of common, of unique dimensions (violet: "
-                      "nothing, yellow: most)")
-    for row, tiles in enumerate(pairs):
-        for column, (words, tile, note) in enumerate(tiles):
-            x, y = M + column * (side + 4), TOP + row * (side + 4)
+    title = (f"GradCAM: what raises the {VALUES[e.args.value]} of common, of unique dimensions "
+             f"(violet: nothing, yellow: most)")
+    width, height = len(tiles) * (side + 4), len(pairs) * (side + 4)
+    image, pen = start_page(2 * M + width, TOP + height + M, title)
+    for i, tiles in enumerate(pairs):
+        for j, (heading, tile, note) in enumerate(tiles):
+            x, y = M + j * (side + 4), TOP + i * (side + 4)
             tile = Image.fromarray((tile * 255).astype(np.uint8)).resize((side, side))
             image.paste(tile, (x, y))
             pen.text((x + side / 2, y + side / 2), note, PAPER, FONT, "mm")
-            if row == 0:
-                pen.text((x, y - LINE - 2), words, INK, FONT)
-    return image, numbers, (f"A row is a pair: common maps should lie on what both show, unique on "
-                            f"what one alone shows; {empty} maps have no positive pixel")
+            if i == 0:
+                pen.text((x, y - LINE - 2), heading, INK, FONT)
+    lines = [f"Each row of the picture is a pair.  Common maps should lie on what both modalities "
+             f"show, unique maps on what one alone shows.  {empty} maps have no positive pixel"]
+    if are_made_up(e.settings, e.root):
+        densities = measure_densities(e)
+        numbers |= {f"modality{m + 1}_{kind}_density": a for (m, kind), a in densities.items()}
+        lines += report_densities(e, densities)
+    return image, numbers, "\n  ".join(lines)
+
+
+def name_composite(row):
+    """Returns which bands `make_visible` shows, such as ": B4 B3 B2", or "" if it shows all."""
+    channels = choose_visible(row)
+    if len(channels) == len(row["bands"]):
+        return ""
+    return ": " + " ".join(row["bands"][c].replace("channel ", "band ") for c in channels)
 
 
 def picture_spatial(e):
-    """Fig. 5a."""
+    """Draws Fig. 5a."""
     stats = [gradcam_stat(e.net1, e.net2, x1, x2) for x1, x2 in e.batches("GradCAM statistics")]
     mul_c, mul_u = (torch.cat(scores).cpu().numpy() for scores in zip(*stats))
-    scores = e.parts(mul_c, mul_u)
-    means = {part: a.mean() for part, a in scores.items()}
-    image, pen = page(560, TOP + len(scores) * (220 + M), "Overlap of the two modalities' GradCAM "
-                      "maps, Fig. 5a; line: mean", [(part, COLOURS[part]) for part in scores])
-    for i, (part, a) in enumerate(scores.items()):
+    scores = e.keep_nonempty(mul_c, mul_u)
+    means = {kind: a.mean() for kind, a in scores.items()}
+    title = f"Fig. 5a: overlap of both modalities' GradCAM maps of the {VALUES[e.args.value]}"
+    image, pen = start_page(560, TOP + len(scores) * (220 + M), title,
+                            [(kind, KIND_COLOURS[kind]) for kind in scores])
+    for i, (kind, a) in enumerate(scores.items()):
         counts, edges = np.histogram(a, 40, (0, 1))
         highest = 1.05 * counts.max()
-        at = axes(pen, panel(i, 1, 528, 220), (0, 1), (0, highest), f"mean {means[part]:.3f}",
-                  "score: 0 no overlap, 1 the same places", "pairs")
-        bars(pen, at, edges, counts, np.zeros(40), COLOURS[part])
-        pen.line((*at(means[part], 0), *at(means[part], highest)), INK, 2)
-    return image, scores, claim("Unique scores should stand further left (the paper: a slight "
-                                "trend); mean", means, "unique")
+        at = draw_axes(pen, place_panel(i, 1, 528, 220), (0, 1), (0, highest),
+                       f"mean {means[kind]:.3f}", "score: 0 no overlap, 1 the same places", "pairs")
+        draw_bars(pen, at, edges, counts, np.zeros(40), KIND_COLOURS[kind])
+        pen.line((*at(means[kind], 0), *at(means[kind], highest)), INK, 2)
+    return image, scores, claim("unique maps overlap less than common maps; the paper found a "
+                                "slight trend (means)", means, "unique")
 
 
 def picture_spectral(e):
-    """Fig. 5b."""
+    """Draws Fig. 5b.
+
+    Paper: a histogram of the scores.  Here: the mean magnitude of the score of each image, where a
+    score is the signed mean over pixels of `IG_stat`."""
     stats, errors = ([], []), []
     for x in e.batches("integrated gradients"):
         for m, net in enumerate((e.net1, e.net2)):
@@ -700,88 +879,130 @@ def picture_spectral(e):
             error = imp.sum(2) * x[m][0, 0].numel() - gain              # Nx2  completeness
             errors.append(torch.stack((error, gain)).abs().nanmean((1, 2)).cpu())
     error, gain = torch.stack(errors).mean(0).tolist()
-    numbers, sentences = {}, [f"Completeness error {error:.2g} of {gain:.2g}, {e.args.steps} steps"]
-    image, pen = page(944, TOP + 2 * (240 + M), "Integrated gradients, Fig. 5b: how far each band "
-                      "moves the mean of common, of unique dimensions",
-                      [(part, COLOURS[part]) for part in e.parts(0, 1)])
-    for m, name in enumerate(e.modalities):
+    numbers, lines = {}, [f"Completeness: with {e.args.steps} steps the integrated gradients miss "
+                          f"{error:.2g} of a mean sum of {gain:.2g}"]
+    title = (f"Integrated gradients, Fig. 5b: how far each band moves the {VALUES[e.args.value]} "
+             f"of common, of unique dimensions")
+    image, pen = start_page(944, TOP + 2 * (240 + M), title,
+                            [(kind, KIND_COLOURS[kind]) for kind in e.keep_nonempty(0, 1)])
+    for m, modality in enumerate(e.modalities):
         imp_c, imp_u = torch.cat(stats[m]).unbind(1)                    # NxC
         # Paper: "we normalize the scores".  Here: by the largest magnitude in the modality, common
         # and unique together.
-        scores = e.parts(imp_c.numpy(), imp_u.numpy())
+        scores = e.keep_nonempty(imp_c.numpy(), imp_u.numpy())
         largest = max(1e-12, *(np.abs(a).max() for a in scores.values()))
-        numbers |= {f"modality{m + 1}_{part}": a / largest for part, a in scores.items()}
-        means = {part: np.abs(a / largest).mean(0) for part, a in scores.items()}  # C
-        grouped_bars(pen, panel(m, 1, 912, 240), means, e.data.inputs[m]["bands"], name,
-                     "mean magnitude of the score")
-        sentences.append(claim(f"{name}: the paper's optical moves unique ones more; mean",
-                               {part: a.mean() for part, a in means.items()}, "common"))
-    return image, numbers, "\n  ".join(sentences)
+        numbers |= {f"modality{m + 1}_{kind}": a / largest for kind, a in scores.items()}
+        means = {kind: np.abs(a / largest).mean(0) for kind, a in scores.items()}  # C
+        overall = {kind: a.mean() for kind, a in means.items()}
+        draw_grouped_bars(pen, place_panel(m, 1, 912, 240), means, e.data.inputs[m]["bands"],
+                          modality, "mean magnitude of the score")
+        lines.append(claim(f"{modality}: bands move common dimensions less than unique ones; the "
+                           f"paper found that of optical images (means)", overall, "common"))
+    return image, numbers, "\n  ".join(lines)
 
 
 def picture_factors(e):
-    """How well a linear probe reads each factor of the made-up scenes."""
+    """Draws what the dimensions of this run vary with, and what a probe on the backbone reads."""
+    if not are_made_up(e.settings, e.root):
+        return None, {}, "factors.png is left out, because only made-up scenes have known factors"
     run = ("this run", e.net, e.settings | dict(seed=e.args.seed))
-    accuracies = read_runs([run], e.root, e.args, e.device)
-    if not accuracies:
-        return None, {}, "only made-up scenes have known factors, so factors.png is left out"
-    image, _, sentence = picture_accuracies(accuracies, e.modalities)
-    names = [f"{e.modalities[m]}, {name if label == 'this run' else label}"
-             for label, m, name in accuracies]
-    return image, dict(rows=names, accuracy=[a[0] for a in accuracies.values()]), sentence
+    scenes = read_scenes(e.settings, e.root, e.args.workers, e.device)
+    return picture_measured(measure_factors([run], scenes), e.modalities)
 
 
-def picture_accuracies(accuracies, modalities):
-    """Prints a table with mean and standard deviation over the seeds, and draws the means."""
-    labels = dict.fromkeys(label for label, _, _ in accuracies)
-    labels = sorted(labels, key=YARDSTICKS.__contains__)                # those come last
-    lines, titles, sentences = {label: [] for label in labels}, [], []
-    seen = (0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common")
-    image, pen = page(944, TOP + 4 * (200 + M), "Accuracy of a linear probe on unseen scenes, mean "
-                      "over seeds", [(name, COLOURS[name]) for name in FEATURES])
-    for i, (m, factor, less) in enumerate(seen):
-        titles.append(f"{modalities[m]}: what {'it alone sees' if factor else 'both see'}")
-        means = {name: [] for name in FEATURES}
-        for label in labels:
-            cells = []
-            for name in FEATURES:
-                values = accuracies.get((label, m, name), np.zeros((0, 3)))[:, factor]
-                means[name].append(values.sum() / max(1, len(values)))
-                cells.append(f"{means[name][-1]:.2f}" if len(values) else "-")
-                if len(values) > 1:
-                    cells[-1] += f"±{values.std(ddof=1):.2f}"
-            lines[label].append(" / ".join(cells))
-        grouped_bars(pen, panel(i, 1, 912, 200), means, labels, titles[-1], "accuracy")
-        parts = {name: means[name][0] for name in FEATURES[:2]
-                 if (labels[0], m, name) in accuracies}
-        sentences.append(claim(f"{labels[0]}: {titles[-1]}, less in {less}", parts, less))
-    print(f"| {' / '.join(FEATURES)} (seeds) | {' | '.join(titles)} |\n" + "|---" * 5 + "|")
-    for label, cells in lines.items():
-        print(f"| {label} ({len(accuracies[label, 0, 'backbone'])}) | {' | '.join(cells)} |")
-    numbers = {f"{label} {modalities[m]} {name}": a for (label, m, name), a in accuracies.items()}
-    return image, numbers, "\n  ".join(sentences)
+def picture_measured(found, modalities):
+    """Prints what `measure_factors` found as a table, and draws the means over the runs."""
+    labels = list(dict.fromkeys(label for label, _, _ in found if label != RANDOM))
+    print_measured(found, [*labels, RANDOM], modalities)
+    means = {key: a.mean(0) for key, a in found.items()}
+    columns = 2 if len(labels) < 4 else 1       # names of more runs need wide panels
+    width = 912 if columns == 1 else 448
+    title = (f"Share of variance between the {len(SHAPES)} shapes of an object; accuracy of a "
+             f"linear probe on the backbone")
+    image, pen = start_page(944, TOP + 8 // columns * (200 + M), title, list(KIND_COLOURS.items()))
+    for i, (m, factor, _) in enumerate(PLACES):
+        title, shares = f"{modalities[m]}: {name_objects(modalities)[factor]}", {}
+        for kind in ("common", "unique"):
+            shares[kind] = [means.get((label, m, kind), np.zeros(3))[factor] for label in labels]
+        accuracies = [means[label, m, "backbone"][factor] for label in [*labels, RANDOM]]
+        draw_grouped_bars(pen, place_panel(2 * i, columns, width, 200), shares, labels, title,
+                          "share of variance")
+        draw_grouped_bars(pen, place_panel(2 * i + 1, columns, width, 200),
+                          dict(backbone=accuracies), [*labels, RANDOM], title, "accuracy")
+    shares = {(m, kind): a for (label, m, kind), a in means.items() if label == labels[0]}
+    claims = claim_objects(f"{labels[0]}: {{}} dimensions of {{}} vary less with {{}}", shares,
+                           modalities)
+    numbers = {f"{label} {modalities[m]} {kind}": a for (label, m, kind), a in found.items()}
+    return image, numbers, "\n  ".join(claims)
+
+
+def print_measured(found, labels, modalities):
+    """Prints a table of what `measure_factors` found, with mean and deviation over the runs.
+
+    A ratio says how much more varies where it belongs: what both sensors see belongs in common
+    dimensions, what one sensor alone sees belongs in its unique dimensions."""
+    lines = {}
+    for label in labels:
+        values = {kind: np.concatenate([found[label, m, kind] for m in (0, 1)], 1)  # Sx6
+                  for kind in KIND_COLOURS if (label, 0, kind) in found}
+        for kind, a in values.items():
+            name = f"{label} ({len(a)}), " + (kind if kind == "backbone" else f"{kind} dimensions")
+            lines[name] = [format_mean(column) for column in a.T]
+        if "common" in values and "unique" in values:
+            common, unique = (values[kind].mean(0).clip(0.001) for kind in ("common", "unique"))
+            both, own = common / unique, unique / common                # 6; below 0.001 is noise
+            ratios = both[0], own[1], None, both[3], None, own[5]
+            lines[f"{label}, ratio"] = [f"{ratio:.1f}" if ratio else "" for ratio in ratios]
+    print_objects(f"Share of the variance of dimensions, and accuracy of a linear probe on the "
+                  f"backbone (chance {1 / len(SHAPES):g}), on unseen scenes", modalities, lines)
+
+
+def print_objects(title, modalities, lines):
+    """Prints a table with a column for each modality and object.  lines: {name: six cells}"""
+    columns = [f"{modality}: {name}" for modality in modalities
+               for name in name_objects(modalities)]
+    print(f"{title}\n| | {' | '.join(columns)} |\n{'|---' * 7}|")
+    for name, cells in lines.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def format_mean(values):
+    """Returns the mean, with the standard deviation if there are several values."""
+    text = f"{values.mean():.3f}"
+    return f"{text}±{values.std(ddof=1):.3f}" if len(values) > 1 else text
 
 
 def picture_embeddings(e):
-    """No picture, but every sample's embeddings and features, for programs of one's own."""
+    """Makes no picture, but keeps embeddings and features of all samples for your own programs, and
+    retrieves each sample's partner in the other modality."""
     columns = dict(z1=[], z2=[], features1=[], features2=[])            # MxK, MxK, Mxd, Mxd
     for x in e.batches("embeddings and features"):
         for m, f in enumerate((e.net.f1, e.net.f2)):
-            backbone = features(f.E, x[m])
+            backbone = run_network(f.E, x[m])
             columns[f"features{m + 1}"].append(backbone.cpu())
-            columns[f"z{m + 1}"].append(features(f.P, backbone).cpu())
-    numbers = {name: torch.cat(batches).numpy() for name, batches in columns.items()}
+            columns[f"z{m + 1}"].append(run_network(f.P, backbone).cpu())
+    numbers = {name: torch.cat(batches) for name, batches in columns.items()}
+    z1_c, z2_c = (numbers[name][:5000, :e.Kc] for name in ("z1", "z2"))  # 5000: time grows as n^2
+    n, (first, second) = len(z1_c), e.modalities
+    lines = [f"Retrieval among {n} pairs by common dimensions; chance is R@1 {1 / n:.4f}, R@5 "
+             f"{min(1, 5 / n):.4f}"]
+    routes = {f"{first} to {second}": (z1_c, z2_c), f"{second} to {first}": (z2_c, z1_c)}
+    for route, pair in routes.items():
+        R1, R5 = retrieve(*pair)
+        lines.append(f"{route}: R@1 {R1:.4f}, R@5 {R5:.4f}")
+    lines.append("z1 and z2 are not normalised; their first Kc columns are common")
     numbers |= dict(names=[e.data.ids[i] for i in e.samples], Kc=e.Kc)
-    return None, numbers, "z1 and z2 are not normalised; their first Kc columns are common"
+    return None, numbers, "\n  ".join(lines)
 
 
+VALUES = {"mean": "mean", "square": "mean square"}  # of --value
 PICTURES = dict(curves=picture_curves, alignment=picture_alignment, tsne=picture_tsne,
                 gradcam=picture_gradcam, spatial=picture_spatial, spectral=picture_spectral,
                 factors=picture_factors, embeddings=picture_embeddings)
 
 
 def save_picture(out, name, image, numbers, sentence, caption):
-    """The picture, whose run it shows, and its numbers.  Prints how to read it."""
+    """Writes the picture, with its run as a caption, and its numbers.  Prints how to read it."""
     if image:
         image = ImageOps.expand(image, (0, 0, 0, LINE), PAPER)
         corner = image.width - M, image.height - M
@@ -793,26 +1014,27 @@ def save_picture(out, name, image, numbers, sentence, caption):
     print(f"  {sentence}")
 
 
-# ---- a plot kit, with Pillow: one font, one margin ----
+# ---- a plot kit with Pillow: one font, one margin ----
 
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 FONT, LINE, M = ImageFont.load_default(14), 20, 16  # a line's height and the margin, in pixels
 TOP = 2 * M + 2 * LINE                          # where panels begin, below title and legend
 
 
-def page(width, height, title, legend=()):
-    """A blank figure with its title and a legend of (words, colour, shape).  Returns image, pen."""
+def start_page(width, height, title, legend=()):
+    """Returns a blank image and a pen for it.  Each entry of the legend is a text, a colour and
+    possibly a shape."""
     image = Image.new("RGB", (width, height), PAPER)
     pen, x = ImageDraw.Draw(image), M
     pen.text((M, M), title, INK, FONT)
-    for words, *look in legend:
-        mark(pen, x + 5, M + LINE + 12, *look)
-        pen.text((x + 17, M + LINE + 4), words, INK, FONT)
-        x += 17 + FONT.getlength(words) + 2 * M
+    for text, *look in legend:
+        draw_mark(pen, x + 5, M + LINE + 12, *look)
+        pen.text((x + 17, M + LINE + 4), text, INK, FONT)
+        x += 17 + FONT.getlength(text) + 2 * M
     return image, pen
 
 
-def mark(pen, x, y, colour, shape="box"):
+def draw_mark(pen, x, y, colour, shape="box"):
     box = (x - 4, y - 4, x + 4, y + 4)
     if shape == "cross":
         pen.line(box, colour)
@@ -823,17 +1045,17 @@ def mark(pen, x, y, colour, shape="box"):
         pen.rectangle(box, colour if shape == "box" else None, colour)
 
 
-def panel(i, columns, width, height):
-    """The box (left, top, right, bottom) of panel i; panels fill the page row by row."""
+def place_panel(i, columns, width, height):
+    """Returns the box (left, top, right, bottom) of panel i.  Panels fill the page line by line."""
     x, y = M + i % columns * (width + M), TOP + i // columns * (height + M)
     return x, y, x + width, y + height
 
 
-def axes(pen, box, xs, ys, title, xlabel, ylabel, powers=False, words=None):
-    """Axes over xs[0]..xs[1] and ys[0]..ys[1], with ticks and words.  Returns (x, y) -> pixel.
+def draw_axes(pen, box, xs, ys, title, xlabel, ylabel, powers=False, names=()):
+    """Draws axes from xs[0] to xs[1] and from ys[0] to ys[1].  Returns a function (x, y) -> pixel.
 
-    powers   y is a logarithm to the base of 10
-    words    stand at 0.5, 1.5, ... in place of numbers"""
+    powers   True: y is a logarithm to the base of 10
+    names    replace the numbers below the x axis; they stand at 0.5, 1.5, ..."""
     left, top, right, bottom = box[0] + 36, box[1] + LINE + 8, box[2] - 8, box[3] - 2 * LINE
 
     def at(x, y):
@@ -843,27 +1065,27 @@ def axes(pen, box, xs, ys, title, xlabel, ylabel, powers=False, words=None):
     pen.text(box[:2], ylabel, INK, FONT)
     pen.text((right, box[1]), title, INK, FONT, "ra")
     pen.text(((left + right) / 2, bottom + LINE + 2), xlabel, INK, FONT, "ma")
-    labels = {i + 0.5: word for i, word in enumerate(words or ())}
-    for x, label in (labels or {x: f"{x:g}" for x in ticks(*xs)}).items():
+    labels = {i + 0.5: name for i, name in enumerate(names)}
+    for x, label in (labels or {x: f"{x:g}" for x in choose_ticks(*xs)}).items():
         pen.line((at(x, 0)[0], bottom, at(x, 0)[0], bottom + 4), GREY)
         pen.text((at(x, 0)[0], bottom + 6), label, INK, FONT, "ma", align="center")
-    for y in ticks(*ys):
+    for y in choose_ticks(*ys):
         pen.line((left - 4, at(0, y)[1], left, at(0, y)[1]), GREY)
         pen.text((left - 6, at(0, y)[1]), f"{10 ** y if powers else y:.4g}", INK, FONT, "rm")
     pen.line((left, top, left, bottom, right, bottom), GREY)
     return at
 
 
-def ticks(low, high):
-    """At most six round numbers within low..high."""
+def choose_ticks(low, high):
+    """Returns at most six round numbers within low..high."""
     power = 10.0 ** math.floor(math.log10(high - low))
     step = next(s * power for s in (0.2, 0.5, 1, 2) if (high - low) / (s * power) <= 5.01)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def curve(pen, at, xs, ys, colour):
-    """A line through the points, which are marked where they are few."""
+def draw_curve(pen, at, xs, ys, colour):
+    """Draws a line through the points.  Fewer than 20 points are marked."""
     points = [at(x, y) for x, y in zip(xs, ys)]
     pen.line(points, colour, 2)
     if len(points) < 20:
@@ -871,57 +1093,67 @@ def curve(pen, at, xs, ys, colour):
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
 
 
-def bars(pen, at, edges, heights, base, colour, outline=None):
-    """Histogram bars that stand on `base`, filled, or outlined with None as their colour."""
+def draw_bars(pen, at, edges, heights, base, colour, outline=None):
+    """Draws the bars of a histogram, which stand on `base`.  A colour of None gives an outline."""
     for x0, x1, y0, height in zip(edges, edges[1:], base, heights):
         (x0, y1), (x1, y0) = at(x0, y0 + height), at(x1, y0)
-        if y0 > y1:                             # nothing is nothing, not a line
+        if y0 > y1:                             # a bar without height is not drawn as a line
             pen.rectangle((x0, y1, x1 - 2, y0 - 1), colour, outline, 2)
 
 
-def grouped_bars(pen, box, groups, words, title, ylabel):
-    """Bars side by side above each of the words.  groups: {a key of COLOURS: heights}."""
+def draw_grouped_bars(pen, box, groups, names, title, ylabel):
+    """Draws bars side by side above each of the names.  groups: {kind: heights}."""
     highest = max(1e-12, *(max(heights) for heights in groups.values()))
-    at = axes(pen, box, (0, len(words)), (0, 1.05 * highest), title, "", ylabel, words=words)
+    at = draw_axes(pen, box, (0, len(names)), (0, 1.05 * highest), title, "", ylabel, names=names)
     for i, (name, heights) in enumerate(groups.items()):
         for j, height in enumerate(heights):
             left, width = j + 0.1 + 0.8 * i / len(groups), 0.8 / len(groups)
-            bars(pen, at, (left, left + width), [height], [0], COLOURS[name])
+            draw_bars(pen, at, (left, left + width), [height], [0], KIND_COLOURS[name])
 
 
-def viridis(value):
-    """0..1 -> colour, 0..255, along a last dimension of 3."""
+def to_viridis(value):
+    """Maps 0..1 to colours, 0..255, along a new last dimension of 3."""
     levels = np.linspace(0, 1, len(VIRIDIS))
     return np.stack([np.interp(value, levels, channel) for channel in VIRIDIS.T], -1)
 
 
-def user_path(text):
+def expand_to_path(text):
     return Path(expand_path(text))
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description="Algorithm 2, the pictures of Sec. 7 and App. D.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description="Draws Algorithm 2 and the pictures of Sec. 7.")
     add, group = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--checkpoint", type=user_path, help="that pretrain.py wrote")
-    group.add_argument("--sweep", nargs="+", type=user_path, metavar="RUN",
-                       help="folders of runs on made-up scenes: what their encoders know")
-    add("--compare", type=user_path, help="another one, in the alignment histograms")
+    group.add_argument("--checkpoint", type=expand_to_path, metavar="FILE",
+                       help="the checkpoint.pt of a run of pretrain.py")
+    group.add_argument("--sweep", nargs="+", type=expand_to_path, metavar="RUN",
+                       help="the folders of runs on made-up scenes, to compare what they know")
+    add("--compare", type=expand_to_path, metavar="FILE",
+        help="the checkpoint.pt of a second run, for the alignment histograms; default: none")
     add("--only", nargs="+", choices=PICTURES, default=list(PICTURES)[:-1],
-        help="pictures to make; default: all, but not embeddings")
-    add("--out", type=user_path, help="default: explain/ beside the checkpoint, --sweep: explain/")
+        help="the pictures to make; default: all except embeddings")
+    add("--out", type=expand_to_path, metavar="DIR",
+        help="the folder to write; default: explain/ in the run's folder, for --sweep explain/")
     add("--data", type=expand_path, nargs="+", metavar="DIR",
-        help="for custom two folders or patterns; default: what the checkpoint was trained on")
-    add("--split", type=expand_path, help="default: what the checkpoint was trained on")
-    add("--samples", type=number(int, 8), help="random pairs; default: 512, or 4 N if more, or all")
-    add("--seed", type=number(int, 0), default=0, help="of the draw, the probes; default: 0")
-    add("--workers", type=number(int, 0), default=0, help="that read files; default: 0")
-    add("--tsne-dims", type=number(int, 4), default=1024, help="of each modality; default: 1024")
-    add("--layer", help="of GradCAM; default: the last convolution, or MiT stage")
-    add("--pairs", type=number(int, 1), default=6, help="on the GradCAM page; default: 6")
-    add("--steps", type=number(int, 1), default=64, help="of integrated gradients; default: 64")
+        help="the folder of the data; for custom two folders or patterns; default: as in training")
+    add("--split", type=expand_path, help="the split of the data; default: as in training")
+    add("--samples", type=number(int, 8),
+        help="the number of random pairs; default: 512, or 4 batches if that is more")
+    add("--seed", type=number(int, 0), default=0,
+        help="the seed of the random pairs and of the random encoder; default: 0")
+    add("--workers", type=number(int, 0), default=0, help="processes that read files; default: 0")
+    add("--value", choices=("mean", "square"), default="mean",
+        help="what is explained, the mean of dimensions or of their squares; default: mean")
+    add("--tsne-dims", type=number(int, 4), default=1024,
+        help="the number of dimensions of each modality in t-SNE; default: 1024")
+    add("--layer", help="the layer for GradCAM; default: the last convolution, or stage of a MiT")
+    add("--pairs", type=number(int, 1), default=6,
+        help="the number of pairs in the GradCAM picture; default: 6")
+    add("--steps", type=number(int, 1), default=64,
+        help="the number of steps of integrated gradients; default: 64")
     add("--batch-size", type=number(int, 1), default=64,
-        help="for memory; the same but for rounding, which moves a t-SNE's points; default: 64")
+        help="the pairs in memory at a time, which changes numbers only by rounding; default: 64")
     args = parser.parse_args(argv)
     args.out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
     return args
