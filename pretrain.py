@@ -17,14 +17,16 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -161,19 +163,22 @@ def make_optimizer(net, args):
 
 def main(argv=None):
     args, sources = get_args(argv)
-    place = read_environment()
-    rank, world, device = place
+    rank, world, device = process = read_environment()
+    checkpoint = find_checkpoint(args.out, args.resume)             # or None
+    step = checkpoint["step"] if checkpoint else 0
 
-    # ---- data; the loader's workers start before any process talks to another ----
+    # ---- data; the loader's workers start before the processes meet ----
     if args.toy:
         make_toy(args.scenario, args.data, rank=rank)
-    data = open_pretraining_data(args)
+    data = open_pretraining_data(args, checkpoint)
     check_batch(args.batch_size, len(data), world, least=2)
-    steps = args.epochs * (len(data) // args.batch_size)
-    channels = [views[0].shape[0] for views in data[0]]
-    run = Run(args, data, np.arange(len(data)), steps, cosine, place)
+    steps_per_epoch = len(data) // args.batch_size
+    steps = args.epochs * steps_per_epoch
+    loader = make_loader(args, data, np.arange(len(data)), step, steps, process)
+    join(args.out, step, process)
 
-    # ---- model and optimiser ----
+    # ---- model and optimizer ----
+    channels = [views[0].shape[0] for views in data[0]]
     torch.manual_seed(args.seed)
     net = DeCUR(args.backbone, *channels, args.widths, choose_views(args))
     net.to(memory_format=torch.channels_last)
@@ -181,23 +186,28 @@ def main(argv=None):
     encoded = [m for m, f in zip(data.modalities, (net.f1, net.f2)) if f is not None]
     K = args.widths[-1] if args.widths else branches[0].E.dims[-1]
     Kc = round(args.common * K)
-    if args.weights and run.step == 0:
-        run.print(*start_from(args.weights, [f.E for f in branches], args, encoded))
+    lines = describe_run(args, data, net, Kc, K)
+    if args.weights and not checkpoint:
+        lines += start_from(args.weights, [f.E for f in branches], args, encoded)
     model = distribute(net, world, device)
+    optimizer = make_optimizer(net, args)
+    settings = collect_settings(
+        args, K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
+        inputs=[MODALITIES[m] for m in data.modalities])
+    if checkpoint:
+        restore(checkpoint, args.out, net, optimizer, settings, MORE_EPOCHS)
 
     # ---- run ----
-    about = dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
-                 inputs=[MODALITIES[m] for m in data.modalities])
-    run.begin(net, make_optimizer(net, args), about)
-    if args.scenario != "rgbd":
-        del sources["depth_unit"]
-    run.introduce(sources, data, describe_run(args, data, net, Kc, K))
+    if rank == 0:
+        make_run_folder(args, settings, process)
+    run = Run(args, settings, net, optimizer, loader, step, steps, steps_per_epoch, cosine, process)
+    run.introduce(sources, lines, find_warnings(data))
     augment1, augment2 = [partial(augment, modality=modality, size=args.size, draws=run.draws)
                           for modality in data.modalities]
     pretrain(run, model, augment1, augment2, Kc)
     if rank == 0 and not run.stopped:
         for m, (modality, f) in enumerate(zip(encoded, branches), args.modality or 1):
-            export(args.out / f"encoder{m}.pth", f.E, modality, run.settings)
+            export(args.out / f"encoder{m}.pth", f.E, modality, settings)
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
@@ -205,59 +215,94 @@ def main(argv=None):
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
 
 
-# ---- what stands around a loop, here and in finetune.py ----
+# ---- a run, here and in finetune.py: what is done before the loop, and what stands around it ----
+
+def find_checkpoint(out, resume):
+    """Loads the checkpoint.pt of a run to go on from; returns None if there is none.  Raises
+    BadInput if `out` holds a run and `resume` is false."""
+    file = out / "checkpoint.pt"
+    holds_run = file.exists() or (out / "log.jsonl").exists()
+    need(resume or not holds_run, f"--out {out} holds a run. Give a new --out, or go on from that "
+         f"run with --resume")
+    return load_checkpoint(file) if file.exists() else None
+
+
+def make_loader(args, data, indices, step, steps, process):
+    """Starts the workers.  Returns an iterator of this process's batches, from `step` to `steps`.
+
+    Reads the first batch before --out is made, so that a run that cannot read leaves no folder."""
+    rank, world, device = process
+    rows = choose_rows(args.batch_size, rank, world)
+    loader = iter(DataLoader(
+        Samples(data, keep=args.workers == 0), num_workers=args.workers,
+        batch_sampler=batch_order(indices, args.batch_size, args.seed, rows, step, steps),
+        worker_init_fn=leave_group, pin_memory=device.type == "cuda"))
+    first = next(loader, None)                  # None where `step` is the last one
+    return chain(iter([first]), loader)         # chain would hold a list to its end
+
+
+def choose_rows(N, rank, world):
+    """Returns the rows of the global batch of N that this process takes, as a slice."""
+    return slice(rank * N // world, (rank + 1) * N // world)
+
+
+def collect_settings(args, **about):
+    """Returns what defines a run, for checkpoints: the settings, and `about` its data and model."""
+    settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
+    return settings | about
+
+
+def restore(checkpoint, out, net, optimizer, settings, remedy=""):
+    """Loads the states of a checkpoint that find_checkpoint(out) found.  Raises BadInput if its
+    settings differ from `settings`; remedy: a further thing to do then."""
+    file = out / "checkpoint.pt"
+    check_equal(settings, checkpoint["settings"], settings, "--resume", f"{file}; give the "
+                f"settings of that run, or a new --out{remedy.format(file=file)}")
+    base_lr = [group["lr"] for group in optimizer.param_groups]
+    with reading(file, "a checkpoint of this run"):
+        net.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, lr in zip(optimizer.param_groups, base_lr):
+        group["lr"] = lr                        # the checkpoint has that of its last step
+
+
+def make_run_folder(args, settings, process):
+    """Makes --out, with args.json and, unless it is there, log.jsonl."""
+    make_folder(args.out)
+    try:
+        open(args.out / "log.jsonl", "a" if args.resume else "x").close()
+    except FileExistsError:
+        raise BadInput(f"--out {args.out}: another run has just begun there. Give a new --out")
+    _, world, device = process
+    record = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
+                  torch=str(torch.__version__))
+    write_text(args.out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
+
 
 class Run:
-    """Batches from where the run stood, learning rates, log, checkpoints, signals, --resume.
+    """Yields batches, and does around each step what is not Algorithm 1: learning rates, the log,
+    checkpoints (every --save-every minutes, at a signal, at the end).
 
-    args     seed, batch_size (the global one), workers, out, resume, save_every (minutes)
-    data     a data set; indices: those of its samples that are trained on
-    steps    of the whole run; rate(step, steps): the learning rate as a fraction of its base
-    place    what `read_environment` returned
-    Checkpoints: every save_every minutes, at a signal, at the end."""
+    args               seed, batch_size (the global one), out, resume, save_every
+    settings           what checkpoints keep of the run, see `collect_settings`
+    loader             an iterator of batches from `step` on, see `make_loader`
+    step, steps        the next step, counted from 0; the number of steps of the whole run
+    steps_per_epoch    for the log
+    rate               rate(step, steps) is the learning rate as a fraction of its base
+    process            rank, world and device, see `read_environment`"""
 
-    def __init__(self, args, data, indices, steps, rate, place):
-        self.args, self.steps, self.rate = args, steps, rate
-        self.rank, self.world, self.device = place
-        N = args.batch_size
-        rows = slice(self.rank * N // self.world, (self.rank + 1) * N // self.world)
-        self.draws = Draws(args.seed, N, rows)
-        self.checkpoint = find_checkpoint(args)
-        self.step = self.checkpoint["step"] if self.checkpoint else 0
-        self.steps_per_epoch = max(1, len(indices) // N)
+    def __init__(self, args, settings, net, optimizer, loader, step, steps, steps_per_epoch, rate,
+                 process):
+        self.args, self.settings, self.net, self.optimizer = args, settings, net, optimizer
+        self.loader, self.step, self.steps, self.rate = loader, step, steps, rate
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.rank, self.world, self.device = process
+        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.draws = Draws(args.seed, args.batch_size,
+                           choose_rows(args.batch_size, self.rank, self.world))
         self.signalled = self.stopped = 0       # or the signal's number
         self.waited = 0.0                       # seconds for batches, since the last line
-        sampler = batch_order(indices, N, args.seed, rows, self.step, steps)
-        self.loader = iter(DataLoader(
-            Samples(data, keep=args.workers == 0), batch_sampler=sampler, num_workers=args.workers,
-            worker_init_fn=leave_group, pin_memory=self.device.type == "cuda"))
-        join(self.world)
-
-    def begin(self, net, optimizer, about):
-        """Load the checkpoint to go on from, if there is one; make the folder.  BadInput where the
-        settings, or `about` what is run, are not that checkpoint's, or the processes disagree."""
-        self.net, self.optimizer = net, optimizer
-        settings = {name: value for name, value in vars(self.args).items() if name not in RUN_ONLY}
-        self.settings = settings | about
-        self.base_lr = [group["lr"] for group in optimizer.param_groups]
-        if self.checkpoint:
-            file = self.args.out / "checkpoint.pt"
-            check_equal(self.settings, self.checkpoint["settings"], self.settings, "--resume",
-                       f"{file}; give the settings of that run, or a new --out")
-            with reading(file, "a checkpoint of this run"):
-                net.load_state_dict(self.checkpoint["model"])
-                optimizer.load_state_dict(self.checkpoint["optimizer"])
-            self.checkpoint = None
-        most, least = max_over_processes(self.step, self.device), -max_over_processes(-self.step, self.device)
-        need(most == least, f"{self.args.out} is at step {most} for one process, at {least} for "
-             f"another; expected an --out that all of them see")
-        self.batch = next(self.loader, None)    # if it cannot be read, there is no folder yet
-        if self.rank == 0:
-            record = dict(self.settings, data=self.args.data, argv=sys.argv, processes=self.world,
-                          device=str(self.device), torch=str(torch.__version__))
-            open_folder(self.args.out, record, self.step, self.args.resume)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.listen(self.stop)
 
     def batches(self):
         """Every batch of this process.  After `yield` stands what follows the caller's step."""
@@ -265,10 +310,10 @@ class Run:
                         disable=self.rank > 0 or None)
         self.saved = self.logged = time.time()
         self.logged_step = self.step
+        self.listen(self.stop)
         while self.step < self.steps and not self.stopped:
             start = time.time()
-            batch = self.batch or next(self.loader)
-            self.batch = None
+            batch = next(self.loader)
             self.waited += time.time() - start
             self.draws.restart(self.step)                           # the augmentations'
             torch.manual_seed(mix_seeds(self.args.seed, self.step, 1 + self.rank))  # drop path, dropout
@@ -314,16 +359,16 @@ class Run:
         with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def introduce(self, sources, data, lines):
-        """What runs: the command, each setting with its source, more lines, what looks wrong."""
+    def introduce(self, sources, lines, warnings):
+        """Prints what runs: the command, each setting with its source, `lines`, the warnings."""
         self.print(" ".join(sys.argv))
         for name, source in sources.items():
             self.print(f"  {name.replace('_', '-'):14s} {getattr(self.args, name)!s:16s} {source}")
         self.print(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
                    f"{torch.__version__}", *lines)
-        for words in find_warnings(data):
-            self.print(f"warning: {words}")
-        if self.args.resume:
+        for warning in warnings:
+            self.print(f"warning: {warning}")
+        if self.step:
             self.print(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
 
     def save(self):
@@ -369,15 +414,6 @@ def batch_order(indices, N, seed, rows, step, steps):
         step += len(batches)
 
 
-def find_checkpoint(args):
-    """The checkpoint to go on from, or None.  Without --resume an --out with a run is refused."""
-    file = args.out / "checkpoint.pt"
-    before = [path for path in (file, args.out / "log.jsonl") if path.exists()]
-    need(args.resume or not before, f"--out {args.out} holds a run; expected a new --out, or "
-         f"--resume to go on from it")
-    return load_checkpoint(file) if file.exists() else None
-
-
 def check_equal(settings, before, names, flag, where):
     """where: what has the other settings, and the remedy."""
     for name in names:
@@ -385,23 +421,6 @@ def check_equal(settings, before, names, flag, where):
         if len(words) > 200:                    # statistics of the images
             words = "not what it is"
         need(before.get(name) == settings[name], f"{flag}: {name} is {words} in {where}")
-
-
-def open_folder(out, record, step, resume):
-    """The run's folder: args.json, and log.jsonl without what is damaged or came after `step`."""
-    log_file, lines = out / "log.jsonl", []
-    if step and log_file.exists():
-        for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step:
-                    lines.append(f"{line}\n")
-    make_folder(out)
-    try:
-        open(log_file, "a" if resume else "x").close()
-    except FileExistsError:
-        raise BadInput(f"--out {out}: another run has just begun there; give a new one") from None
-    write_text(out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
-    write_text(log_file, "".join(lines))
 
 
 def make_folder(out):
@@ -481,13 +500,32 @@ def read_environment():
     return rank, world, device
 
 
-def join(world):
-    """Processes meet.  By gloo on CPUs, and where several share a GPU."""
+def join(out, step, process):
+    """Connects the processes.  Raises BadInput unless all go on from the same step."""
+    rank, world, device = process
     if world > 1 and not dist.is_initialized():
-        need("MASTER_ADDR" in os.environ, f"WORLD_SIZE={world}, but no MASTER_ADDR in the "
-             f"environment; expected all that torchrun sets, or nothing")
-        own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        need("MASTER_ADDR" in os.environ, f"WORLD_SIZE={world}, but there is no MASTER_ADDR in the "
+             f"environment. Set all that torchrun sets, or nothing")
+        store, _, _ = next(rendezvous("env://"))
+        store.set(f"device{rank}", name_device(device))
+        devices = [store.get(f"device{other}").decode() for other in range(world)]
+        dist.init_process_group(choose_backend(devices), store=store, rank=rank, world_size=world)
+    most, least = max_over_processes(step, device), -max_over_processes(-step, device)
+    need(most == least, f"--out {out} is at step {most} for one process and at step {least} for "
+         f"another. Give an --out that all processes see, such as a shared disk")
+
+
+def name_device(device):
+    """Returns the same name for two processes only if they share a GPU, or have none."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return device.type
+
+
+def choose_backend(devices):
+    """Returns "nccl" if each of the processes' devices is a GPU of its own, otherwise "gloo"."""
+    shared = len(set(devices)) < len(devices)
+    return "gloo" if shared or "cpu" in devices else "nccl"
 
 
 def leave():
@@ -657,20 +695,21 @@ def measure_statistics(net, batches):
 
 # ---- data and command line ----
 
+# N12: what to do instead of --resume with more --epochs.
+MORE_EPOCHS = "; to train on from its encoders, give --weights {file} and a new --out"
 # May differ at --resume, here and in finetune.py.
 RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
             "toy", "save_images", "table", "pretraining")
 
 
-def open_pretraining_data(args):
-    """The data set; of one's own pairs at --resume with the statistics that were measured then."""
+def open_pretraining_data(args, checkpoint):
+    """Opens the data set; a run that goes on keeps the statistics that it measured at its start."""
     custom = {}
     if args.scenario == "custom":
-        before = find_checkpoint(args)
         custom = dict(augment_as=(args.augment1, args.augment2),
-                      inputs=before["settings"]["inputs"] if before else None)
+                      inputs=checkpoint["settings"]["inputs"] if checkpoint else None)
     return open_dataset(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
-                      **custom)
+                        **custom)
 
 
 def describe_run(args, data, net, Kc, K):

@@ -531,12 +531,24 @@ def test_several_processes_make_the_one_process_steps(world, tmp_path):
             assert relative(*moved) < 1e-4
 
 
-def test_processes_that_do_not_see_one_checkpoint_are_refused(scenes, tmp_path, monkeypatch):
-    """As where --out lies on each node's own disk."""
-    most = iter((3, 0))                         # that a process has, of step and of -step
-    monkeypatch.setattr(pretrain, "max_over_processes", lambda value, device: next(most))
-    is_refused("is at step 3 for one process, at 0 for another", call, pretrain,
-               flags_of(scenes, tmp_path / "out"))
+def refusal_of_join(rank, world):
+    """What `join` says where --out lies on each node's own disk: one process has a checkpoint."""
+    try:
+        pretrain.join("OUT", 3 * rank, (rank, world, torch.device("cpu")))
+    except BadInput as error:
+        return str(error)
+
+
+def test_processes_that_do_not_see_one_checkpoint_are_refused(tmp_path):
+    for refusal in in_processes(2, tmp_path / "w", refusal_of_join):
+        assert re.search("--out OUT .*step 3 .*step 0", refusal)
+
+
+@pytest.mark.parametrize("devices, backend", [
+    (["GPU-a", "GPU-b"], "nccl"), (["GPU-a", "GPU-a"], "gloo"), (["cpu", "cpu"], "gloo"),
+    (["GPU-a", "cpu"], "gloo")])
+def test_processes_with_a_gpu_each_use_nccl(devices, backend):
+    assert pretrain.choose_backend(devices) == backend
 
 
 @pytest.mark.parametrize("name, value, words", [
@@ -638,11 +650,14 @@ def own_pairs(scenes, out):
 
 
 def log_of(out):
-    """log.jsonl without speed and waiting, which two equal runs do not share."""
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["pairs_per_s"], row["data"]
-    return rows
+    """The last line of each step, without speed and waiting, which equal runs do not share."""
+    lines = {}
+    for text in (out / "log.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        lines[line["step"]] = line
+    for line in lines.values():
+        del line["pairs_per_s"], line["data"]
+    return list(lines.values())
 
 
 def test_pretrain_runs_and_loss_falls(pretrained):
@@ -682,8 +697,9 @@ def test_resume_equals_no_interruption(signalled, pretrained, scenes, tmp_path):
     assert process.wait(timeout=60) == (143 if signalled else 141)  # 128 + the signal's number
     step = torch.load(broken / "checkpoint.pt", weights_only=True)["step"]
     assert 4 <= step < 48
+    later = dict(log_of(broken)[-1], step=step + 1, pairs_per_s=0, data=0)
     with open(broken / "log.jsonl", "a") as file:  # as if killed later, after the checkpoint
-        file.write(json.dumps(dict(step=step + 1)) + "\n" + 'garbage\n{"step": ')
+        file.write(json.dumps(later) + "\n")
     call(pretrain, f"{flags} --resume")
     a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, broken))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
@@ -812,12 +828,14 @@ def test_a_first_batch_that_cannot_be_read_leaves_no_folder(scenes, tmp_path):
     assert not out.exists()
 
 
-def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(scenes, tmp_path, monkeypatch):
-    call(pretrain, flags_of(scenes, tmp_path))
-    before = (tmp_path / "args.json").read_bytes()
-    monkeypatch.setattr(pretrain, "find_checkpoint", lambda args: None)         # it looked too early
-    is_refused("another run has just begun", call, pretrain, flags_of(scenes, tmp_path))
-    assert (tmp_path / "args.json").read_bytes() == before
+def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(tmp_path):
+    """Both find the folder empty; the second to make its log is refused."""
+    begin = partial(pretrain.make_run_folder, process=(0, 1, torch.device("cpu")))
+    args = [argparse.Namespace(out=tmp_path, resume=False, data=name) for name in "ab"]
+    assert pretrain.find_checkpoint(tmp_path, resume=False) is None
+    begin(args[0], {})
+    is_refused(f"--out {tmp_path}: another run", begin, args[1], {})
+    assert json.loads((tmp_path / "args.json").read_text())["data"] == "a"
 
 
 def test_torchrun_trains_on_two_cpu_processes(scenes, tmp_path):
