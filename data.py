@@ -93,19 +93,21 @@ S1 = ("VV", "VH")
 S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
 MODALITIES = {                                  # range: what x in [0, 1] is; mean and std of that x
     # The authors used no statistics for what is seen from above: 0 and 1 change nothing.
-    "sar": dict(bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
+    "sar": dict(name="sar", bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
                 range="dB, 2 % cut in each image and band, mean -+ 2 std of the data set "
                 "(-12.55 -+ 2 x 5.26, -20.19 -+ 2 x 5.91; BigEarthNet: -12.59 -+ 2 x 5.04, "
                 "-19.22 -+ 2 x 5.42)"),
-    "ms": dict(bands=S2, mean=(0.0,) * 13, std=(1.0,) * 13,
+    "ms": dict(name="ms", bands=S2, mean=(0.0,) * 13, std=(1.0,) * 13,
                range="reflectance 0 to 1 (files: x 10000), clipped"),
-    "aerial": dict(bands=("red", "green", "blue"), **UNCHANGED, range="0 to 255"),
-    "dem": dict(bands=("height",) * 3, **UNCHANGED, range="1st to 99th percentile of the patch"),
-    "rgb": dict(bands=("red", "green", "blue"), range="0 to 255", **IMAGENET),
+    "aerial": dict(name="aerial", bands=("red", "green", "blue"), **UNCHANGED, range="0 to 255"),
+    "dem": dict(name="dem", bands=("height",) * 3, **UNCHANGED,
+                range="1st to 99th percentile of the patch"),
+    "rgb": dict(name="rgb", bands=("red", "green", "blue"), range="0 to 255", **IMAGENET),
     # Three channels in [0, 1], so the statistics of the authors, who used ImageNet's for HHA too.
-    "hha": dict(bands=("disparity", "height", "angle"), range="0 to 255", **IMAGENET),
+    "hha": dict(name="hha", bands=("disparity", "height", "angle"), range="0 to 255", **IMAGENET),
     # Mean and std of SUN RGB-D (2.38 m, 1.24 m).  No reading stands at the mean: 0 once normalised.
-    "depth": dict(bands=("depth",), range="0 to 10 m, clipped", mean=(0.238,), std=(0.124,)),
+    "depth": dict(name="depth", bands=("depth",), range="0 to 10 m, clipped", mean=(0.238,),
+                  std=(0.124,)),
 }
 MAX_DEPTH = 10.0                                # m
 
@@ -126,10 +128,10 @@ def check_range(x):
     return x
 
 
-def normalise(x, modality):
-    """(x - mean) / std of the modality, band by band.  x: BxCxHxW in [0, 1]."""
+def normalise(x, row):
+    """(x - mean) / std of the row of MODALITIES, band by band.  x: BxCxHxW in [0, 1]."""
     x = to_unit_range(check_range(x))
-    mean, std = (torch.tensor(MODALITIES[modality][key]).view(-1, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(row[key]).view(-1, 1, 1) for key in ("mean", "std"))
     if not mean.any() and (std == 1).all():
         return x
     return torch.addcmul(move_to(-mean / std, x.device), x, move_to(1 / std, x.device))  # one pass
@@ -153,6 +155,9 @@ AUGMENTATIONS = {
     "rgb": dict(scale=(0.5, 1.0), **BYOL),
     "hha": dict(scale=(0.5, 1.0)),              # Sec. 4: crop and horizontal flip only
     "depth": dict(scale=(0.5, 1.0)),            # not in the paper: as HHA
+    # One's own images of other kinds, with any number of channels.
+    "photo": dict(scale=(0.5, 1.0), **BYOL),    # one side is up
+    "overhead": ABOVE,                          # seen from above
 }
 
 
@@ -175,9 +180,9 @@ def mix_seeds(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def augment(x, modality, size, draws):
+def augment(x, row, size, draws):
     """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
-    has = AUGMENTATIONS[modality]
+    has = AUGMENTATIONS[row["name"]]
     x = random_resized_crop(check_range(x), size, has["scale"], draws, has.get("vflip"))
     if "gray_p" in has:
         x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
@@ -185,12 +190,12 @@ def augment(x, modality, size, draws):
         x = random_blur(x, has["blur_p"], draws)
     if "solarize_p" in has:
         x = random_solarize(x, has["solarize_p"], draws)
-    return normalise(x, modality)
+    return normalise(x, row)
 
 
-def resize_and_normalise(x, modality, size):
+def resize_and_normalise(x, row, size):
     """What an encoder sees without augmentation: all of BxCxHxW -> BxCxSxS, normalised."""
-    return normalise(resize(to_unit_range(x), (size, size)), modality)
+    return normalise(resize(to_unit_range(x), (size, size)), row)
 
 
 def draw_boxes(B, H, W, scale, draws):
@@ -349,6 +354,7 @@ class SSL4EO:
     """SSL4EO-S12 v1.0, raw or packed.  Gives two views of each modality, of a random season each:
     ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.  split: "all", or the name of a list."""
     modalities = ("sar", "ms")
+    inputs = MODALITIES["sar"], MODALITIES["ms"]
 
     def __init__(self, root, split="all", seed=0, strict=True):
         self.root, self.seed, self.epoch, self.lonely = Path(root), seed, 0, []
@@ -467,6 +473,7 @@ class BigEarthNet:
     """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1):
     the patches of a list, which may lack S1 names, without those in the lists of snow and cloud."""
     modalities = ("sar", "ms")
+    inputs = MODALITIES["sar"], MODALITIES["ms"]
 
     def __init__(self, root, split, strict=True):
         self.root = Path(root)
@@ -536,6 +543,7 @@ class GeoNRW:
     [3xHxW float32]), 250x250; with the number of classes (3xHxW, 3xHxW, HxW int64: 0 unlabelled).
     Paper: 6,942 training scenes.  Here: the makers' 40 cities, for the paper's are not listed."""
     modalities = ("aerial", "dem")
+    inputs = MODALITIES["aerial"], MODALITIES["dem"]
     test_cities = ("duesseldorf", "herne", "neuss")
 
     def __init__(self, root, split="train", classes=None, strict=True):
@@ -626,6 +634,7 @@ class RGBD:
         self.canvas, self.depth_unit, self.classes = (size * 3 // 2, size * 2), depth_unit, classes
         second = "Depth" if (root / "Depth").is_dir() and not (root / "HHA").is_dir() else "HHA"
         self.modalities = ("rgb", second.lower())
+        self.inputs = MODALITIES["rgb"], MODALITIES[second.lower()]
         frames = {} if (root / "RGB").is_dir() else sunrgbd_frames(root)
         if frames:
             where = root, "its hha/, which `python data.py hha` writes"
@@ -850,7 +859,6 @@ class Pairs:
     """Two folders, or patterns, of images of equal names: ([C1xHxW], [C2xHxW]), all of a folder of
     one size: uint8, or float32, mean +- 3 standard deviations being 0..1.  names: the file of a
     list.  inputs: what `measured` gave, kept in checkpoints.  augment_as: a modality for each."""
-    modalities = ("custom1", "custom2")
 
     def __init__(self, where1, where2, names=None, inputs=None, augment_as=(None, None),
                  strict=True):
@@ -868,10 +876,10 @@ class Pairs:
             self.inputs = [row | dict(size=size) for row, size in zip(inputs, sizes)]
         else:
             self.inputs = [measure_inputs(side, strict) for side in paths]
-        for name, row, kind in zip(self.modalities, self.inputs, augment_as):
-            MODALITIES[name] = row
-            kind = kind or {1: "dem", 2: "sar", 3: "aerial"}.get(len(row["bands"]), "ms")
-            AUGMENTATIONS[name] = AUGMENTATIONS[kind]
+            for row, name in zip(self.inputs, augment_as):
+                colour = row["dtype"] == "uint8" and len(row["bands"]) == 3
+                row["name"] = name or ("aerial" if colour else "overhead")
+        self.modalities = tuple(row["name"] for row in self.inputs)
 
     def __len__(self):
         return len(self.ids)
@@ -1173,12 +1181,12 @@ def check_mask(path, label, image_size, num_classes):
 
 # ---- what the network sees ----
 
-def make_visible(x, modality):
+def make_visible(x, row):
     """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].  Colours, HHA as they are;
     else stretched from the 2nd to the 98th percentile, B4 B3 B2, three, or one as grey."""
-    bands, mean, std = (MODALITIES[modality][key] for key in ("bands", "mean", "std"))
+    bands, mean, std = (row[key] for key in ("bands", "mean", "std"))
     x = (x.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).numpy()
-    grey = modality in ("sar", "dem") or len(bands) < 3
+    grey = row["name"] in ("sar", "dem") or len(bands) < 3
     channels = [0] if grey else [0, 1, 2]
     if "B4" in bands:
         channels = [bands.index(band) for band in ("B4", "B3", "B2")]
@@ -1197,9 +1205,9 @@ BEYOND = {
     "custom": ((0, 1), 0.05, "beyond 3 standard deviations: is a `no data` value among them?")}
 
 
-def ends_of(modality, band):
+def ends_of(row, band):
     """What x = 0 and x = 1 are in the unit of the files, and the unit."""
-    row = MODALITIES[modality]
+    modality = row["name"]
     if row.get("raw_mean"):
         mean, std = row["raw_mean"][band], row["raw_std"][band]
         return mean - 3 * std, mean + 3 * std, ""
@@ -1220,14 +1228,14 @@ def describe_inputs(data, indices):
             for view in views if isinstance(views, list) else [views]:
                 x = to_unit_range(view).flatten(1)
                 parts.append(x[:, ::max(1, x.shape[1] // 2000)])  # some of them
-    for modality, parts in zip(data.modalities, pixels):
-        row, x = MODALITIES[modality], torch.cat(parts, 1).double().numpy()  # CxP
+    for row, parts in zip(data.inputs, pixels):
+        modality, x = row["name"], torch.cat(parts, 1).double().numpy()  # CxP
         kind = "custom" if row.get("raw_mean") else modality
         ends, normal, cause = BEYOND.get(kind, ((), 0, "are they images of 8 bits?"))
         cause = cause.format(unit=getattr(data, "depth_unit", 1000))
         clipped = np.isin(x, ends)
         for c, name in enumerate(row["bands"]):
-            zero, one, unit_name = ends_of(modality, c)
+            zero, one, unit_name = ends_of(row, c)
             low, half, high = zero + np.percentile(x[c], (1, 50, 99)) * (one - zero)
             table.append(f"{modality + ' ' + name:20s} {low:9.4g} {half:9.4g} {high:9.4g} "
                          f"{clipped[c].mean():8.1%} {x[c].mean():5.3f} {x[c].std():5.3f} "
@@ -1659,10 +1667,10 @@ def contact_sheet(dataset, indices, path, size):
     batches = default_collate([dataset[i][:2] for i in indices])
     draws, columns = Draws(0, len(indices), slice(None)), []
     draws.restart(0)
-    for modality, batch in zip(dataset.modalities, batches):
+    for row, batch in zip(dataset.inputs, batches):
         for x in move_views(batch if isinstance(batch, list) else [batch], "cpu"):
-            views = augment(x, modality, size, draws)
-            columns.append(np.concatenate([make_visible(view, modality) for view in views], 0))
+            views = augment(x, row, size, draws)
+            columns.append(np.concatenate([make_visible(view, row) for view in views], 0))
     sheet = (255 * np.concatenate(columns, 1)).astype(np.uint8)         # BSx4Sx3
     write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
 

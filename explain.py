@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data import (MODALITIES, BadInput, Draws, epoch_batches, expand_path, run_main, need, number,
+from data import (BadInput, Draws, epoch_batches, expand_path, run_main, need, number,
                   open_dataset, resize_and_normalise, show_progress, random_resized_crop, read_factors, read_json,
                   reading, make_visible, write_atomically)
 from decur import BN, DeCUR, bounds, branch
@@ -373,7 +373,8 @@ def batches(data, samples, size, batch_size, workers, device, text):
     """Batches [x1, x2] of what the networks see, BxCxSxS, under a progress bar."""
     loader = DataLoader(Subset(data, samples), batch_size, num_workers=workers)
     for views in show_progress(loader, text, unit="batch"):
-        yield [resize_and_normalise(x[0].to(device), m, size) for x, m in zip(views, data.modalities)]
+        yield [resize_and_normalise(x[0].to(device), row, size)
+               for x, row in zip(views, data.inputs)]
 
 
 def main(argv=None):
@@ -644,7 +645,7 @@ def picture_gradcam(e):
     for x in batches(e.data, e.samples[:e.args.pairs], e.settings["size"], 1, 0, e.device, "pairs"):
         tiles = []
         for m, (name, net) in enumerate(zip(e.modalities, (e.net1, e.net2))):
-            picture = make_visible(x[m][0], name)
+            picture = make_visible(x[m][0], e.data.inputs[m])
             tiles.append((name, picture, ""))
             for part, att in e.parts(*gradcam_vis(net, x[m])).items():
                 colours = viridis(scaled(att.relu())[0].cpu().numpy()) / 255
@@ -711,7 +712,7 @@ def picture_spectral(e):
         largest = max(1e-12, *(np.abs(a).max() for a in scores.values()))
         numbers |= {f"modality{m + 1}_{part}": a / largest for part, a in scores.items()}
         means = {part: np.abs(a / largest).mean(0) for part, a in scores.items()}  # C
-        grouped_bars(pen, panel(m, 1, 912, 240), means, MODALITIES[name]["bands"], name,
+        grouped_bars(pen, panel(m, 1, 912, 240), means, e.data.inputs[m]["bands"], name,
                      "mean magnitude of the score")
         sentences.append(claim(f"{name}: the paper's optical moves unique ones more; mean",
                                {part: a.mean() for part, a in means.items()}, "common"))

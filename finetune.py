@@ -112,7 +112,7 @@ FREE = dict(modality=0, labels=1.0, seed=0, depth_unit=1000.0, save_every=10.0, 
 
 # ---- the protocol ----
 
-def train(run, net, model, args, modalities):
+def train(run, net, model, args, inputs):
     """App. B, transfer.  Frozen encoders stay in evaluation mode, batch statistics included."""
     precision = nullcontext() if args.model == "cmx" else mixed_precision(run.device)
     for batch in run.batches():
@@ -120,7 +120,7 @@ def train(run, net, model, args, modalities):
         if args.linear:
             for E in net.encoders:
                 E.eval()
-        x, target = prepared(batch, args, modalities, run.device, run.draws)
+        x, target = prepared(batch, args, inputs, run.device, run.draws)
         with precision:
             logits = model(*x)                  # NxC, or NxCxHxW; of CMX in float32, as published
         loss = compute_transfer_loss(logits, target, run.world)
@@ -412,7 +412,7 @@ def iou_and_accuracy(pred, gt, num_classes, ignore):
 
 # ---- the model of a run, and weights into it ----
 
-def build(args, channels, num_classes, modalities):
+def build(args, channels, num_classes, inputs):
     """The model of the settings, and a line for each of the --weights that its encoders got."""
     if args.part:
         return with_projectors(args, channels, num_classes)
@@ -430,7 +430,7 @@ def build(args, channels, num_classes, modalities):
     if whole:
         load_exactly(net, whole, args.weights[0])
         return net, [f"{args.weights[0]}: all keys of CMX matched"]
-    return net, start_from(args.weights, net.encoders, args, modalities)
+    return net, start_from(args.weights, net.encoders, args, inputs)
 
 
 def whole_cmx(args):
@@ -477,7 +477,7 @@ class Labelled:
 
     def __init__(self, data, classes, kind, target_of=None, ids=None):
         self.data, self.classes, self.kind, self.target_of = data, classes, kind, target_of
-        self.ids, self.modalities, self.epoch = ids or data.ids, data.modalities, 0
+        self.ids, self.inputs, self.epoch = ids or data.ids, data.inputs, 0
         self.place = {name: i for i, name in enumerate(data.ids)}
 
     def __len__(self):
@@ -541,7 +541,7 @@ def batches_of(data, indices, args, device, world, text):
                         num_workers=args.workers, worker_init_fn=leave_group,
                         pin_memory=device.type == "cuda")
     for batch in show_progress(loader, desc=text):
-        yield prepared(batch, args, data.modalities, device)
+        yield prepared(batch, args, data.inputs, device)
 
 
 @torch.no_grad()
@@ -586,13 +586,13 @@ def resample(x, boxes, size):
     return framed[image, line[:, :, None] + 1, column[:, None] + 1]  # BxH'xW'
 
 
-def prepared(batch, args, modalities, device, draws=None):
+def prepared(batch, args, inputs, device, draws=None):
     """A batch of files -> what the model sees, [NxCxHxW], and the target.  Augmented with draws;
     without, the frame, or with test_crop its middle, as large as training's crops; masks stay."""
     *x, target = [move_to(t, device) for t in batch]
     if args.cached and draws:                   # a batch of features
         return x, target
-    x = [normalise(to_unit_range(x[m]), modalities[m]) for m in used(args)]
+    x = [normalise(to_unit_range(x[m]), inputs[m]) for m in used(args)]
     B, _, H, W = x[0].shape
     size = (args.size, args.size)
     if draws and args.scale:
@@ -723,7 +723,7 @@ def save_prediction(args, data, i, x, target, s):
     panels = []
     for image, m in zip(x, used(args)):
         image = resize(image[None].float(), target.shape)[0]
-        panels.append(np.uint8(255 * make_visible(image, data.modalities[m])))
+        panels.append(np.uint8(255 * make_visible(image, data.inputs[m])))
     panels += [colours[label] for label in labels]
     wide = Image.fromarray(np.concatenate(panels, 1))
     wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
@@ -763,8 +763,8 @@ def main(argv=None):
     # ---- model; the loader's workers start before any process talks to another ----
     torch.manual_seed(args.seed)
     channels = [data[0][m].shape[0] for m in used(args)]
-    modalities = [data.modalities[m] for m in used(args)]
-    net, more = build(args, channels, len(data.classes), modalities)
+    inputs = [data.inputs[m] for m in used(args)]
+    net, more = build(args, channels, len(data.classes), inputs)
     net.to(device)
     frozen = freeze(net, data, chosen, args, device) if args.linear else []
     trained, seen, indices = net, data, chosen
@@ -791,7 +791,7 @@ def main(argv=None):
     if args.pretraining.get("stopped"):
         lines.append(f"warning: the pretraining was stopped {args.pretraining['stopped']}")
     run.introduce(sources, lines, find_warnings(data.data))
-    train(run, net, model, args, data.modalities)
+    train(run, net, model, args, data.inputs)
     if not run.stopped:
         result = test(net, test_data, args, device, rank, world)
         for state, E in zip(frozen, net.encoders):

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (AUGMENTATIONS, MODALITIES, BadInput, Draws, OnePattern, Samples, augment,
+from data import (AUGMENTATIONS, BadInput, Draws, OnePattern, Samples, augment,
                   move_views, choose_workers, epoch_batches, expand_path, run_main, find_warnings,
                   leave_group, make_toy, mix_seeds, need, number, open_dataset, read_json, reading,
                   write_atomically, write_text)
@@ -183,7 +183,7 @@ def main(argv=None):
     net = DeCUR(args.backbone, *channels, args.widths, choose_views(args))
     net.to(memory_format=torch.channels_last)
     branches = [f for f in (net.f1, net.f2) if f is not None]
-    encoded = [m for m, f in zip(data.modalities, (net.f1, net.f2)) if f is not None]
+    encoded = [row for row, f in zip(data.inputs, (net.f1, net.f2)) if f is not None]
     K = args.widths[-1] if args.widths else branches[0].E.dims[-1]
     Kc = round(args.common * K)
     lines = describe_run(args, data, net, Kc, K)
@@ -193,7 +193,7 @@ def main(argv=None):
     optimizer = make_optimizer(net, args)
     settings = collect_settings(
         args, K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
-        inputs=[MODALITIES[m] for m in data.modalities])
+        inputs=list(data.inputs))
     if checkpoint:
         restore(checkpoint, args.out, net, optimizer, settings, MORE_EPOCHS)
 
@@ -202,12 +202,12 @@ def main(argv=None):
         make_run_folder(args, settings, process)
     run = Run(args, settings, net, optimizer, loader, step, steps, steps_per_epoch, cosine, process)
     run.introduce(sources, lines, find_warnings(data))
-    augment1, augment2 = [partial(augment, modality=modality, size=args.size, draws=run.draws)
-                          for modality in data.modalities]
+    augment1, augment2 = [partial(augment, row=row, size=args.size, draws=run.draws)
+                          for row in data.inputs]
     pretrain(run, model, augment1, augment2, Kc)
     if rank == 0 and not run.stopped:
-        for m, (modality, f) in enumerate(zip(encoded, branches), args.modality or 1):
-            export(args.out / f"encoder{m}.pth", f.E, modality, settings)
+        for m, (row, f) in enumerate(zip(encoded, branches), args.modality or 1):
+            export(args.out / f"encoder{m}.pth", f.E, row, settings)
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
@@ -610,12 +610,12 @@ def complete(settings):
     return settings
 
 
-def export(path, E, modality, settings):
+def export(path, E, row, settings):
     """The encoder alone, as plain tensors, and a .json: what it wants to see, how it came to be."""
     state = {name: t.cpu().contiguous() for name, t in E.state_dict().items()}
     write_atomically(path, partial(torch.save, state))
-    about = dict(modality=modality, input="values in [0, 1], then (x - mean) / std",
-                 sees=MODALITIES[modality], backbone=settings["backbone"],
+    about = dict(modality=row["name"], input="values in [0, 1], then (x - mean) / std",
+                 sees=row, backbone=settings["backbone"],
                  method=settings["method"], sha256=hash_file(path), settings=settings)
     write_text(path.with_suffix(".json"), json.dumps(about, indent=1, default=str))
 
@@ -624,14 +624,14 @@ def hash_file(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def start_from(files, encoders, args, modalities):
+def start_from(files, encoders, args, inputs):
     """Load --weights into the encoders, or raise BadInput unless each key fits.  Returns lines."""
     states = []
     try:
         for file in files:
             _, seen = read_pretraining(file)
             need(not (seen and args.bgr), f"--bgr: expected it with weights of others; {file} saw "
-                 f"{MODALITIES[modalities[0]]['bands'][0]} first")
+                 f"{inputs[0]['bands'][0]} first")
             for m, state in enumerate(read_weights(file, args.backbone)):
                 states.append((file, state, seen[m] if m < len(seen) else None))
         if args.modality and len(states) == 2:
@@ -642,9 +642,8 @@ def start_from(files, encoders, args, modalities):
             raise ValueError(f"encoders: {len(states)}, expected {len(encoders)}; give a file with "
                              f"both, or one for each modality")
         lines = []
-        for E, modality, (file, state, seen) in zip(encoders, modalities, states):
+        for E, sees, (file, state, seen) in zip(encoders, inputs, states):
             lines.append(f"{file}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
-            sees = MODALITIES[modality]
             if seen and any(seen.get(name) != plain_values(sees[name]) for name in sees):
                 lines.append(f"warning: {file} was trained on {describe_input(seen)}; here it sees "
                              f"{describe_input(sees)}")

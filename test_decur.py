@@ -33,7 +33,8 @@ import decur
 import explain
 import finetune
 import pretrain
-from data import BadInput, augment, hha, find_images, need, open_dataset, read_image, to_unit_range
+from data import (MODALITIES, BadInput, augment, find_images, hha, need, open_dataset, read_image,
+                  to_unit_range)
 from decur import BN, DeCUR, decur_loss, decur_loss_gram, loss_c, on_diag
 
 HERE = Path(__file__).parent
@@ -499,7 +500,7 @@ def three_steps(rank, world):
         g = torch.Generator().manual_seed(step)
         x1, x2 = (torch.rand(8, C, 36, 48, generator=g)[rows] for C in (3, 1))
         views = (x1, "rgb"), (x1, "rgb"), (x2, "depth"), (x2, "depth")
-        x = [data.augment(x_, m, 32, draws) for x_, m in views]
+        x = [data.augment(x_, MODALITIES[name], 32, draws) for x_, name in views]
         loss, _ = decur_loss_gram(*map(pretrain.gather, model(*x)), 12)
         optimizer.zero_grad()
         loss.backward()
@@ -754,9 +755,9 @@ def test_the_order_of_batches_goes_on_where_it_stood_and_ranks_share_it():
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_path, monkeypatch):
     calls = []
 
-    def diverges(x, modality, size, draws):
+    def diverges(x, row, size, draws):
         calls.append(1)
-        return data.augment(x, modality, size, draws) * (math.nan if len(calls) > 20 else 1)
+        return data.augment(x, row, size, draws) * (math.nan if len(calls) > 20 else 1)
 
     monkeypatch.setattr(pretrain, "augment", diverges)
     is_refused(r"the loss is nan by step 6 \(loss nan = L1 nan", call, pretrain,
@@ -899,7 +900,8 @@ def test_weights_start_a_run(pretrained, scenes, tmp_path, monkeypatch, capsys):
         keys = [key for key in a if "running" not in key and "num_batches" not in key]
         assert all(torch.equal(a[key], b[key]) for key in keys)
     args = argparse.Namespace(backbone="resnet-toy", modality=None, bgr=False)
-    lines = pretrain.start_from([str(one)], [decur.resnet("resnet-toy", 3)], args, ["hha"])
+    encoders = [decur.resnet("resnet-toy", 3)]
+    lines = pretrain.start_from([str(one)], encoders, args, [MODALITIES["hha"]])
     assert re.search("was trained on red green blue .* here it sees disparity height", lines[1])
     content = bytearray(one.read_bytes())
     content[len(content) // 2] ^= 1             # one flipped bit
@@ -1020,17 +1022,18 @@ def test_solarize_inverts_what_is_bright():
     assert torch.equal(data.random_solarize(x, 0.0, drawn(1)), x)
 
 
-@pytest.mark.parametrize("modality, C", [("sar", 2), ("dem", 3), ("ms", 13)])
-def test_what_is_seen_from_above_is_augmented_as_section_4_says(modality, C):
+@pytest.mark.parametrize("name, C", [("sar", 2), ("dem", 3), ("ms", 13)])
+def test_what_is_seen_from_above_is_augmented_as_section_4_says(name, C):
     """SAR: no jitter, no solarize; DEM: crop and flips alone; 13 bands stay, in range."""
-    flat = augment(torch.full((400, C, 12, 12), 102, dtype=torch.uint8), modality, 8, drawn(400, 1))
+    row = MODALITIES[name]
+    flat = augment(torch.full((400, C, 12, 12), 102, dtype=torch.uint8), row, 8, drawn(400, 1))
     assert flat.shape == (400, C, 8, 8) and flat.min() >= 0 and flat.max() <= 1
-    assert ((flat - 0.4).abs().max() > 1e-5) == (modality == "ms")
-    noise = augment(torch.rand(400, C, 12, 12), modality, 8, drawn(400, 2))
+    assert ((flat - 0.4).abs().max() > 1e-5) == (name == "ms")
+    noise = augment(torch.rand(400, C, 12, 12), row, 8, drawn(400, 2))
     grey = (noise - noise[:, :1]).abs().amax((1, 2, 3)) < 1e-5          # p = 0.2
-    assert grey.sum() == 0 if modality == "dem" else 50 < grey.sum() < 110
+    assert grey.sum() == 0 if name == "dem" else 50 < grey.sum() < 110
     ramp = torch.arange(12.0).view(1, 1, 12, 1).expand(400, C, 12, 12) / 11
-    ramp = augment(ramp, modality, 8, drawn(400, 2))
+    ramp = augment(ramp, row, 8, drawn(400, 2))
     assert 160 < (ramp[:, 0, 0, 0] > ramp[:, 0, -1, 0]).sum() < 240     # upside down
 
 
@@ -1041,9 +1044,9 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says(modality, C):
 def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
     """Depth in metres as x gave 60481 once; wherever images enter."""
     x = torch.full((1, 1, 4, 4), value, dtype=dtype)
-    is_refused(words, data.resize_and_normalise, x, "depth", 4)
-    is_refused(words, data.normalise, x, "depth")
-    is_refused(words, augment, x, "depth", 4, drawn(1))
+    is_refused(words, data.resize_and_normalise, x, MODALITIES["depth"], 4)
+    is_refused(words, data.normalise, x, MODALITIES["depth"])
+    is_refused(words, augment, x, MODALITIES["depth"], 4, drawn(1))
 
 
 def test_collate_gives_two_views_of_each_modality():
@@ -1649,7 +1652,7 @@ def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
     expected[0, 0] = 0.5                        # no value: the mean
     assert np.abs(x1[0].numpy() - expected).max() < 1e-5 and (x1[1] == 0.5).all()
     x = torch.stack([to_unit_range(pairs[i][1][0]) for i in range(4)])
-    assert data.normalise(x, "custom2").mean().abs() < 0.5
+    assert data.normalise(x, row2).mean().abs() < 0.5
     (tmp_path / "list.txt").write_text("3\n0\n")
     assert open_dataset("custom", (one, two), 8, tmp_path / "list.txt").ids == ["3", "0"]
 
@@ -1753,11 +1756,11 @@ def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, sh
 
 def test_images_are_shown_as_one_sees_them():
     rgb, depth = torch.rand(1, 3, 4, 5), torch.rand(1, 1, 9, 9) * 0.1
-    x = data.make_visible(data.normalise(rgb, "rgb")[0], "rgb")
+    x = data.make_visible(data.normalise(rgb, MODALITIES["rgb"])[0], MODALITIES["rgb"])
     assert np.allclose(x, rgb[0].permute(1, 2, 0), atol=1e-6)
-    x = data.make_visible(data.normalise(depth, "depth")[0], "depth")
+    x = data.make_visible(data.normalise(depth, MODALITIES["depth"])[0], MODALITIES["depth"])
     assert x.shape == (9, 9, 3) and x.min() == 0 and x.max() == 1 and (x[..., 0] == x[..., 2]).all()
-    x = data.make_visible(torch.rand(13, 9, 9) * 0.1 + 0.9, "ms")
+    x = data.make_visible(torch.rand(13, 9, 9) * 0.1 + 0.9, MODALITIES["ms"])
     assert 0.3 < x.mean() < 0.7
 
 
@@ -1788,7 +1791,7 @@ def undeclared_no_data(root):
     (lambda root: data.RGBD(write_frames(root), 16, depth_unit=10000.0),
      "depth: half of the values lie from 0.02"),
     (linear_s1, "sar: 100 % beyond .*in dB"),
-    (undeclared_no_data, "custom1: half of the values .*: is a `no data` value")])
+    (undeclared_no_data, "overhead: half of the values .*: is a `no data` value")])
 def test_inputs_that_look_wrong_are_told(write, words, tmp_path):
     lines = data.find_warnings(write(tmp_path))
     assert re.match(words, lines[0]), lines
@@ -1849,7 +1852,7 @@ def test_check_of_ones_own_pairs_finds_what_holds_nothing_and_what_is_squeezed(t
     two = save_arrays(tmp_path / "two", *noise[:, :, :12])
     (one / "._0.npy").write_bytes(b"of another system")
     code, text, bad = checked(f"--scenario custom --data1 {one} --data2 {two}", tmp_path, capsys)
-    assert code == 1 and "3 samples read, 1 bad" in text and text.count("custom1 channel") == 4
+    assert code == 1 and "3 samples read, 1 bad" in text and text.count("overhead channel") == 8
     assert "2 pairs differ in width / height" in text and "1.78 and 1.33" in text
     assert "not one finite value" in bad
 
@@ -2127,7 +2130,8 @@ def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
         torch.save(e.state_dict(), tmp_path / f"{k}.pth")
     args = finetune.get_args(f"--task nyuv2 --model cmx --backbone mit_b0 --weights "
                              f"{tmp_path}/1.pth {tmp_path}/2.pth".split())[0]
-    build = partial(finetune.build, args, [3, 3], modalities=("rgb", "hha"))
+    build = partial(finetune.build, args, [3, 3],
+                    inputs=(MODALITIES["rgb"], MODALITIES["hha"]))
     net = build(num_classes=40)[0]
     for key, value in E[1].state_dict().items():
         assert torch.equal(net.state_dict()[f"backbone.extra_{key}"], value)
@@ -2255,11 +2259,11 @@ def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes):
     args = finetune.get_args(f"{FINE} --data {scenes} --model late --linear --weights none "
                              f"--workers 0".split())[0]
     (samples, _), _ = finetune.open_task(args, 0)
-    net, _ = finetune.build(args, [3, 1], 12, samples.modalities)
+    net, _ = finetune.build(args, [3, 1], 12, samples.inputs)
     finetune.freeze(net, samples, np.arange(48), args, torch.device("cpu"))
     x = torch.stack([samples[i][0] for i in range(48)])
     E = net.encoders[0]
-    seen = E.conv1(data.resize_and_normalise(x, "rgb", 48)).mean((0, 2, 3))
+    seen = E.conv1(data.resize_and_normalise(x, MODALITIES["rgb"], 48)).mean((0, 2, 3))
     assert torch.allclose(E.bn1.running_mean, seen, atol=0.01) and seen.abs().max() > 0.1
     assert not any(p.requires_grad for p in net.encoders.parameters())
 
@@ -2391,9 +2395,9 @@ def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes
 def test_own_images_are_tested_as_large_as_the_crops_of_training_and_masks_as_they_are(own):
     args, *_ = finetune.get_args(shlex.split(f"{OWN} --target masks --weights none --size 16"))
     image, mask = torch.rand(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.int64)
-    x, target = finetune.prepared([image, image, mask], args, ("rgb", "rgb"), "cpu")
+    x, target = finetune.prepared([image, image, mask], args, [MODALITIES["rgb"]] * 2, "cpu")
     assert x[0].shape == (2, 3, 16, 16) and torch.equal(target, mask)
-    expected = data.normalise(data.resize(image, (16, 16)), "rgb")
+    expected = data.normalise(data.resize(image, (16, 16)), MODALITIES["rgb"])
     assert torch.allclose(x[0], expected, atol=1e-5)
 
 
@@ -2743,7 +2747,7 @@ def test_embeddings_are_for_programs_of_ones_own(runs, tmp_path):
         assert np.allclose(values.mean, z.mean(0), atol=1e-4)
         assert np.allclose(values.var, z.var(0), atol=1e-4)
     i = known.data.ids.index(e["names"][5])
-    x = data.resize_and_normalise(known.data[i][1][0][None], "depth", 32)
+    x = data.resize_and_normalise(known.data[i][1][0][None], MODALITIES["depth"], 32)
     assert np.allclose(known.net.f2(x).numpy()[0], e["z2"][5], atol=1e-4)
     assert np.allclose(known.net.f2.E(x).numpy()[0], e["features2"][5], atol=1e-4)
 
