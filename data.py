@@ -772,30 +772,6 @@ def read_label(path, canvas=None):
     return np.array(image).astype(np.int64)
 
 
-def read_mask(path):
-    """Temporary: the readers part has its own."""
-    mask = read_label(path)
-    return np.where(mask < 0, -1, mask)
-
-
-def count_mask_values(files):
-    """Temporary: the readers part has its own."""
-    counts = {}
-    for path in show_progress(files.values(), desc="masks"):
-        for value, pixels in zip(*np.unique(read_mask(path), return_counts=True)):
-            before = counts.get(int(value), (0, 0))
-            counts[int(value)] = before[0] + int(pixels), before[1] + 1
-    return counts
-
-
-AS = (*MODALITIES, "photo", "overhead")
-
-
-def add_flags(group, flags, names):
-    for name in names.split():
-        group.add_argument(f"--{name}", **flags[name])
-
-
 # ---- HHA: depth as disparity, height and angle with gravity ----
 
 def hha(depth_m, raw_m, K):
@@ -886,7 +862,6 @@ class Pairs:
 
     def __init__(self, where1, where2, names=None, inputs=None, augment_as=(None, None),
                  strict=True):
-        self.notes = []
         where = [os.path.normpath(path) for path in (where1, where2)]
         stars = [max(1, pattern.count("*")) for pattern in where]
         need(where[0] != where[1] and stars[0] == stars[1], f"{where1} and {where2}: expected two "
@@ -1141,7 +1116,6 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
     """The data set of a scenario, or of a transfer task: (x1, x2, target), labels up to `classes`.
     For custom: two folders or patterns, the file of a list.  Not strict: see `refuse`, .lonely."""
     if name == "custom":
-        custom["augment_as"] = custom.pop("declared", custom.get("augment_as", (None, None)))
         return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
     root = Path(root)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
