@@ -39,8 +39,8 @@ from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_
                   read_json, read_label, read_lines, read_list, reading, resize, filter_separably,
                   make_triangle_filter, to_unit_range, make_visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, start_as_segformer
-from pretrain import (SCENARIOS, Run, check_batch, collect_settings, defaults, distribute,
-                      fill_in, find_checkpoint, join, leave, load_checkpoint, make_loader,
+from pretrain import (SCENARIOS, Run, check_batch, collect_settings, distribute, fill_in,
+                      find_checkpoint, join, leave, list_defaults, load_checkpoint, make_loader,
                       make_run_folder, measure_statistics, mixed_precision, read_pretraining,
                       read_environment, hash_file, restore, start_from, sum_over_processes)
 
@@ -913,7 +913,7 @@ def not_the_papers(args, changed):
         paper["weights"] = None                 # segformers may start as CMX's do
     if p["common"] == 1:
         paper["common"] = 1                     # Table 4, w/o decoup.
-    tables = defaults(scenario, p["method"], p["backbone"], args.toy)
+    tables = list_defaults(scenario, p["method"], p["backbone"], args.toy)
     _, different = fill_in(argparse.Namespace(**p), [(paper, "paper"), *tables])
     behind = {f"pretraining {name}": v for name, v in different.items() if name not in FREE}
     return changed | behind
