@@ -1112,11 +1112,11 @@ NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their
 
 
 def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
-               **custom):
+                 inputs=None, declared=(None, None), reduce=False):
     """The data set of a scenario, or of a transfer task: (x1, x2, target), labels up to `classes`.
     For custom: two folders or patterns, the file of a list.  Not strict: see `refuse`, .lonely."""
     if name == "custom":
-        return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
+        return Pairs(*root, None if split == "all" else split, inputs, declared, strict)
     root = Path(root)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
     classes = classes or NUM_CLASSES.get(name)
@@ -1616,8 +1616,8 @@ def check(args):
          "check: expected --data1 and --data2 with --scenario custom, else --data")
     root = own if source == "custom" else args.data or f"data/{source}"
     split = args.split or ("train" if args.task else "all")
-    custom = dict(augment_as=(args.augment1, args.augment2)) if source == "custom" else {}
-    dataset = open_dataset(source, root, args.size, split, args.depth_unit, strict=False, **custom)
+    dataset = open_dataset(source, root, args.size, split, args.depth_unit, strict=False,
+                           declared=(args.as1, args.as2))
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
     good, uneven, missing, usual = [], [], {}, None
     bad = [f"{name}\tno partner" for name in dataset.lonely]
@@ -1799,21 +1799,46 @@ def fill_holes(z):
     return np.where(z > 0, z, np.median(z[z > 0]) if (z > 0).any() else 0)
 
 
+AS = (*MODALITIES, "photo", "overhead")
+DATA_FLAGS = {                                  # of all scripts that read data sets
+    "data": dict(type=expand_path, metavar="DIR", help="folder of the data set; default: in data/"),
+    "data1": dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
+                  help="with custom: images of modality 1, a folder or a pattern 'chips/*_S1.tif'"),
+    "data2": dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
+                  help="with custom: images of modality 2"),
+    "as1": dict(choices=AS, help="with custom: what the files of --data1 are"),
+    "as2": dict(choices=AS, help="with custom: what the files of --data2 are"),
+    "split": dict(type=expand_path, help="samples to use: all, train, test; with custom a file of "
+                  "names; default: all, rgb-dem and --toy train"),
+    "depth-unit": dict(type=number(float, 1e-3, 1e9), help="steps of a depth file per metre; "
+                       "default: 1000"),
+    "size": dict(type=number(int, 16, 4096), help="crop in pixels; default: 224"),
+    "workers": dict(type=number(int, 0), help="processes that read files; default: on CUDA up to 8 "
+                    "for each GPU, else 0"),
+}
+
+
+def add_flags(group, flags, names):
+    """Adds the flags of these names, a text with spaces, to a parser or a group of it."""
+    for name in names.split():
+        group.add_argument(f"--{name}", **flags[name])
+
+
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     folder = dict(metavar="DIR", type=expand_path)
     own = dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
                help="of custom: a folder, or a pattern in quotes such as 'chips/*_S1Hand.tif'")
-    augment = dict(choices=AUGMENTATIONS, help="of custom: draw the views as of this modality")
+    declared = dict(choices=AS, help="of custom: what the files are")
     flags = {
         "--scenario": dict(choices=[*TOY_WRITERS, "custom"]),
         "--task": dict(choices=NUM_CLASSES, help="a transfer task instead of a scenario"),
         "--data": dict(folder, help="default: the scenario's or the task's, in data/"),
         "--data1": own,
         "--data2": own,
-        "--augment1": augment,
-        "--augment2": augment,
+        "--as1": declared,
+        "--as2": declared,
         "--split": dict(type=expand_path, help="default: all; of a task train; of custom a list"),
         "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
         "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,

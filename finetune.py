@@ -45,8 +45,8 @@ from data import (AS, CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, BadInput, On
                   open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
                   resize, run_main, show_progress, to_unit_range, write_text)
 from decur import MITS, RESNETS, branch, mit, start_as_segformer
-from pretrain import (Run, check_batch, collect_settings, defaults, distribute, fill_in,
-                      find_checkpoint, hash_file, join, leave, load_checkpoint, make_loader,
+from pretrain import (Run, check_batch, collect_settings, distribute, fill_in,
+                      find_checkpoint, hash_file, join, leave, list_defaults, load_checkpoint, make_loader,
                       make_run_folder, measure_statistics, mixed_precision, read_environment,
                       read_pretraining, restore, start_from, sum_over_processes)
 
@@ -1061,7 +1061,7 @@ def describe_pretraining(source, args):
     if settings.get("modality"):
         name += ", one modality"
     scenario = TASKS[args.task]["scenario"]
-    tables = defaults(settings["scenario"], settings["method"], settings["backbone"], args.toy)
+    tables = list_defaults(settings["scenario"], settings["method"], settings["backbone"], args.toy)
     usual = dict(scenario=scenario, backbone=args.backbone, bgr=False, stopped=None, weights=None)
     _, changed = fill_in(argparse.Namespace(**source), [(usual, "paper"), *tables])
     named = ("seed", "method", "common" if settings["common"] == 1 else "")
