@@ -1011,6 +1011,8 @@ def reading(path, kind, remedy="copy or download it again, or take it out"):
         raise
     except Exception as error:                  # a damaged file raises nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        if isinstance(error, FileNotFoundError):
+            remedy = f"give a file that exists: {list_contents(path)}"
         if "imagecodecs" in str(error):         # LZW of several bands, zstd, JPEG, predictor 3
             remedy = "pip install imagecodecs, or save it without compression"
         raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
@@ -1293,7 +1295,7 @@ def check_mask(path, label, image_size, num_classes):
     0 is no label.  Data sets that begin with class 0 have 255 for no label; if 0 and 255 occur
     beside each other, 0 is a class, and writing 0 for 255 alone would take that class away."""
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
-    need(size == tuple(image_size), f"{path} is a mask of {size} pixels, but its image has "
+    need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
          f"{tuple(image_size)}; make the mask again for this image")
     remedy = "write 0 for them, or take the mask out"
     if high == 255 and (label == num_classes).any():
@@ -1407,7 +1409,7 @@ def describe_band(label, row, band, x, raw):
         if row["name"] != "depth":              # files hold steps, the table metres
             values = stored[np.isfinite(stored)]
     low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [math.nan] * 3
-    spread = max(high - low, abs(half) / 1000)
+    spread = high - low or abs(half)
     numbers = " ".join(f"{format_value(value, spread):>9s}" for value in (low, half, high))
     ends = BEYOND.get("measured" if row.get("raw_mean") else row["name"], ((),))[0]
     return (f"{label + ' ' + row['bands'][band]:22s} {numbers} {missing:>8s} "
@@ -1454,20 +1456,20 @@ def warn_of_bands(label, row, x, raw, m):
             if high - low < 0.27 * row["raw_std"][c]:  # 1.35 if they are normally distributed
                 squeezed.append((band, low, high, row["raw_std"][c]))
     if constant:
-        warnings.append(f"{label}: {join_names(constant)} has the same value in every pixel")
+        warnings.append(f"{label}: all pixels of {join_names(constant)} have the same value")
     for value, found in apart.items():
         bands = join_names([band for _, band in found])
         warnings.append(f"{label}: {max(found)[0]:.1%} of the pixels of {bands} have the value "
                         f"{value:.10g}, which stands apart from all others.  If it means that "
-                        f"there is no data, say so: with --nodata{m} {value:.10g} in `data.py prepare`, "
-                        f"with the tag GDAL_NODATA, or with NaN in its place")
+                        f"there is no data, say so: with --nodata{m} {value:.10g} in `data.py "
+                        f"prepare`, with the tag GDAL_NODATA, or with NaN in its place")
     if squeezed and not apart:
         _, low, high, std = squeezed[0]
         low, high, std = (format_value(value, std) for value in (low, high, std))
         bands = join_names([band for band, *_ in squeezed])
         warnings.append(f"{label}: a few far values squeeze all others of {bands}: half of the "
-                        f"values lie between {low} and {high}, but the standard deviation is {std}.  "
-                        f"Take the far values out, or take the logarithm of all")
+                        f"values lie between {low} and {high}, but the standard deviation is "
+                        f"{std}.  Take the far values out, or take the logarithm of all")
     if raw is not None and np.isnan(raw).mean() > 0.5:
         warnings.append(f"{label}: {np.isnan(raw).mean():.0%} of the values are missing")
     return warnings
@@ -1911,7 +1913,7 @@ def report_masks(dataset, good, num_classes):
 
 
 def report_bad(bad, file):
-    """Writes the lines `name, tab, reason` to a file.  Prints each kind of reason, and an example."""
+    """Writes lines of name, tab, reason to a file.  Prints each kind of reason and an example."""
     write_text(file, "".join(f"{line}\n" for line in bad))
     kinds = {}                                  # reason without names and numbers -> its lines
     for line in bad:
