@@ -38,17 +38,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from data import (AS, CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, BadInput, OnePattern, add_flags,
-                  check_mask, choose_workers, count_mask_values, draw_boxes, expand_path, filter_separably,
-                  find_images, find_warnings, in_processes, leave_group, make_toy,
+from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, BadInput, add_flags, check_mask,
+                  count_mask_values, draw_boxes, expand_path, filter_separably, find_images,
+                  find_mask_warnings, find_warnings, in_processes, leave_group, make_toy,
                   make_triangle_filter, make_visible, move_to, need, normalise, number,
                   open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
                   resize, run_main, show_progress, to_unit_range, write_text)
-from decur import MITS, RESNETS, branch, mit, start_as_segformer
-from pretrain import (Run, check_batch, collect_settings, distribute, fill_in,
-                      find_checkpoint, hash_file, join, leave, list_defaults, load_checkpoint, make_loader,
-                      make_run_folder, measure_statistics, mixed_precision, read_environment,
-                      read_pretraining, restore, start_from, sum_over_processes)
+from decur import MITS, branch, mit, start_as_segformer
+from pretrain import (FLAGS, Run, check_batch, collect_settings, distribute, fill_in,
+                      find_checkpoint, hash_file, join, leave, list_defaults, load_checkpoint,
+                      make_loader, make_run_folder, measure_statistics, mixed_precision,
+                      read_environment, read_pretraining, restore, start_from, sum_over_processes)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -777,7 +777,7 @@ def find_joined_labels(labels):
 
 def open_own_masks(args, pairs):
     """Opens masks.  Returns what `open_own_table` does; each value but --ignore is a class."""
-    files = find_images(args.target, (".png", ".tif", ".tiff"))
+    files = find_images(args.target, (".png", ".tif", ".tiff", ".npy"))
     check_names(args, files, pairs)
     counts = count_mask_values(files)
     total = sum(pixels for pixels, _ in counts.values())
@@ -791,12 +791,8 @@ def open_own_masks(args, pairs):
     if labelled < total / 2:
         lines.append(f"warning: most pixels of the masks have no label; if {args.ignore} is a "
                      f"class, give another --ignore, such as -1")
-    few = max(10, 0.002 * total / len(files))   # pixels of a mask that has the value at all
-    rare = [value for value in values if counts[value][0] < few * counts[value][1]]
-    if len(rare) > max(8, len(values) / 2):
-        lines.append(f"warning: {len(rare)} of {len(values)} values in the masks, such as "
-                     f"{rare[0]}, occur in few pixels of a mask; were the masks resized "
-                     f"bilinearly?  Make them again with the nearest pixel")
+    considered = {value: counts[value] for value in values}
+    lines += [f"warning: {warning}" for warning in find_mask_warnings(considered)]
     classes = [str(value) for value in values]
     return files, classes, "segmentation", partial(read_own_mask, files, values), lines
 
@@ -1025,7 +1021,7 @@ def identify_file(path):
 def describe_weights(args):
     """Returns {name: value} of what the encoders started from, and the names of the values that
     are not the paper's.  Encoders of equal pretrainings are described once."""
-    described = [describe_pretraining(source, args) for source in args.pretraining]
+    described = [name_pretraining(source, args) for source in args.pretraining]
     if all(other == described[0] for other in described):
         described = described[:1]
     what, unusual = {"weights": " and ".join(name for name, _, _ in described)}, []
@@ -1044,9 +1040,9 @@ def describe_row(row):
     return f"{row['name']} {hashlib.sha256(json.dumps(row).encode()).hexdigest()[:8]}"
 
 
-def describe_pretraining(source, args):
-    """Returns the name that the paper has for a pretraining, its settings, and the names of those
-    that the paper has otherwise."""
+def name_pretraining(source, args):
+    """Returns the paper's name of a pretraining, its settings, and the names of the settings that
+    are not the paper's."""
     if "method" not in source:                  # weights of others
         names = dict(none="random", imagenet="ImageNet")
         return names.get(source["file"]) or identify_file(source["file"])[1], {}, []
@@ -1139,65 +1135,45 @@ def format_percent(value):
 
 # ---- command line ----
 
-FLAGS = {
-    "task": dict(choices=TASKS, help="data set, classes and settings; custom: your own labels"),
-    "table": dict(nargs="+", metavar="DIR", help="list the runs in these folders, and do nothing "
+# Those of pretrain.py, but where a help or a limit is another, and those that it has not.
+RECIPE = "default: of the recipe, see RECIPES"
+TRANSFER_FLAGS = FLAGS | {
+    "task": dict(choices=TASKS, help="data set with its classes; custom: your own labels"),
+    "table": dict(nargs="+", metavar="DIR", help="list the runs in these folders and do nothing "
                   "else; runs that differ only by their seeds are one line"),
-    "toy": dict(action="store_true", help="the task's made-up scenes, and small settings"),
-    "data": dict(type=expand_path, metavar="DIR", help="folder of the data set; default: "
-                 "data/bigearthnet, data/rgb-dem, data/rgbd or data/nyuv2"),
-    "split": dict(type=expand_path, help="what to train on: the name of a list in --data, for custom a "
-                  "file of names; default: train, for custom all but --test-share"),
-    "test-split": dict(type=expand_path, help="what to test on, given as --split; default: test"),
-    "labels": dict(type=number(float, 1e-9, 1), help="share of the training samples that is used; "
+    "split": dict(type=expand_path, help="list to train on, of custom a file of names; default: "
+                  "train, of custom all but --test-share"),
+    "test-split": dict(type=expand_path, help="list to test on, as --split; default: test"),
+    "labels": dict(type=number(float, 1e-9, 1), help="share of the training samples to use; "
                    "default: 1"),
-    "modality": dict(type=int, choices=(0, 1, 2), help="the modality that the model sees, 0: both; "
+    "modality": dict(type=int, choices=(0, 1, 2), help="modality that the model sees, 0: both; "
                      "default: 0, FCN on RGB-D 1"),
-    "depth-unit": dict(type=number(float, 1e-3, 1e9), help="steps of a depth file per metre; "
-                       "default: 1000"),
-    "size": dict(type=number(int, 16, 4096), help="height of the training crops in pixels; "
-                 "default: the recipe's"),
-    "workers": dict(type=number(int, 0), default=choose_workers(), help="processes that read "
-                    "files; default: on CUDA up to 8, else 0"),
-    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: late for "
-                  "BigEarthNet and a csv, otherwise fcn"),
-    "backbone": dict(choices=[*RESNETS, *MITS], help="the encoders; default: resnet50, for cmx "
-                     "mit_b2 or mit_b5"),
-    "weights": dict(type=expand_path, nargs="+", metavar="FILE", help="what encoders start from: a "
-                    "checkpoint.pt, one file for each encoder, imagenet, or none (random)"),
-    "bgr": dict(action="store_true", help="--weights were trained on BGR images (those of the "
-                "DeCUR authors and of CMX were)"),
-    "part": dict(choices=("common", "unique", "all"), help="classify these dimensions of the "
-                 "embedding; default: the encoder's features"),
-    "linear": dict(action="store_true", help="frozen encoders; default: fine-tuning"),
+    "size": FLAGS["size"] | dict(help=f"height of the training crops in pixels; {RECIPE}"),
+    "target": FLAGS["data1"] | dict(help="labels: a csv of lines `name,label`, or masks, given as "
+                                    "--data1"),
+    "ignore": dict(type=number(int, -2 ** 31), help="value in masks that is no label, as all "
+                   "negative values are; default: 255"),
+    "test-share": dict(type=number(float, 0, 1), help="share of the samples to test on, if there "
+                       "are no lists; default: 0.2"),
+    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: fcn, "
+                  "with bigearthnet or a csv late"),
+    "backbone": FLAGS["backbone"] | dict(help="encoders; default: resnet50, of cmx mit_b2 or b5"),
+    "weights": FLAGS["weights"] | dict(help="weights to start from: one file for both encoders, a "
+                                       "file for each, imagenet, or none (random)"),
+    "part": dict(choices=("common", "unique", "all"), help="dimensions of the embedding to "
+                 "classify; default: the encoder's features"),
+    "linear": dict(action="store_true", help="freeze the encoders; default: fine-tuning"),
     "cached": dict(action="store_true", default=None, help="with --linear: compute the features "
                    "once, not augmented, which is fast"),
-    "epochs": dict(type=number(int, 0), help="default: the recipe's; 0 tests without training"),
-    "batch-size": dict(type=number(int, 1), help="samples per step, of all processes together; "
-                       "default: the recipe's"),
-    "lr": dict(type=number(float, 1e-12, 1e6), help="learning rate at the start; default: the "
-               "recipe's"),
-    "weight-decay": dict(type=number(float, 0, 1), help="default: the recipe's"),
-    "seed": dict(type=number(int, 0, 2 ** 63 - 1), help="seed of everything random; default: 0"),
-    "out": dict(type=expand_path, help="folder to write into; default: "
-                "runs/TASK-MODEL-WEIGHTS-...-seedN, with the settings that are given"),
-    "resume": dict(action="store_true", help="go on from the checkpoint in --out, if there is one"),
-    "save-every": dict(type=number(float, 1e-6), metavar="MINUTES", help="time between checkpoints; "
-                       "default: 10"),
+    "epochs": dict(type=number(int, 0), help=f"0 tests without training; {RECIPE}"),
+    "batch-size": dict(type=number(int, 1), help=f"samples per step, of all processes together; "
+                       f"{RECIPE}"),
+    "lr": FLAGS["lr"] | dict(help=f"learning rate at the start; {RECIPE}"),
+    "weight-decay": FLAGS["weight-decay"] | dict(help=f"weight decay; {RECIPE}"),
+    "out": FLAGS["out"] | dict(help="folder of the run; default: runs/TASK-MODEL-WEIGHTS-seedN, "
+                               "with the settings that are not the defaults"),
     "save-images": dict(type=number(int, 0), metavar="N", help="draw inputs, masks and predictions "
-                        "of the first N test samples; default: 0"),
-    "data1": dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
-                  help="images of modality 1: a folder, or a pattern in quotes"),
-    "data2": dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
-                  help="images of modality 2"),
-    "as1": dict(choices=AS, help="what --data1 is"),
-    "as2": dict(choices=AS, help="what --data2 is"),
-    "target": dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
-                   help="the labels: a csv of lines `name,label`, or masks, given as --data1"),
-    "ignore": dict(type=number(int, -2 ** 31), help="value in masks that is no label, as negative "
-                   "values are; default: 255"),
-    "test-share": dict(type=number(float, 0, 1), help="share of the samples that is tested on, if "
-                       "there are no lists; default: 0.2"),
+                        "of N test samples; default: 0"),
 }
 
 
@@ -1206,16 +1182,14 @@ def get_args(argv=None):
     defaults."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Transfer (Tables 1-3). A "
                                      "setting that is not given is the paper's for the task.")
-    add_flags(parser, FLAGS, "task table toy")
-    group = parser.add_argument_group("data")
-    add_flags(group, FLAGS, "data split test-split labels modality depth-unit size workers")
-    group = parser.add_argument_group("data of --task custom")
-    add_flags(group, FLAGS, "data1 data2 as1 as2 target ignore test-share")
-    group = parser.add_argument_group("model")
-    add_flags(group, FLAGS, "model backbone weights bgr part linear cached")
-    group = parser.add_argument_group("optimization and run")
-    add_flags(group, FLAGS, "epochs batch-size lr weight-decay seed out resume save-every "
-              "save-images")
+    for title, names in (
+            ("what to run", "task table toy"),
+            ("data", "data split test-split labels modality depth-unit size workers"),
+            ("--task custom", "data1 data2 as1 as2 target ignore test-share"),
+            ("model", "model backbone weights bgr part linear cached"),
+            ("optimization and run", "epochs batch-size lr weight-decay seed out resume save-every "
+             "save-images")):
+        add_flags(parser.add_argument_group(title), TRANSFER_FLAGS, names)
     args = parser.parse_args(argv)
     sources, changed = ({}, {}) if args.table else fill_in_settings(args)
     return args, sources, changed
