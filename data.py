@@ -882,15 +882,6 @@ def read_intrinsics(path):
     return K
 
 
-def read_label(path, canvas=None):
-    """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
-    image = open_image(path)
-    need(image.format in ("PNG", "TIFF") and len(image.getbands()) == 1 and image.mode != "F",
-         f"{path} is a {image.mode} {image.format}; expected class indices, PNG or TIFF (JPEG "
-         f"changes them where they meet): make it again from the source")
-    if canvas:
-        image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
-    return np.array(image).astype(np.int64)
 
 
 # ---- HHA: depth as disparity, height and angle with gravity ----
@@ -977,51 +968,71 @@ def find_gravity(N):
 # ---- files by their names ----
 
 def find_images(where, suffixes=PICTURE_SUFFIXES):
-    """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
-    what the stars stand for, joined by _."""
+    """Finds the images of a folder, or of a pattern with stars.  Returns {name: path}, sorted.
+
+    The name of an image in a folder is its stem.  The name of an image of a pattern is what the
+    stars stand for, joined by _.  Hidden files are left out."""
     files, where = {}, Path(where).as_posix()
     folder, parts = where, [f"{where}/", ""]
     if "*" in where and not os.path.isdir(where):
         parts = where.split("*")
         folder = os.path.dirname(parts[0]) or "."
-    need(os.path.isdir(folder), f"no folder {folder}; expected images in it; {TREE}")
+    need(os.path.isdir(folder), f"no folder {folder}, where images were looked for; "
+         f"{list_contents(folder)}; {TREE}")
     form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
-    for path in sorted(glob.glob("*".join(map(glob.escape, parts)))):   # no hidden ones
+    for path in sorted(glob.glob("*".join(map(glob.escape, parts)))):
         if os.path.splitext(path)[1].lower() not in suffixes:
             continue
         name = "_".join(form.fullmatch(path.replace(os.sep, "/")).groups())
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
         if folder == where:
             name = os.path.splitext(name)[0]
-        need(name not in files, f"{path}, {files.get(name)}: one name; expected one file for each")
+        need(name not in files, f"{path} and {files.get(name)} have the same name {name!r}; remove "
+             f"one of the two files")
         files[name] = path
-    need(files, f"no image (of {', '.join(suffixes)}) under {where}, but {folder} has "
-         f"{sorted(os.listdir(folder))[:2]}; {TREE}")
+    need(files, f"no image under {where}, where {', '.join(suffixes)} were looked for; "
+         f"{list_contents(folder)}; {TREE}")
     return dict(sorted(files.items()))
 
 
+def list_contents(path, most=4):
+    """Says what is in a folder; if the folder does not exist, what is in the nearest one above."""
+    folder = Path(path)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    names = sorted(os.listdir(folder))
+    if not names:
+        return f"{folder} is empty"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{folder} has {', '.join(names[:most])}{more}"
+
+
 def pair_names(files1, files2, where, strict):
-    """The names that both have, and those that one has alone: refused if strict, or if all are."""
-    both, lonely = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
-    if lonely and (strict or not both):
-        first = [name for name in lonely if name in files1][:2]
-        second = [name for name in lonely if name in files2][:2]
-        raise BadInput(f"{len(lonely)} names are in only one of {where[0]} {first} and {where[1]} "
-                       f"{second}, {len(both)} in both; expected equal names: remove or rename the "
-                       f"others, or with custom give patterns like --data1 'chips/*_A.tif', whose "
-                       f"stars stand for what is equal")
-    return both, lonely
+    """Returns the names that are in both of two {name: path}, and the names that are in only one.
+
+    Refuses names that are in only one if strict is true, or if no name is in both."""
+    both, unpaired = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
+    if unpaired and (strict or not both):
+        first = [name for name in unpaired if name in files1][:2]
+        second = [name for name in unpaired if name in files2][:2]
+        raise BadInput(f"{len(unpaired)} images have no partner: under {where[0]} {first}, under "
+                       f"{where[1]} {second}; {len(both)} names are in both.  The two images of a "
+                       f"pair need equal names: rename or remove the others.  If the names differ "
+                       f"by a fixed part, give patterns, such as --data1 'chips/*_A.tif' --data2 "
+                       f"'chips/*_B.tif'; the stars stand for the equal part")
+    return both, unpaired
 
 
 # ---- readers ----
 
-def read_mask(path):
-    return read_label(path)
+TIFF_SUFFIXES = (".tif", ".tiff")
+IMAGE_TIFFS = ("MINISBLACK", "RGB", "YCBCR")    # photometric kinds
+INDEX_TIFFS = ("MINISBLACK", "PALETTE")
 
 
 @contextlib.contextmanager
-def reading(path, kind, remedy="copy or download it again"):
-    """What fails inside becomes a BadInput that names the file."""
+def reading(path, kind, remedy="copy or download it again, or take it out"):
+    """Turns every error inside into a BadInput that names the file, the reason and the remedy."""
     try:
         yield
     except BadInput:
@@ -1029,16 +1040,16 @@ def reading(path, kind, remedy="copy or download it again"):
     except Exception as error:                  # a damaged file raises nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         if isinstance(error, FileNotFoundError):
-            remedy = "give a file that exists"
-        if "imagecodecs" in str(error):         # LZW, zstd, JPEG, predictor 3
+            remedy = f"give a file that exists: {list_contents(path)}"
+        if "imagecodecs" in str(error):         # LZW of several bands, zstd, JPEG, predictor 3
             remedy = "pip install imagecodecs, or save it without compression"
-        if isinstance(error, Image.DecompressionBombError):
-            remedy = "cut it into tiles, or save it as npy"
         raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
 
 
 def open_image(path):
-    """A Pillow image, upright, with its pixels read; no other format can start a program."""
+    """Opens an image with Pillow, turns it upright and reads its pixels.
+
+    Only these four formats are tried, because others (EPS) start a program."""
     with reading(path, "an image"):
         image = Image.open(path, formats=("PNG", "JPEG", "JPEG2000", "TIFF"))
         image.load()
@@ -1046,86 +1057,184 @@ def open_image(path):
         return image
 
 
-def read_image(path):
-    """png, jpg, jp2, tif or npy -> CxHxW array in its own dtype; of RGBA, the RGB."""
+def read_image(path, indices=False):
+    """Reads png, jpg, jp2, tif or npy as a CxHxW array in its own type; of RGBA it keeps the RGB.
+
+    indices: True for masks; an image with a palette then gives its indices, not its colours."""
     suffix = os.path.splitext(path)[1].lower()
-    need(os.path.isfile(path), f"no file {path}; `python data.py check` lists what is missing")
-    if suffix in (".tif", ".tiff"):
-        return read_tiff(path)
-    if suffix == ".npy":
+    if suffix in TIFF_SUFFIXES:
+        a = read_tiff(path, INDEX_TIFFS if indices else IMAGE_TIFFS)
+    elif suffix == ".npy":
         with reading(path, "a numpy array"):
             a = np.load(path, allow_pickle=False)
     else:
         image = open_image(path)
-        # Pillow takes GeoNRW's fourth band, near infrared, for alpha: dropped, never blended in
-        a = np.array(image.convert(PILLOW_MODES.get(image.mode, image.mode)))
-    a = checked(path, a)
-    if a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
-        a = a.transpose(2, 0, 1)                # HxWxC
+        need(image.format == "PNG" or not indices, f"{path} is a {image.format} image; a mask is a "
+             f"PNG, a TIFF or an npy file, because JPEG changes the indices where two classes "
+             f"meet: make the mask again from its source")
+        if not indices:
+            # Pillow takes GeoNRW's fourth band, near infrared, for alpha, which is only dropped
+            image = image.convert(PILLOW_MODES.get(image.mode, image.mode))
+        a = np.array(image)
+    types = "uifb" if indices else "uif"
+    is_image = isinstance(a, np.ndarray) and a.dtype.kind in types and a.ndim in (2, 3) and a.size
+    need(is_image, f"{path} holds {getattr(a, 'dtype', type(a).__name__)} of the shape "
+         f"{np.shape(a)}; expected real numbers of the shape HxW, HxWxC or CxHxW")
+    if suffix not in TIFF_SUFFIXES and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
+        a = a.transpose(2, 0, 1)                # HxWxC; a TIFF says which axes it has
+    need(indices or a.dtype.kind != "f" or np.isfinite(a).any(), f"{path} holds not one finite "
+         f"value; take it out")
     return a.reshape(-1, *a.shape[-2:])
 
 
-def checked(path, a):
-    form = f"{getattr(a, 'dtype', type(a).__name__)} of {np.shape(a)}"
-    need(isinstance(a, np.ndarray) and a.dtype.kind in "uif" and a.ndim in (2, 3) and a.size > 0,
-         f"{path} holds {form}; expected real numbers, HxW, HxWxC or CxHxW")
-    return a
+def read_tiff(path, kinds):
+    """Reads a TIFF of one of these photometric kinds as CxHxW in its own type; skips overviews.
 
-
-def read_tiff(path):
-    """A TIFF of any number of bands, overviews aside -> CxHxW in its own dtype; no data is NaN."""
+    Pixels with the no-data value of the header become NaN, which makes the array float."""
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
         image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
         page, axes, shape = image.keyframe, image.axes, image.shape
         kind = page.photometric.name
-        need(not others and kind in ("MINISBLACK", "RGB", "YCBCR"), f"{path} holds "
-             f"{1 + len(others)} {kind} images; expected one, MINISBLACK or RGB: convert it")
-        # a page a row, as tifffile.imwrite writes HxWxC, looks like many low bands
+        need(not others and kind in kinds, f"{path} holds {1 + len(others)} of the kind {kind}; "
+             f"expected one image of the kind {' or '.join(kinds)}: convert the file")
+        need(len(shape) in (2, 3), f"{path} has the shape {shape}; expected HxW, or one such image "
+             f"for each band: save each time or depth to a file of its own")
+        # Written by tifffile.imwrite, HxWxC can look like many bands with few rows.
         need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]),
-             f"{path} of {shape} could be HxWxC or CxHxW; save it with its bands first")
-        a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
-        a = checked(path, a.reshape(-1, *a.shape[-2:]))
+             f"{path} of the shape {shape} could be HxWxC or CxHxW; save it with its bands first")
+        a = np.moveaxis(decode_tiff(path, image), (axes.index("Y"), axes.index("X")), (-2, -1))
+        a = a.reshape(-1, *a.shape[-2:])
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
         if kind == "RGB" and set(page.extrasamples) & {1, 2}:
-            a = a[:3]                           # without alpha, as of a png
-        if 42113 in page.tags:                  # GDAL's
+            a = a[:3]                           # alpha is dropped, as that of a png
+        if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
             a = a.astype(np.result_type(a, np.float32))
             a[np.isclose(a, nodata, rtol=1e-6, atol=0)] = np.nan
         return a
 
 
+def decode_tiff(path, series):
+    """Returns the pixels of a TIFF's series.
+
+    Without imagecodecs, tifffile cannot decode LZW, which is common in maps.  Pillow can, but it
+    reads only one band, or three of 8 bits; where it reads less, the first error stands."""
+    try:
+        return series.asarray()
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        with contextlib.suppress(OSError):      # Pillow cannot decode it either
+            a = np.array(Image.open(path, formats=["TIFF"]))
+            if a.shape == series.shape:
+                return a.astype(series.dtype)   # Pillow widens 16 bits with a sign to 32
+        raise
+
+
 def read_band(path):
-    """A TIFF of one band -> 1xHxW."""
-    a = read_tiff(path)
-    need(len(a) == 1, f"{path} holds {len(a)} bands; expected one: a file for each band")
+    """Reads an image of one band as 1xHxW."""
+    a = read_image(path)
+    need(len(a) == 1, f"{path} holds {len(a)} bands; expected one band: a file for each band")
     return a
 
 
+def read_mask(path):
+    """Reads a mask as HxW int64, as it is stored: an image with a palette gives its indices.
+
+    -1 is no label: the no-data value that the header declares, NaN, and every negative value."""
+    a = read_image(path, indices=True)
+    need(len(a) == 1, f"{path} has {len(a)} channels; expected one channel with the index of a "
+         f"class in each pixel: make the mask again, without colours")
+    if a.dtype.kind == "f":
+        a = np.where(np.isfinite(a), a, -1)
+    with np.errstate(invalid="ignore"):         # beyond 64 bits; refused in the next line
+        mask = a[0].astype(np.int64)
+    need((mask == a[0]).all(), f"{path} holds {a[0][mask != a[0]][:1]}; expected whole numbers, "
+         f"because they are indices of classes: make the mask again from its source")
+    return np.maximum(mask, -1)
+
+
+def read_label(path, canvas=None):
+    """Reads a mask of a task, in which 0 is no label.  canvas: its size (H, W), by the nearest
+    pixel."""
+    mask = np.maximum(read_mask(path), 0)
+    if canvas:
+        image = Image.fromarray(mask.astype(np.int32))
+        mask = np.array(image.resize(canvas[::-1], Image.Resampling.NEAREST)).astype(np.int64)
+    return mask
+
+
+def read_palette(path):
+    """Returns the colours of an image with a palette as a list of (red, green, blue), else []."""
+    with contextlib.suppress(OSError), Image.open(path, formats=("PNG", "TIFF")) as image:
+        if image.mode == "P":
+            return list(map(tuple, np.reshape(image.getpalette(), (-1, 3)).tolist()))
+    return []                                   # also for npy, and for types that Pillow lacks
+
+
+def count_mask_values(files):
+    """Returns {value: (its pixels, the masks that hold it)} of masks {name: path}.
+
+    Refuses masks whose palettes give an index two colours: saved one by one with a palette of
+    their own, masks mean different classes by the same index."""
+    counts, first_use = {}, {}                  # first_use: index -> (its colour, the first file)
+    for path in show_progress(files.values(), "masks"):
+        palette = read_palette(path)
+        values, numbers = np.unique(read_mask(path), return_counts=True)
+        for value, number in zip(values.tolist(), numbers.tolist()):
+            pixels, masks = counts.get(value, (0, 0))
+            counts[value] = pixels + number, masks + 1
+            if 0 <= value < len(palette):
+                colour, file = first_use.setdefault(value, (palette[value], path))
+                need(colour == palette[value], f"index {value} has the colour {colour} in {file}, "
+                     f"but {palette[value]} in {path}, so it does not name one class; save all "
+                     f"masks with one palette, or as grey images of class indices")
+    return dict(sorted(counts.items()))
+
+
+def find_mask_warnings(counts):
+    """Says if the values of masks, as counted, look as if the masks had been resized or JPEGs.
+
+    Both blend the indices of two classes into indices between them, a few pixels of each."""
+    total = sum(pixels for pixels, _ in counts.values())
+    mask_size = total / max((masks for _, masks in counts.values()), default=1)
+    handful = max(10, mask_size / 1000)
+    rare = [value for value, (pixels, masks) in counts.items() if pixels / masks < handful]
+    if len(rare) < 3 or 2 * len(rare) <= len(counts):
+        return []
+    return [f"{len(rare)} of the {len(counts)} values in the masks, such as {rare[:3]}, occur in a "
+            f"handful of pixels of a mask: the masks were probably resized bilinearly, or saved "
+            f"as JPEG.  Make them again from their source, and resize them by the nearest pixel"]
+
+
 def read_lines(path):
-    """The lines of a list that are not empty, without spaces around them."""
+    """Reads the lines of a list, without empty lines and without spaces around a line."""
     with reading(path, "a list in utf-8"):
         lines = unicodedata.normalize("NFC", Path(path).read_text("utf-8-sig")).splitlines()
     lines = [line.strip() for line in lines if line.strip()]
-    need(lines, f"{path} is empty; expected a name a line")
+    need(lines, f"{path} is empty; expected one name per line")
     return lines
 
 
 def read_list(path, names):
-    """A list -> those of the names that its lines begin with, in its order: a line or its first
-    column is a name, or a path to it, `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`."""
-    need(os.path.isfile(path), f"no {path}; expected a list with a name a line, or use --split all")
+    """Reads a list of images.  Returns those of the names that the lines begin with, in order.
+
+    A line, or its first column, is a name or the path of an image with that name, such as
+    `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`."""
+    need(os.path.isfile(path), f"no {path}, a list with one name per line; "
+         f"{list_contents(Path(path).parent)}; write the list, or use --split all")
     lines = {}                                  # by their names
     for line in read_lines(path):
-        name = named_by(line, names) or named_by(re.split(r"[\s,]", line)[0], names)
-        need(name, f"{path}: no image has the name of the line {line!r}; expected a name a line, "
-             f"such as {next(iter(names), '')!r}")
-        need(name not in lines, f"{path} names {name} twice; expected each once")
+        name = match_name(line, names) or match_name(re.split(r"[\s,]", line)[0], names)
+        need(name, f"{path}: no image has the name of the line {line!r}; expected one name per "
+             f"line, such as {next(iter(names), '')!r}")
+        need(name not in lines, f"{path} names {name} twice; remove one of the two lines")
         lines[name] = line
     return list(lines)
 
 
-def named_by(text, names):
+def match_name(text, names):
+    """Returns the one of the names that a text is, or whose path the text is; else None."""
     frame = re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", text))
     forms = text, frame, frame.replace("/", "-"), os.path.splitext(os.path.basename(text))[0]
     return next((name for name in forms if name in names), None)
@@ -1137,8 +1246,8 @@ def refuse(strict, lonely, root, where):
 
 
 def list_folders(folder, names=".*"):
-    """The folders in a folder whose names match, sorted."""
-    need(os.path.isdir(folder), f"no folder {folder}; {TREE}; {SCENES}")
+    """Returns the names of the folders in a folder that match a pattern, sorted."""
+    need(os.path.isdir(folder), f"no folder {folder}; {list_contents(folder)}; {TREE}; {SCENES}")
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries
                       if re.fullmatch(names, entry.name) and entry.is_dir())
@@ -1219,12 +1328,22 @@ def epoch_batches(n, batch_size, seed, epoch):
 
 
 def check_mask(path, label, image_size, num_classes):
-    """A mask HxW is as large as its image and holds 0 (unlabelled) to num_classes."""
+    """Refuses a mask HxW of another size than its image, or with labels beyond 0 to num_classes.
+
+    0 is no label.  Data sets that begin with class 0 have 255 for no label; if 0 and 255 occur
+    beside each other, 0 is a class, and writing 0 for 255 alone would take that class away."""
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
     need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
-         f"{tuple(image_size)}; expected equal sizes")
+         f"{tuple(image_size)}; make the mask again for this image")
+    remedy = "write 0 for them, or take the mask out"
+    if high == 255 and (label == num_classes).any():
+        remedy = "write 0 for 255"
+    elif high == 255 and low == 0:
+        remedy = "classes begin at 0 here: add 1 to the others, then write 0 for 255"
+    elif high == 255:
+        remedy = "write 0 for 255; if classes begin at 0 here, add 1 to the others first"
     need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}; "
-         f"expected 0 (unlabelled) to {num_classes}; for 255 write 0")
+         f"expected 0 (no label) to {num_classes}: {remedy}")
 
 
 # ---- what the network sees ----
@@ -1245,64 +1364,184 @@ def make_visible(x, row):
     return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
 
 
-# what x beyond the range was clipped to, how much of it is normal, and the likely cause of more
+# Values of a modality that are clipped: what clipping makes of them in x, the share of them that is
+# normal, where they lie, and what to check if there are more, or if nearly all values are equal.
 BEYOND = {
-    "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m: is --depth-unit {{unit:g}} right?"),
-    "sar": ((0, 1), 0.25, "beyond 2 standard deviations: are the files in dB?"),
-    "ms": ((1,), 0.05, "above reflectance 1: are the files reflectance x 10000?"),
-    "custom": ((0, 1), 0.05, "beyond 3 standard deviations: is a `no data` value among them?")}
+    "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m", "is --depth-unit right?"),
+    "sar": ((0, 1), 0.25, "beyond 2 standard deviations", "are the files in dB?"),
+    "ms": ((1,), 0.05, "above reflectance 1", "are the files reflectance x 10000?"),
+    "measured": ((0, 1), 0.05, "beyond 3 standard deviations",
+                 "are a few values far too large, or are these not the files that were measured?")}
+UNITS = {"sar": "dB", "ms": "reflectance x 10000", "dem": "m", "depth": "m", "rgb": "of 255",
+         "aerial": "of 255", "hha": "of 255"}
 
 
-def ends_of(row, band):
-    """What x = 0 and x = 1 are in the unit of the files, and the unit."""
-    modality = row["name"]
+def find_ends(row, band):
+    """Returns what x = 0 and x = 1 are in the unit of the files."""
     if row.get("raw_mean"):
         mean, std = row["raw_mean"][band], row["raw_std"][band]
-        return mean - 3 * std, mean + 3 * std, ""
-    if modality == "sar":
+        return mean - 3 * std, mean + 3 * std
+    if row["name"] == "sar":
         mean, std = SSL4EO_S1[row["bands"][band]]
-        return mean - 2 * std, mean + 2 * std, "dB"
-    return {"depth": (0, MAX_DEPTH, "m"), "ms": (0, 1, "reflectance"),
-            "dem": (0, 1, "of the patch's range")}.get(modality, (0, 255, "of 255"))
+        return mean - 2 * std, mean + 2 * std
+    return {"depth": (0, MAX_DEPTH), "ms": (0, 10000)}.get(row["name"], (0, 255))
+
+
+def look_at(data, indices, most=2000):
+    """Reads some samples.  Returns for each modality CxP values of x in [0, 1], CxP values in the
+    unit of the files (NaN: missing) or None, and the width / height of its images.
+
+    Only Packed does not keep what the files held.  P: at most 2,000 pixels of each image."""
+    seen, stored, ratios = ([], []), ([], []), ([], [])
+    for i in indices:
+        for values, views in zip(seen, data[i]):
+            for x in views if isinstance(views, list) else [views]:
+                values.append(take_pixels(to_unit_range(x).numpy(), most))
+        for m, a in enumerate(data.read_raw(i) if hasattr(data, "read_raw") else ()):
+            ratios[m].append(a.shape[2] / a.shape[1])
+            stored[m].append(take_pixels(a, most))
+    seen = [np.concatenate(values, 1) for values in seen]
+    stored = [np.concatenate(values, 1) if values else None for values in stored]
+    return seen, stored, ratios
+
+
+def take_pixels(a, most):
+    """CxHxW -> CxP, evenly spread; an odd step, or powers of two would meet only a few columns."""
+    step = a[0].size // most | 1
+    a = a.reshape(len(a), -1)[:, ::step].astype(float)
+    return np.where(np.isfinite(a), a, np.nan)
 
 
 def describe_inputs(data, indices):
-    """Of some samples, band by band, percentiles in the unit of the files, and mean and std of x in
-    [0, 1] beside the normaliser's: a table's lines, and one for each thing that looks wrong."""
-    table = [f"{'seen':20s}       1 %    median      99 %  clipped  mean   std (normaliser's)"]
-    warnings, pixels = [], ([], [])
-    for i in indices:
-        for parts, views in zip(pixels, data[i]):
-            for view in views if isinstance(views, list) else [views]:
-                x = to_unit_range(view).flatten(1)
-                parts.append(x[:, ::max(1, x.shape[1] // 2000)])  # some of them
-    for row, parts in zip(data.inputs, pixels):
-        modality, x = row["name"], torch.cat(parts, 1).double().numpy()  # CxP
-        kind = "custom" if row.get("raw_mean") else modality
-        ends, normal, cause = BEYOND.get(kind, ((), 0, "are they images of 8 bits?"))
-        cause = cause.format(unit=getattr(data, "depth_unit", 1000))
-        clipped = np.isin(x, ends)
-        for c, name in enumerate(row["bands"]):
-            zero, one, unit_name = ends_of(row, c)
-            low, half, high = zero + np.percentile(x[c], (1, 50, 99)) * (one - zero)
-            table.append(f"{modality + ' ' + name:20s} {low:9.4g} {half:9.4g} {high:9.4g} "
-                         f"{clipped[c].mean():8.1%} {x[c].mean():5.3f} {x[c].std():5.3f} "
-                         f"({row['mean'][c]:.3f} {row['std'][c]:.3f})  {unit_name}")
-        quarter, half, three = np.percentile(x, (25, 50, 75))
-        if clipped.mean() > normal:
-            warnings.append(f"{modality}: {100 * clipped.mean():.0f} % {cause}")
-        elif three - quarter < 0.002 or modality == "depth" and half < 0.03:
-            warnings.append(f"{modality}: half of the values lie from {quarter:.4f} to {three:.4f} "
-                            f"of the range: {cause.rpartition(': ')[2]}")
+    """Describes what the network will see of some samples.
+
+    Returns the lines of a table, one for each band: percentiles in the unit of the files, shares,
+    mean and std of x in [0, 1] beside the normaliser's; and one line for each thing that looks
+    wrong."""
+    seen, stored, ratios = look_at(data, indices)
+    table = [f"{'seen':22s}       1 %    median      99 %  missing  clipped   mean   std "
+             f"(normaliser's)  unit"]
+    warnings = []
+    for m, (row, x, raw) in enumerate(zip(data.inputs, seen, stored)):
+        label = row["name"]
+        if data.inputs[0]["name"] == data.inputs[1]["name"]:
+            label += f" {m + 1}"
+        table += [describe_band(label, row, band, x, raw) for band in range(len(x))]
+        warnings += warn_of_values(label, row, x)
+        warnings += warn_of_bands(label, row, x, raw, m + 1)
+    uneven = [i for i, one, two in zip(indices, *ratios) if abs(math.log(one / two)) > 0.05]
+    if uneven:
+        warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {data.ids[uneven[0]]}, "
+                        f"have images of two shapes (width / height), of which one is squeezed to "
+                        f"the other: cut them to the same scene")
     return table, warnings
 
 
+def describe_band(label, row, band, x, raw):
+    """Returns the table's line of one band."""
+    zero, one = find_ends(row, band)
+    values, missing = zero + x[band] * (one - zero), ""
+    if raw is not None:
+        stored = raw[min(band, len(raw) - 1)]   # one channel stands for three that are equal
+        missing = f"{np.isnan(stored).mean():.1%}"
+        if row["name"] != "depth":              # files hold steps, the table metres
+            values = stored[np.isfinite(stored)]
+    low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [math.nan] * 3
+    spread = high - low or abs(half)
+    numbers = " ".join(f"{format_value(value, spread):>9s}" for value in (low, half, high))
+    ends = BEYOND.get("measured" if row.get("raw_mean") else row["name"], ((),))[0]
+    return (f"{label + ' ' + row['bands'][band]:22s} {numbers} {missing:>8s} "
+            f"{np.isin(x[band], ends).mean():8.1%}  {x[band].mean():5.3f} {x[band].std():5.3f} "
+            f"({row['mean'][band]:.3f} {row['std'][band]:.3f})  {UNITS.get(row['name'], '')}")
+
+
+def format_value(value, spread):
+    """Writes a number to about a thousandth of the spread of its band: 0, never -0.00018."""
+    if not 1e-4 < spread < 1e8:
+        return f"{value:.4g}"
+    decimals = max(0, 3 - math.ceil(math.log10(spread)))
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
+def warn_of_values(label, row, x):
+    """Warns if too many values are clipped, or if nearly all are equal: a wrong unit or scale."""
+    kind = "measured" if row.get("raw_mean") else row["name"]
+    ends, normal, where, question = BEYOND.get(kind, ((), 0, "", "are the images of 8 bits?"))
+    clipped = np.isin(x, ends).mean()
+    quarter, half, three = np.percentile(x, (25, 50, 75))
+    if clipped > normal:
+        return [f"{label}: {clipped:.0%} of the values lie {where}: {question}"]
+    near = kind == "depth" and half < 0.03
+    if near or three - quarter < 0.002 and kind != "measured":
+        return [f"{label}: half of the values lie between {quarter:.4f} and {three:.4f} of the "
+                f"range 0 to 1: {question}"]
+    return []
+
+
+def warn_of_bands(label, row, x, raw, m):
+    """Warns of bands with one value, or none; of a value that stands apart; and of bands that the
+    network sees squeezed, because a few values lie far from all others."""
+    warnings, constant, apart, squeezed = [], [], {}, []
+    for c, band in enumerate(row["bands"]):
+        if x[c].min() == x[c].max() and band != "B10":
+            constant.append(band)               # B10, cirrus, is 0 in Level 2A and nearly 0 in 1C
+        elif raw is not None and row.get("raw_mean"):
+            values = raw[c][np.isfinite(raw[c])]
+            value, share = find_far_value(values)
+            if share:
+                apart.setdefault(value, []).append((share, band))
+            low, high = np.percentile(values, (25, 75)) if len(values) else (-1, 1)
+            if high - low < 0.27 * row["raw_std"][c]:  # 1.35 if they are normally distributed
+                squeezed.append((band, low, high, row["raw_std"][c]))
+    if constant:
+        warnings.append(f"{label}: all pixels of {join_names(constant)} have the same value")
+    for value, found in apart.items():
+        bands = join_names([band for _, band in found])
+        warnings.append(f"{label}: {max(found)[0]:.1%} of the pixels of {bands} have the value "
+                        f"{value:.10g}, which stands apart from all others.  If it means that "
+                        f"there is no data, say so: with --nodata{m} {value:.10g} in `data.py "
+                        f"prepare`, with the tag GDAL_NODATA, or with NaN in its place")
+    if squeezed and not apart:
+        _, low, high, std = squeezed[0]
+        low, high, std = (format_value(value, std) for value in (low, high, std))
+        bands = join_names([band for band, *_ in squeezed])
+        warnings.append(f"{label}: a few far values squeeze all others of {bands}: half of the "
+                        f"values lie between {low} and {high}, but the standard deviation is "
+                        f"{std}.  Take the far values out, or take the logarithm of all")
+    if raw is not None and np.isnan(raw).mean() > 0.5:
+        warnings.append(f"{label}: {np.isnan(raw).mean():.0%} of the values are missing")
+    return warnings
+
+
+def find_far_value(values):
+    """Returns the smallest or the largest value, if it repeats and stands apart, and its share.
+
+    Apart: farther from the quartiles of the others than these are from each other, with a gap to
+    the nearest of the others of at least a quarter of that.  No such value: (None, 0)."""
+    for end in (values.min(initial=np.inf), values.max(initial=-np.inf)):
+        others = values[values != end]
+        repeats = len(values) - len(others)
+        if len(others) and repeats >= max(3, 0.0005 * len(values)):
+            quarter, three = np.percentile(others, (25, 75))
+            gap = np.abs(others - end).min()
+            beyond = min(abs(quarter - end), abs(three - end))
+            if three > quarter and gap > (three - quarter) / 4 and beyond > three - quarter:
+                return end, repeats / len(values)
+    return None, 0
+
+
+def join_names(names, most=3):
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def find_warnings(data, n=16):
-    """One line for each thing that looks wrong in what the network will see, from n samples."""
+    """Returns one line for each thing that looks wrong in what the network will see."""
     return describe_inputs(data, spread_evenly(range(len(data)), n))[1]
 
 
 def spread_evenly(indices, n):
+    """Returns n of the indices, evenly spread, or all if there are fewer."""
     return [indices[i] for i in np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)]
 
 
@@ -1639,81 +1878,95 @@ def in_processes(function, jobs, workers, text):
     return show_progress(loader, text)
 
 
-def inspect(dataset, i):
-    """Reads all of a sample.  Returns width / height of its images, for each band the number of
-    pixels without a value and of all, the shapes of its tensors, and what is wrong or None."""
-    ratios, counts, shapes, wrong = [], [], [], None
+def find_problem(dataset, i):
+    """Reads a sample.  Returns what is wrong, or None, and the shapes of its tensors."""
     try:
-        for name, a in dataset.raw(i):
-            there = np.isfinite(a) if name != "depth" else (a > 0) & (a < 65535)
-            counts.append((name, np.array([(~there).sum(), a.size])))
-            need(there.any(), f"{name} has not one finite value")
-            if name in dataset.modalities:
-                ratios.append(a.shape[-1] / a.shape[-2])
-        for x in dataset[i]:
-            shapes.append(tuple(x[0].shape if isinstance(x, list) else x.shape))
-    except Exception as error:                  # an odd file raises nearly anything; list it, too
+        sample = dataset[i]
+    except Exception as error:                  # a damaged file raises nearly anything
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        wrong = f"{dataset.ids[i]}\t{kind}{error}"
-    return ratios, counts, shapes, wrong
+        return f"{kind}{error}", None
+    return None, [tuple(x[0].shape if isinstance(x, list) else x.shape) for x in sample]
 
 
 def check(args):
-    """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
+    """Reads every sample.  Prints a table, warnings and what is bad; draws a contact sheet; writes
+    bad-ids.txt.  Returns how many samples are bad."""
     source, own = args.task or args.scenario, (args.data1, args.data2)
-    need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
+    need(bool(args.task) != bool(args.scenario), "check: give either --scenario or --task")
     need((source == "custom") == all(own) == any(own) and not (all(own) and args.data),
-         "check: expected --data1 and --data2 with --scenario custom, else --data")
+         "check: --data1 and --data2 work only with --scenario custom, where both are needed; "
+         "--data works only with the others")
     root = own if source == "custom" else args.data or f"data/{source}"
     split = args.split or ("train" if args.task else "all")
     custom = dict(augment_as=(args.augment1, args.augment2)) if source == "custom" else {}
     dataset = open_dataset(source, root, args.size, split, args.depth_unit, strict=False, **custom)
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
-    good, uneven, missing, usual = [], [], {}, None
-    bad = [f"{name}\tno partner" for name in dataset.lonely]
-    look = functools.partial(inspect, dataset)
-    results = in_processes(look, range(len(dataset)), args.workers, "check")
-    for i, (ratios, counts, shapes, wrong) in enumerate(results):
-        for name, count in counts:
-            missing[name] = missing.get(name, 0) + count
-        if len(ratios) == 2 and abs(math.log(ratios[0] / ratios[1])) > 0.05:
-            uneven.append(f"{dataset.ids[i]}: {ratios[0]:.2f} and {ratios[1]:.2f}")
-        if wrong:
-            bad.append(wrong)
-        elif usual not in (None, shapes):
-            bad.append(f"{dataset.ids[i]}\tis of {shapes}; expected {usual}, as those before")
+    for note in dataset.notes:
+        print(note)
+    good, usual = [], None
+    bad = [f"{name}\tno partner" for name in dataset.unpaired]
+    find = functools.partial(find_problem, dataset)
+    found = in_processes(find, range(len(dataset)), args.workers, "check")
+    for i, (problem, shapes) in enumerate(found):
+        usual = usual or shapes
+        if not problem and shapes != usual:
+            problem = f"is of the shapes {shapes}; expected {usual}, as those before"
+        if problem:
+            bad.append(f"{dataset.ids[i]}\t{problem}")
         else:
-            usual = shapes
             good.append(i)
     out.mkdir(parents=True, exist_ok=True)
-    table, warnings = describe_inputs(dataset, spread_evenly(good, 200)) if good else ([], [])
-    if uneven:
-        warnings.append(f"{len(uneven)} pairs differ in width / height and are squeezed to one "
-                        f"shape (the first: {uneven[0]})")
-    shares = [f"{name} {none / pixels:.1%}" for name, (none, pixels) in missing.items()]
-    print(*table, f"missing: {', '.join(shares)}", sep="\n")
-    for line in warnings:
-        print(f"warning: {line}")
     if good:
+        few = spread_evenly(good, 200)
+        table, warnings = describe_inputs(dataset, few)
+        print(*table, f"statistics of {len(few)} of {len(dataset)} samples", sep="\n")
+        bad += report_masks(dataset, good, NUM_CLASSES.get(source))
+        for line in warnings:
+            print(f"warning: {line}")
         contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", args.size)
-        print(f"a row a pair, two augmented views of {' and two of '.join(dataset.modalities)}, as "
-              f"the network will see them: {out / 'contact-sheet.png'}")
-    partners = f"of which {len(dataset.lonely)} without a partner"
-    print(f"{len(dataset)} samples read, {len(bad)} bad, {partners}")
-    write_text(out / "bad-ids.txt", "".join(f"{line}\n" for line in bad))
-    reasons = {}                                # words without names and numbers: the first of them
-    for line in bad:
-        words = re.sub(r"\S*[/\d]\S*", "", line.split("\t", 1)[1])
-        reasons.setdefault(words, []).append(line)
-    for lines in reasons.values():
-        print(f"{len(lines):6d} such as {lines[0]}".replace("\t", ": "))
-    if bad:
-        print(f"all of them: {out / 'bad-ids.txt'}")
+        print(f"{out / 'contact-sheet.png'} shows what the network will see: one pair per row, two "
+              f"augmented views of {' and two of '.join(dataset.modalities)}")
+    print(f"{len(dataset)} samples read, {len(bad)} bad, of which {len(dataset.unpaired)} without "
+          f"a partner")
+    report_bad(bad, out / "bad-ids.txt")
     return len(bad)
 
 
+def report_masks(dataset, good, num_classes):
+    """Prints the share of pixels without label, the classes that never occur and what looks wrong.
+    Returns a line if the palettes of the masks contradict each other."""
+    if len(getattr(dataset, "files", ())) < 3:
+        return []
+    files = dataset.files[2]
+    try:
+        counts = count_mask_values({dataset.ids[i]: files[dataset.ids[i]] for i in good})
+    except BadInput as error:
+        return [f"masks\t{error}"]
+    pixels = sum(number for number, _ in counts.values())
+    unlabelled = sum(number for value, (number, _) in counts.items() if value < 1)
+    never = [str(value) for value in range(1, num_classes + 1) if value not in counts]
+    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; of the classes 1 to "
+          f"{num_classes}, {join_names(never, 20) or 'none'} never occur")
+    for line in find_mask_warnings(counts):
+        print(f"warning: {line}")
+    return []
+
+
+def report_bad(bad, file):
+    """Writes lines of name, tab, reason to a file.  Prints each kind of reason and an example."""
+    write_text(file, "".join(f"{line}\n" for line in bad))
+    kinds = {}                                  # reason without names and numbers -> its lines
+    for line in bad:
+        kind = re.sub(r"\S*[/\d]\S*", "", line.split("\t", 1)[1])
+        kinds.setdefault(kind, []).append(line)
+    for lines in kinds.values():
+        print(f"{len(lines):6d} such as {lines[0]}".replace("\t", ": "))
+    if bad:
+        print(f"all of them: {file}")
+
+
 def contact_sheet(dataset, indices, path, size):
-    """A row a pair: the two augmented views of modality 1, then those of modality 2."""
+    """Draws one row per pair: two augmented views of modality 1, then two of modality 2."""
     batches = default_collate([dataset[i][:2] for i in indices])
     draws, columns = Draws(0, len(indices), slice(None)), []
     draws.restart(0)
