@@ -46,7 +46,6 @@ gives (x1, x2, target).  SSL4EO-S12 may also be read raw, without `prepare`: thi
 """
 import argparse
 import contextlib
-import errno
 import functools
 import glob
 import json
@@ -95,14 +94,15 @@ def need(fine, words):
         raise BadInput(words)
 
 
-# ---- one normaliser per modality: what an encoder sees, in whatever it is used for ----
+# ---- normalisers: one per modality, for whatever the images are used for ----
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 S1 = ("VV", "VH")
 S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
-MODALITIES = {                                  # range: what x in [0, 1] is; mean and std of that x
-    # The authors used no statistics for what is seen from above: 0 and 1 change nothing.
+# A row per modality.  range: what 0 to 1 means in x.  mean, std: the normaliser's, for x in [0, 1].
+MODALITIES = {
+    # The authors normalise no modality that is seen from above: mean 0 and std 1 change nothing.
     "sar": dict(name="sar", bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
                 range="dB, 2 % cut in each image and band, mean -+ 2 std of the data set "
                 "(-12.55 -+ 2 x 5.26, -20.19 -+ 2 x 5.91; BigEarthNet: -12.59 -+ 2 x 5.04, "
@@ -113,68 +113,75 @@ MODALITIES = {                                  # range: what x in [0, 1] is; me
     "dem": dict(name="dem", bands=("height",) * 3, **UNCHANGED,
                 range="1st to 99th percentile of the patch"),
     "rgb": dict(name="rgb", bands=("red", "green", "blue"), range="0 to 255", **IMAGENET),
-    # Three channels in [0, 1], so the statistics of the authors, who used ImageNet's for HHA too.
+    # HHA has three channels of 8 bits.  The authors use ImageNet's mean and std for HHA as well.
     "hha": dict(name="hha", bands=("disparity", "height", "angle"), range="0 to 255", **IMAGENET),
-    # Mean and std of SUN RGB-D (2.38 m, 1.24 m).  No reading stands at the mean: 0 once normalised.
+    # Mean and std are SUN RGB-D's: 2.38 m and 1.24 m.  A pixel without a reading gets the mean, so
+    # the pixel is 0 once it is normalised.
     "depth": dict(name="depth", bands=("depth",), range="0 to 10 m, clipped", mean=(0.238,),
                   std=(0.124,)),
 }
-MAX_DEPTH = 10.0                                # m
+MAX_DEPTH = 10.0                                # metres that x = 1 stands for in "depth"
 
 
 def to_unit_range(x):
-    """uint8 -> float32 in [0, 1]; float tensors are there already."""
-    need(x.dtype == torch.uint8 or x.is_floating_point(),
-         f"an image is of {x.dtype}; expected uint8, or float in [0, 1]")
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """Returns x as floats in [0, 1].  x: uint8, or float in [0, 1] already.
 
-
-def check_range(x):
-    """x: uint8, or float in [0, 1], or it is refused; on a GPU the answer would take too long."""
-    if x.is_floating_point() and x.device.type == "cpu" and x.numel():
-        low, high = x.aminmax()                 # NaN if there is one
+    Raises BadInput otherwise.  Only the type is checked on a GPU, because a check of the values
+    would wait for the GPU."""
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    need(x.is_floating_point(), f"the images are {x.dtype}; give uint8, or float in [0, 1]")
+    if x.device.type == "cpu" and x.numel():
+        low, high = x.aminmax()                 # NaN if any value is NaN
         need(low >= -0.001 and high <= 1.001,
-             f"an image holds {low:g} to {high:g}; expected uint8, or float in [0, 1]")
+             f"the images have values from {low:g} to {high:g}; give uint8, or float in [0, 1]")
     return x
 
 
 def normalise(x, row):
-    """(x - mean) / std of the row of MODALITIES, band by band.  x: BxCxHxW in [0, 1]."""
-    x = to_unit_range(check_range(x))
-    mean, std = (torch.tensor(row[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    """Returns (x - mean) / std, channel by channel.  x: BxCxHxW, uint8 or float in [0, 1]; row: of
+    MODALITIES, or of the same form."""
+    x = to_unit_range(x)
+    mean = torch.tensor(row["mean"]).view(-1, 1, 1)                     # Cx1x1
+    std = torch.tensor(row["std"]).view(-1, 1, 1)                       # Cx1x1
     if not mean.any() and (std == 1).all():
         return x
-    return torch.addcmul(move_to(-mean / std, x.device), x, move_to(1 / std, x.device))  # one pass
+    # -mean / std + x / std in one pass over x, because memory bounds the speed
+    return torch.addcmul(move_to(-mean / std, x.device), x, move_to(1 / std, x.device))
 
 
-# ---- augmentations, Sec. 4: batched, on any device, each image with parameters of its own ----
+# ---- augmentations, Sec. 4: batched, on any device; each image draws its own parameters ----
 
-# The paper follows BYOL (Grill et al., 2020, App. B), which treats its two views unequally; Alg. 1
-# has one augment1 for both: solarize has the mean of BYOL's 0 and 0.2, blur the authors' 0.5, and
-# their crops indoors are at least half of the area, lest the modalities show different things.
+# The paper follows BYOL (Grill et al., 2020, App. B).  BYOL augments its two views differently, but
+# Algorithm 1 has one augment1 for both views.  So solarize gets 0.1, the mean of BYOL's 0 and 0.2,
+# and blur gets the authors' 0.5.
 BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
-# Paper: BYOL's crops, 0.08 to 1 of the area; flips both ways for SAR and DEM.  Here: 0.2 to 1, as
-# the authors; seen from above no side is up: all four flip both ways.
+# Paper: BYOL's crops, 0.08 to 1 of the area; flips both ways for SAR and DEM.  Here: 0.2 to 1 of
+# the area, as the authors; flips both ways for all four, because no side is up from above.
 ABOVE = dict(scale=(0.2, 1.0), vflip=True)
+# The authors' crops indoors.  Smaller crops of two modalities would often show different objects.
+INDOORS = dict(scale=(0.5, 1.0))
 AUGMENTATIONS = {
     "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
     # Paper: brightness, contrast, saturation, hue.  Here: the first two; 13 bands have no hue.
     "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),
     "aerial": dict(**ABOVE, **BYOL),
     "dem": ABOVE,                               # Sec. 4: crop and flips
-    "rgb": dict(scale=(0.5, 1.0), **BYOL),
-    "hha": dict(scale=(0.5, 1.0)),              # Sec. 4: crop and horizontal flip only
-    "depth": dict(scale=(0.5, 1.0)),            # not in the paper: as HHA
-    # One's own images of other kinds, with any number of channels.
-    "photo": dict(scale=(0.5, 1.0), **BYOL),    # one side is up
+    "rgb": dict(**INDOORS, **BYOL),
+    "hha": INDOORS,                             # Sec. 4: crop and horizontal flip only
+    "depth": INDOORS,                           # not in the paper: the same as HHA
+    # One's own images that are none of these, with any number of channels.
+    "photo": dict(**INDOORS, **BYOL),           # one side is up
     "overhead": ABOVE,                          # seen from above
 }
 
 
 class Draws:
-    """Uniform random numbers for the images of the global batch, of which a process takes its rows.
-    One CPU generator, seeded anew at each step: what a sample looks like depends on (seed, step)
-    and on its place in the global batch, never on processes, workers, device or restarts."""
+    """Draws uniform random numbers for the images of the global batch; a process takes its rows.
+
+    One CPU generator is seeded anew at each step.  So the augmentation of an image depends on the
+    seed, the step and the image's place in the global batch, and on nothing else: not on the
+    number of processes or workers, the device, or a restart."""
 
     def __init__(self, seed, batch_size, rows):
         self.seed, self.batch_size, self.rows = seed, batch_size, rows
@@ -183,34 +190,39 @@ class Draws:
         self.generator = torch.Generator().manual_seed(mix_seeds(self.seed, step))
 
     def __call__(self, n):
-        return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]  # Bxn in [0, 1)
+        """Returns n numbers in [0, 1) for each image, Bxn."""
+        return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]
 
 
 def mix_seeds(*numbers):
+    """Returns one seed of 63 bits that depends on all the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def augment(x, row, size, draws):
-    """augment1, augment2 of Alg. 1: BxCxHxW, uint8 or float in [0, 1] -> BxCxSxS, normalised."""
-    has = AUGMENTATIONS[row["name"]]
-    x = random_resized_crop(check_range(x), size, has["scale"], draws, has.get("vflip"))
-    if "gray_p" in has:
-        x = random_colour(x, has.get("jitter", (0, 0, 0, 0)), has.get("jitter_p", 0),
-                          has["gray_p"], draws)
-        x = random_blur(x, has["blur_p"], draws)
-    if "solarize_p" in has:
-        x = random_solarize(x, has["solarize_p"], draws)
+    """Returns one augmented view of each image: augment1 and augment2 of Algorithm 1.
+
+    x: BxCxHxW, uint8 or float in [0, 1]; row: of MODALITIES.  Returns BxCxSxS, normalised."""
+    settings = AUGMENTATIONS[row["name"]]
+    x = random_resized_crop(x, size, settings["scale"], draws, settings.get("vflip"))
+    if "gray_p" in settings:
+        x = random_colour(x, settings.get("jitter", (0, 0, 0, 0)), settings.get("jitter_p", 0),
+                          settings["gray_p"], draws)
+        x = random_blur(x, settings["blur_p"], draws)
+    if "solarize_p" in settings:
+        x = random_solarize(x, settings["solarize_p"], draws)
     return normalise(x, row)
 
 
 def resize_and_normalise(x, row, size):
-    """What an encoder sees without augmentation: all of BxCxHxW -> BxCxSxS, normalised."""
+    """Returns what an encoder sees without augmentation: whole images, BxCxHxW -> BxCxSxS."""
     return normalise(resize(to_unit_range(x), (size, size)), row)
 
 
 def draw_boxes(B, H, W, scale, draws):
-    """Boxes of `scale` of the area, of log-uniform aspect ratio, half mirrored: the first of
-    ten tries that fits, as torchvision, or the largest.  Top, left, height, width, flip: Bx1."""
+    """Draws a box per image: its share of the area uniform in `scale`, its aspect ratio log-uniform
+    in [3/4, 4/3].  Like torchvision: of ten random boxes, the first that fits into the image; if
+    none fits, the largest centred one.  Returns top, left, height, width, mirrored: each Bx1."""
     u, ratio = draws(23).double(), (3 / 4, 4 / 3)                       # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
@@ -227,59 +239,75 @@ def draw_boxes(B, H, W, scale, draws):
 
 
 def random_resized_crop(x, size, scale, draws, vflip=False):
-    """The box of `random_boxes` of each image, resized; with vflip half of them upside down."""
+    """Returns a random box of each image, resized to SxS.  Half of the boxes are mirrored; with
+    vflip, half are turned upside down."""
     B, _, H, W = x.shape
-    top, left, h, w, mirrored = draw_boxes(B, H, W, scale, draws)     # Bx1 each
+    top, left, h, w, mirrored = draw_boxes(B, H, W, scale, draws)       # Bx1 each
     upside_down = draws(1) < 0.5 if vflip else torch.zeros(B, 1, dtype=bool)
     boxes = torch.cat((top, left, h, w, upside_down, mirrored), 1)      # Bx6
-    if x.device.type == "cpu":                  # here a loop over torch's sparse filter is faster
-        return torch.cat([resize_box(image[None], size, *box)
-                          for image, box in zip(x, boxes.long().tolist())])
+    if x.device.type == "cpu":
+        return crop_in_turn(x, size, boxes)
+    return crop_at_once(x, size, boxes)
+
+
+def crop_in_turn(x, size, boxes):
+    """Crops, resizes and flips image by image.  For a CPU: there F.interpolate, which skips the
+    zeros of the filters, is faster than the matrix products of crop_at_once."""
+    crops = torch.empty(*x.shape[:2], size, size)                       # BxCxSxS
+    for i, box in enumerate(boxes.long().tolist()):
+        top, left, h, w, upside_down, mirrored = box
+        crop = to_unit_range(x[i:i + 1, :, top:top + h, left:left + w])
+        crop = resize(crop, (size, size))                               # 1xCxSxS
+        if upside_down:
+            crop = crop.flip(2)
+        if mirrored:
+            crop = crop.flip(3)
+        crops[i] = crop[0]
+    return crops
+
+
+def crop_at_once(x, size, boxes):
+    """Gives the same crops by two matrix products per batch.  For a GPU: crop_in_turn would launch
+    many small kernels per image."""
+    H, W = x.shape[2:]
     top, left, h, w, upside_down, mirrored = move_to(boxes.float(), x.device).split(1, 1)
-    Wx, Wy = make_triangle_filter(left, w, W, size), make_triangle_filter(top, h, H, size)  # BxSxW, BxSxH
-    Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
+    Wy = make_triangle_filter(top, h, H, size)                          # BxSxH
+    Wx = make_triangle_filter(left, w, W, size)                         # BxSxW
     Wy = torch.where(upside_down[..., None] > 0, Wy.flip(1), Wy)
-    return filter_separably(to_unit_range(x), Wy, Wx)                                   # BxCxSxS
-
-
-def resize_box(image, size, top, left, h, w, upside_down, mirrored):
-    box = resize(to_unit_range(image[:, :, top:top + h, left:left + w]), (size, size))
-    if upside_down:
-        box = box.flip(2)
-    if mirrored:
-        box = box.flip(3)
-    return box
+    Wx = torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx)
+    return filter_separably(to_unit_range(x), Wy, Wx)                   # BxCxSxS
 
 
 def resize(x, size):
+    """Returns x, BxCxHxW, resized to (height, width): bilinear, antialiased."""
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 def make_triangle_filter(start, length, n_in, n_out):
-    """Weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out."""
+    """Returns weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out, as
+    `resize` does.  start, length: Bx1."""
     pixel, step = torch.arange(n_in, device=start.device), length / n_out  # n_in, Bx1
     centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
     distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
     weight = (1 - distance).clamp(min=0)
-    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]  # in part: too
+    # A pixel that lies only partly inside [start, start + length) counts as well.
+    weight = weight * ((pixel > start - 1) & (pixel < start + length))[:, None]
     return (weight / weight.sum(-1, keepdim=True)).float()
 
 
 def filter_separably(x, Wy, Wx):
-    """Filter the columns with Wy: BxSyxH and the rows with Wx: BxSxxW.  x: BxCxHxW -> BxCxSyxSx.
-    The channels lie side by side: a filter broadcast over them would be copied for each."""
-    B, C, H, W = x.shape
-    x = Wy @ x.transpose(1, 2).reshape(B, H, C * W)                     # BxSyxCW
-    x = x.view(B, -1, W) @ Wx.mT                                        # BxSyCxSx
-    return x.view(B, -1, C, Wx.shape[1]).transpose(1, 2).contiguous()
+    """Filters the columns with Wy, BxS'xH, and the rows with Wx, BxSxW.  BxCxHxW -> BxCxS'xS."""
+    return Wy[:, None] @ x @ Wx[:, None].mT
 
 
 def random_colour(x, jitter, jitter_p, gray_p, draws):
-    """Brightness, contrast, saturation and hue jitter, then grayscale, for any number of channels.
-    They fold into one affine map of each image.  Brightness b and contrast c are x -> c b x +
-    (1 - c) b m with m the image's mean luma; saturation s blends with the luma; hue turns the
-    colour about the grey axis, which is linear, where HSV's hue is not; grayscale is s = 0.
-    Paper: BYOL draws the order of the four, gray last.  Here: this order, so that they fold."""
+    """Jitters brightness, contrast, saturation and hue, then makes some images grey; for any number
+    of channels.
+
+    All of it folds into one affine map per image.  Brightness b and contrast c are x -> c b x +
+    (1 - c) b m, where m is the mean luma of the image.  Saturation s blends x with its luma.  Hue
+    turns colours about the grey axis, which is linear (HSV's hue is not).  Grayscale is s = 0.
+    Paper: BYOL jitters in a random order.  Here: in this order, because only then they fold."""
     C, shape = x.shape[1], x.shape
     u = draws(6)                                                        # Bx6
     jittered = (u[:, :1] < jitter_p).float()
@@ -297,7 +325,8 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
 
 
 def make_hue_rotation(angle):
-    """Bx3x3: turns colours by `angle` (B, radians) about the grey axis (1, 1, 1), red to green."""
+    """Returns Bx3x3 matrices that turn colours by `angle` (B, radians) about the grey axis
+    (1, 1, 1), from red to green."""
     grey = torch.full((3, 3), 1 / 3)                                    # projects on the axis
     turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3 ** 0.5  # a quarter turn
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
@@ -305,23 +334,28 @@ def make_hue_rotation(angle):
 
 
 def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
-    """Gaussian blur of the images that draw it; sigma in pixels at a crop of 224."""
+    """Blurs, in x itself, the images that draw it.  sigma: the Gaussian's, in pixels of a crop of
+    224; smaller crops get a smaller one."""
     u, S = draws(2), x.shape[-1]
-    chosen = (u[:, 0] < blur_p).nonzero()[:, 0]
-    if len(chosen) == 0:
-        return x
+    chosen = (u[:, 0] < blur_p).nonzero()[:, 0]                         # b indices
     width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
     chosen, width = move_to(chosen, x.device), move_to(width, x.device)
     pixel = torch.arange(S, dtype=x.dtype, device=x.device)
     distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
-    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)  # denormals beyond are slow on a CPU
-    G = G / G.sum(-1, keepdim=True)             # cut off at the border and normalised
-    return x.index_copy(0, chosen, filter_separably(x[chosen], G, G))
+    # Beyond 5 sigmas the weights would be denormal numbers, which are slow on a CPU.
+    G = torch.exp(-0.5 * distance ** 2) * (distance < 5)
+    G = G / G.sum(-1, keepdim=True)             # cut off at the border, so normalised per pixel
+    x[chosen] = filter_separably(x[chosen], G, G)
+    return x
 
 
 def random_solarize(x, solarize_p, draws):
-    chosen = move_to(draws(1) < solarize_p, x.device)[..., None, None]    # Bx1x1x1
-    return torch.where(chosen & (x >= 0.5), 1 - x, x)                   # BxCxHxW
+    """Inverts, in x itself, the bright values of the images that draw it."""
+    chosen = (draws(1)[:, 0] < solarize_p).nonzero()[:, 0]              # b indices
+    chosen = move_to(chosen, x.device)
+    drawn = x[chosen]                                                   # bxCxSxS
+    x[chosen] = torch.where(drawn >= 0.5, 1 - drawn, drawn)
+    return x
 
 
 # ---- SSL4EO-S12 and BigEarthNet-MM: Sentinel-1 and Sentinel-2 ----
@@ -600,7 +634,7 @@ class Folders:
         if not self.classes:
             return [x1], [x2]
         path = self.files[2][self.ids[i]]
-        mask = read_mask(path)
+        mask = np.maximum(read_mask(path), 0)
         check_mask(path, mask, raw[0].shape[1:], self.classes)
         if self.canvases[0]:
             mask = resample(mask[None], self.canvases[0])[0]
@@ -729,7 +763,7 @@ def open_rgbd(root, size, split="all", depth_unit=1000.0, classes=None, strict=T
          f"not yet RGB/ and HHA/.  Run `python data.py prepare --scenario rgbd --data {root}` first")
     for folder in ("RGB", second):
         need((root / folder).is_dir(), f"no {root / folder}; looked for RGB/ and for HHA/ or Depth/, "
-             f"there are {sorted(os.listdir(root))[:6]}.  Rename or link the folders; {TREE}")
+             f"{list_contents(root)}.  Rename or link the folders; {TREE}")
     where = [root / "RGB", root / second]
     if classes:
         where.append(root / ("Label" if (root / "Label").is_dir() else "labels"))
@@ -887,41 +921,43 @@ def read_intrinsics(path):
 # ---- HHA: depth as disparity, height and angle with gravity ----
 
 def hha(depth_m, raw_m, K):
-    """Depth encoded as HHA (Gupta et al., 2014): equal to the authors' MATLAB code.
+    """Encodes depth as HHA (Gupta et al., 2014).  The result equals the authors' MATLAB code.
 
     depth_m   HxW   metres, holes filled
-    raw_m     HxW   what the sensor saw: 0 or NaN takes no part in the fits; or depth_m again
+    raw_m     HxW   what the sensor measured: a pixel of 0 or NaN takes no part in the fits
     K               3x3 camera matrix, or (fx, fy, cx, cy), in pixels
 
     Returns HxWx3 uint8: disparity (31000 / cm, saturates below 1.2 m), height above the lowest
     point (cm, saturates at 2.55 m) and angle of the surface with gravity (38..218 for 0..180
-    degrees).  Raises ValueError for depth not in metres."""
+    degrees).  Raises ValueError if the depth cannot be in metres, or if no pixel has depth."""
     z = 100 * np.nan_to_num(np.asarray(depth_m, float))                # HxW, cm from here on
     if not 0 <= z.min() <= z.max() < 1e4:
-        raise ValueError(f"depth from {z.min() / 100:g} to {z.max() / 100:g}; expected metres "
-                         "from 0 to 100: divide by the units of a metre")
+        raise ValueError(f"depth runs from {z.min() / 100:g} to {z.max() / 100:g} m; expected 0 to "
+                         "100 m; set --depth-unit to the file's steps per metre (1000 for mm)")
     K = np.asarray(K, float)
     fx, fy, cx, cy = K if K.size == 4 else (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
     H, W = z.shape
     u = (np.arange(1, W + 1)[None] - cx) / fx                          # 1xW, X/Z; 1-based pixels
     v = (np.arange(1, H + 1)[:, None] - cy) / fy                       # Hx1, Y/Z
-    m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)
+    m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)              # HxW, 1: takes part
     if not m.any():
         raise ValueError("no pixel has both depth_m and raw_m above 0; expected some valid depth")
-    q = m / np.where(m > 0, z, 1)
-    # integral images, padded for windows of 21
+    q = m / np.where(m > 0, z, 1)                                      # HxW, 1/Z
+    # Integral images of the nine products in the plane fits, padded for windows of 21 pixels.
     sums = [np.pad(a.cumsum(0).cumsum(1), ((11, 10), (11, 10)), "edge")
             for a in (u * u * m, u * v * m, u * m, v * v * m, v * m, m, u * q, v * q, q)]
     for a in sums:
         a[:11] = a[:, :11] = 0
-    N = fit_normals(sums, u, v, z, 10).reshape(3, -1)                          # smooth ones for gravity
+    N = fit_normals(sums, u, v, z, 10).reshape(3, -1)                  # smooth normals, for gravity
     g = find_gravity(N.compress(~np.isnan(N[0]), 1))
     if np.degrees(np.arccos(min(g[1], 1))) <= 0.1:
-        up = -z * v                             # so near the camera's y axis, it counts as that
+        up = -z * v                             # the authors take such a g for the camera's y axis
     else:
         up = -z * (g[0] * u + g[1] * v + g[2])
     lowest = up.min()
-    height = up - (lowest if lowest <= -90 else -130)  # no floor in sight: camera 130 cm high
+    # If the lowest point is less than 90 cm below the camera, the floor is out of sight.  The
+    # camera then counts as 130 cm high.
+    height = up - (lowest if lowest <= -90 else -130)
     cosine = np.einsum("c,chw->hw", g, fit_normals(sums, u, v, z, 3)).clip(-1, 1)
     angle = np.where(np.isnan(cosine), 180, np.degrees(np.arccos(cosine)))
     out = np.stack([31000 / np.maximum(z, 100), height, angle + 128 - 90], -1)  # HxWx3
@@ -929,7 +965,8 @@ def hha(depth_m, raw_m, K):
 
 
 def sum_windows(integral, radius):
-    """Sums over square windows from an integral image padded by 10: (H+21)x(W+21).  Returns HxW."""
+    """Returns HxW sums over square windows of 2 radius + 1 pixels.  integral: (H+21)x(W+21), an
+    integral image with the padding of `hha`."""
     lo, hi = 10 - radius, 11 + radius
     H, W = integral.shape[0] - 21, integral.shape[1] - 21
     rows = integral[hi:hi + H] - integral[lo:lo + H]
@@ -937,30 +974,36 @@ def sum_windows(integral, radius):
 
 
 def fit_normals(sums, u, v, z, radius):
-    """Unit normals 3xHxW of planes a u + b v + c = 1/z fitted to windows; NaN without any pixel."""
+    """Fits a plane a u + b v + c = 1/z to the window around each pixel.  Returns the unit normals,
+    3xHxW; NaN where no pixel of the window takes part."""
     uu, uv, u1, vv, v1, n, uq, vq, q1 = (sum_windows(a, radius) for a in sums)
-    # Least squares by the adjugate of the normal matrix: its determinant would only scale a, b, c.
+    # Least squares by the adjugate of the normal matrix.  Its determinant is left out, because the
+    # determinant would only scale a, b and c.
     A, B, C = vv * n - v1 * v1, u1 * v1 - uv * n, uv * v1 - u1 * vv
     D, E, G = uu * n - u1 * u1, uv * u1 - uu * v1, uu * vv - uv * uv
     N = np.stack([A * uq + B * vq + C * q1, B * uq + D * vq + E * q1, C * uq + E * vq + G * q1])
     length = np.sqrt(np.einsum("chw,chw->hw", N, N))                   # HxW
     length[(n < 0.5) | (length == 0)] = np.nan
-    side = (N[0] * u + N[1] * v + N[2]) * z     # its own point's; without a point, N_z >= 0
+    # The pixel's own point decides the sign of the normal; where it has no depth, N_z >= 0 does.
+    side = (N[0] * u + N[1] * v + N[2]) * z
     length[np.where(side == 0, N[2], side) < 0] *= -1
     N /= length
     return N
 
 
 def find_gravity(N):
-    """Gravity's direction: floors face it, walls stand along it; ten steps from down.  N: 3xP."""
+    """Returns the unit vector of gravity, from normals N (3xP): floors face along gravity, walls
+    stand at right angles to it.  Ten steps, which start from the camera's y axis."""
     g = np.array([0.0, 1.0, 0.0])
     i, j = np.triu_indices(3)
-    products, A = N[i] * N[j], np.empty((3, 3))                         # 6xP, once
+    products, A = N[i] * N[j], np.empty((3, 3))                         # 6xP, the same in all steps
     for limit in np.radians([45] * 5 + [15] * 5):
         s = np.abs(g @ N)
-        weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # +1 wall, -1 floor
+        weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # P: +1 wall, -1 floor
         A[i, j] = A[j, i] = products @ weight                           # the sum of weight n n^T
-        axis = np.linalg.eigh(A)[1][:, 0]       # least along walls, most along floors
+        # The eigenvector of the smallest eigenvalue: nearly at right angles to the normals of
+        # walls, nearly along those of floors.
+        axis = np.linalg.eigh(A)[1][:, 0]
         g = axis if g @ axis >= 0 else -axis
     return g
 
@@ -1240,11 +1283,6 @@ def match_name(text, names):
     return next((name for name in forms if name in names), None)
 
 
-def refuse(strict, lonely, root, where):
-    need(not (strict and lonely), f"{len(lonely)} samples under {root} stand in {where} (the "
-         f"first: {lonely[:1]}); `python data.py check` lists them; complete or remove them")
-
-
 def list_folders(folder, names=".*"):
     """Returns the names of the folders in a folder that match a pattern, sorted."""
     need(os.path.isdir(folder), f"no folder {folder}; {list_contents(folder)}; {TREE}; {SCENES}")
@@ -1289,10 +1327,10 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
 
 
 class Samples:
-    """A data set whose index is (epoch, i), for one loader over all epochs of a run.
+    """Wraps a data set so that its index is (epoch, i): one loader serves all epochs of a run.
 
-    keep: up to 1 GB of decoded samples stay in memory.  SSL4EO-S12 is not kept: its samples change
-    with the epoch, because seasons are drawn."""
+    keep: whether up to 1 GB of decoded samples stay in memory.  SSL4EO-S12 is not kept: its samples
+    change with the epoch, because seasons are drawn."""
 
     def __init__(self, data, keep=False):
         self.data, self.decoded = data, {}
@@ -1311,18 +1349,21 @@ class Samples:
 
 
 def move_views(views, device):
-    """A batch for each of two views, on the device; a single one stands twice, and moves once."""
+    """Moves the images of both views to the device.  If both views are made from one image, the
+    image moves once and is returned twice."""
     views = [move_to(x, device) for x in views]
     return views if len(views) == 2 else [views[0], views[0]]
 
 
-def move_to(x, device):                           # on MPS, a copy not waited for may be torn
+def move_to(x, device):
+    """Copies x to the device.  A copy to CUDA does not wait; a copy to MPS has to, because it may
+    be incomplete otherwise."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def epoch_batches(n, batch_size, seed, epoch):
-    """The data order, n // batch_size x batch_size indices: a permutation of 0..n-1, a function of
-    (seed, epoch) alone, without its last incomplete batch."""
+    """Returns the indices of each batch of an epoch, (n // batch_size) x batch_size: a permutation
+    of 0..n-1 that depends only on seed and epoch.  The last, incomplete batch is left out."""
     order = np.random.default_rng((seed, epoch)).permutation(n)
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
 
@@ -1548,8 +1589,10 @@ def spread_evenly(indices, n):
 # ---- what all five scripts share: files, processes, the command line ----
 
 def write_atomically(path, write):
-    """write(binary file) beside the path, flush, rename: killed, it leaves the old file or the new.
-    Created exclusively: what a link of that name points to stays as it is."""
+    """Calls write(binary file) for PATH.part and then renames the file to PATH.  If the run is killed
+    or the disk is full, PATH keeps what it held before.
+
+    The .part file is created anew, so a symbolic link with its name is not followed."""
     part = Path(f"{path}.part")
     part.unlink(missing_ok=True)
     try:
@@ -1558,22 +1601,23 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:    # torch.save says RuntimeError where a write failed
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and "inline_container" not in str(error):
-            raise
-        raise BadInput(f"{path} cannot be written: is the disk full? What was there before is "
-                       f"whole; make room, then go on") from None
+        # On a full disk torch.save raises a RuntimeError, whose context is the OSError.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if isinstance(reason, OSError) and reason.errno:
+            raise OSError(reason.errno, reason.strerror, str(path)) from None
+        raise
 
 
 def write_text(path, text):
-    """As utf-8; what a file's name holds and utf-8 does not becomes a backslash and its number."""
+    """Writes text as UTF-8.  Characters that UTF-8 cannot encode (they can occur in file names) are
+    written as backslash escapes."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def read_json(path, what):
-    """The object in a json file; `what` it should be is said where it is none."""
+    """Returns the dict in a json file.  what: what the file is, for the message if it is damaged."""
     with reading(path, what):
         value = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(value, dict):
@@ -1582,7 +1626,7 @@ def read_json(path, what):
 
 
 def number(kind, low, high=math.inf):
-    """For argparse's type=: a finite int or float within low..high."""
+    """Returns a function for argparse's type=, which reads a finite int or float in low..high."""
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
@@ -1594,100 +1638,125 @@ def number(kind, low, high=math.inf):
 
 
 def expand_path(text):
-    """For argparse's type=: a file, folder or pattern; ~ is one's home."""
-    if not text:                                # as of a shell's variable that is not set
-        raise argparse.ArgumentTypeError("nothing; expected a name")
+    """Reads a file, folder or pattern, for argparse's type=; ~ stands for the home folder."""
+    if not text:                                # a variable of the shell that is not set gives this
+        raise argparse.ArgumentTypeError("the name is empty; give a file or folder")
     return os.path.expanduser(text)
 
 
 class OnePattern(argparse.Action):
-    """For argparse's action=, with nargs="+": a shell makes a list of a pattern without quotes."""
+    """Refuses several files, for argparse's action= with nargs="+".  Without quotes around a pattern
+    the shell gives the files that match instead of the pattern."""
 
     def __call__(self, parser, args, values, option=None):
         if len(values) > 1:
-            parser.error(f"{option}: {len(values)} files, such as {values[0]}; expected a folder, "
+            parser.error(f"{option} got {len(values)} files, such as {values[0]}; give one folder, "
                          f"or a pattern in quotes: '*.tif'")
         setattr(args, self.dest, values[0])
 
 
 def count_cores():
-    """How many this process may use; a cgroup or Slurm may give it less than the machine has."""
+    """Returns how many cores this process may use.  A cgroup or Slurm may allow fewer cores than
+    the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def choose_workers():
-    """--workers for each process: on CUDA at most 8; a CPU, and MPS, read in the main process."""
+    """Returns the default of --workers: with CUDA the cores per process, at most 8.  Otherwise 0,
+    because workers would take cores from the training."""
     if not torch.cuda.is_available():
         return 0
     return min(8, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def leave_group(worker):
-    """For a loader's worker: a signal to the whole group leaves the main process time to save."""
+    """Moves a DataLoader worker to its own process group.  A signal to the main group (Ctrl-C) then
+    does not stop the worker, so the main process has time to save."""
     if os.name == "posix":
         os.setpgrp()
 
 
 def show_progress(*args, **settings):
-    """tqdm's bar, gone when all is done; where nobody could see it move, news every 30 s."""
+    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal, for example a
+    log file, the bar is printed only every 30 s."""
     if sys.stderr is None or not sys.stderr.isatty():
         settings |= dict(delay=30, mininterval=30, miniters=1, disable=sys.stderr is None)
     return tqdm(*args, **dict(leave=False, dynamic_ncols=True) | settings)
 
 
 def run_main(main):
-    """Exit with what main() returns; with bad input, one line on stderr and exit code 2."""
-    with contextlib.suppress(AttributeError):   # a notebook's stdout; None where it is closed
+    """Exits with the code that main() returns.  If input cannot be used, prints one line on stderr
+    and exits with code 2."""
+    with contextlib.suppress(AttributeError):   # stdout is a notebook's, or None where it is closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)                           # as a shell has it
-    except BrokenPipeError:                     # as of `| head`, who has read enough
+        sys.exit(130)                           # the code that shells use for Ctrl-C
+    except BrokenPipeError:                     # the reader, such as `| head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError, RuntimeError) as error:
-        line = str(error).strip()
-        if "Traceback" in line:                 # of a worker
-            line = line.splitlines()[-1]
-        line = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(line.splitlines()))
-        if "DataLoader worker" in line:
-            line = "a process that reads files was killed: out of memory? Take fewer --workers"
-        elif "stack expects each tensor" in line:
-            line = f"samples differ in size ({line}); take the odd ones out"
-        elif isinstance(error, RuntimeError):
+        line = describe_error(error)
+        if line is None:
             raise
         if sys.stderr is not None:
             sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
 
 
+def describe_error(error):
+    """Returns the line to print for an error, or None if the error is a fault of the code."""
+    text = str(error).strip()
+    if "Traceback" in text:                     # of a worker: the last line holds the message
+        text = text.splitlines()[-1]
+    if "DataLoader worker" in text:             # the cause names the signal that killed the worker
+        text = f"{text}; {error.__cause__}"
+    text = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(text.splitlines()))
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (f"{text.split(' GPU ')[0]}  Give a smaller --batch-size, or in pretraining a "
+                f"narrower --projector")
+    if re.search("Bus error|shared memory|</?torch_", text):
+        return ("/dev/shm, the memory that workers share with the main process, is full; enlarge it "
+                "(docker run --shm-size), or give fewer --workers.  Each worker holds two batches "
+                "there; a batch of 256 pairs of SSL4EO-S12 takes 535 MB")
+    if "DataLoader worker" in text:
+        return "a worker that reads files was killed; if the memory is full, give fewer --workers"
+    if "stack expects each tensor" in text:
+        return f"the samples of a batch differ in size ({text}); give samples of one size"
+    return None if isinstance(error, RuntimeError) else text
+
+
 # ---- made-up scenes: known factors, one in both modalities and one in each alone ----
 
-# A factor is the shape of one kind of object: seen by both sensors, by sensor 1, or by sensor 2.
-# Nothing else may tell scenes apart, or views agree on that instead: all shapes have the same area,
-# position, size and rotation are random, and clutter is small (encoders learned a tint of 5 %).
-# Linear probes, chance 0.25: supervised encoders 0.98 and more, random ones 0.32 to 0.47.
+# A factor is the shape of one kind of object.  Both sensors see the first kind, only sensor 1 sees
+# the second, only sensor 2 sees the third.  Nothing but the objects may identify a scene, because
+# an encoder would learn such a shortcut instead of the shapes (a tint of 5 % was enough).  So all
+# shapes have the same area; position, size and rotation are random; clutter is weak.
+# Accuracy of linear probes: chance 0.25, random encoders 0.32 to 0.47, supervised encoders 0.98 or
+# more.
 SHAPES = ("disk", "ring", "cross", "triangle")
 SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "unique1", "unique2")
                                  for shape in SHAPES))
 
 
 def draw_shape(shape, u, v):
-    """Whether the points u, v (any equal shapes) on a shape's own axes lie in it; its area is 4."""
+    """Returns whether points lie inside a shape of area 4.  u, v: arrays of equal size, coordinates
+    on the shape's own axes."""
     r, a, b = np.hypot(u, v), np.abs(u), np.abs(v)
     return {"disk": r < 1.128, "ring": (r < 1.38) & (r > 0.795),
             "cross": (np.minimum(a, b) < 0.36) & (np.maximum(a, b) < 1.57),
             "triangle": (v < 0.877) & (3 ** 0.5 * a - v < 2 * 0.877)}[shape]  # equilateral
 
 
-def place(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
-    """Class and mask HxW of a shape, or of a random one, centred within rows and columns."""
+def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
+    """Draws an object whose centre lies within rows and columns (shares of H and W).  shape: an
+    index of SHAPES; default: a random one.  Returns that index and the mask, HxW in [0, 1]."""
     shape = int(rng.integers(len(SHAPES))) if shape is None else shape
     y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
     r, turn = rng.uniform(*radii) * H, rng.uniform(0, 2 * np.pi)
-    fine = (np.mgrid[0:2 * H, 0:2 * W] + 0.5) / 2  # two samples a pixel each way: antialiased
+    fine = (np.mgrid[0:2 * H, 0:2 * W] + 0.5) / 2  # 2x2 samples per pixel make smooth edges
     dy, dx = (fine[0] - y) / r, (fine[1] - x) / r
     u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
     mask = draw_shape(SHAPES[shape], u, v)
@@ -1695,27 +1764,30 @@ def place(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
 
 
 def place_three(rng, H, W):
-    """The objects of a room, common, unique1 and unique2: their masks, the label and classes."""
-    common = place(rng, H, W, (0.6, 0.76), (0.25, 0.75))
-    unique = [place(rng, H, W, (0.24, 0.4), (0.2, 0.8)) for _ in range(2)]
-    return labelled(*zip(common, *unique))
+    """Draws the three objects of a room: common, unique1 and unique2.  Returns as make_label."""
+    common = draw_object(rng, H, W, (0.6, 0.76), (0.25, 0.75))
+    unique = [draw_object(rng, H, W, (0.24, 0.4), (0.2, 0.8)) for _ in range(2)]
+    return make_label(*zip(common, *unique))
 
 
 def scatter_three(rng, S):
-    """The same seen from above, each three times, in cells of a 3x3 grid that begins anywhere: an
-    object that stands once is seldom in both views."""
+    """Draws the three kinds of objects for a scene seen from above.  Returns as make_label.
+
+    Each object stands three times, in the cells of a 3x3 grid that begins anywhere, because two
+    random crops seldom share an object that stands only once."""
     masks = np.zeros((3, S, S))
     classes = [int(shape) for shape in rng.integers(len(SHAPES), size=3)]
     square = np.add.outer(rng.permutation(3), rng.permutation(3)) % 3   # 3x3, a Latin square
     for kind, cells in enumerate((0, *rng.integers(1, 3, size=2))):
         for cell in np.argwhere(square == cells):
             rows, columns = ((i / 3 + 0.147, i / 3 + 0.187) for i in cell)
-            masks[kind] += place(rng, S, S, rows, columns, classes[kind], (0.095, 0.115))[1]
-    return labelled(classes, np.roll(masks, rng.integers(S, size=2), (1, 2)).clip(0, 1))
+            masks[kind] += draw_object(rng, S, S, rows, columns, classes[kind], (0.095, 0.115))[1]
+    return make_label(classes, np.roll(masks, rng.integers(S, size=2), (1, 2)).clip(0, 1))
 
 
-def labelled(classes, masks):
-    """Masks HxW, the first in front; label HxW uint8: 0 none, then SCENE_CLASSES + 1; classes."""
+def make_label(classes, masks):
+    """Puts the first of three masks HxW in front of the others.  Returns the masks that remain
+    visible, the label HxW uint8 (1 + index of SCENE_CLASSES) and the classes, indices of SHAPES."""
     front, *behind = masks
     masks = [front, *(mask * (1 - front) for mask in behind)]
     label = np.ones(front.shape, np.uint8)
@@ -1724,36 +1796,41 @@ def labelled(classes, masks):
     return masks, label, tuple(classes)
 
 
-def smooth_noise(rng, H, W, cells):
-    """Clutter: HxW, bicubic between random values in [-1, 1] on a coarse grid."""
+def make_clutter(rng, H, W, cells):
+    """Returns smooth noise HxW in about [-1, 1]: random values on a coarse grid of cells x cells,
+    with bicubic interpolation between them."""
     coarse = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
     return np.array(coarse.resize((W, H), Image.Resampling.BICUBIC))
 
 
-def indoor_scene(rng, H=48, W=64):
-    """A room: an object before the wall, a painting on it (RGB alone), a pane in it (depth alone).
-    Returns rgb HxWx3 uint8, depth HxW uint16 mm, label HxW uint8 and the three classes."""
+def draw_room(rng, H=48, W=64):
+    """Draws an object before a wall, a painting on the wall (only RGB sees it) and a pane in the
+    wall (only depth sees it).  Returns rgb HxWx3 uint8, depth HxW uint16 in mm, label HxW uint8 and
+    the three classes."""
     (m_common, m_paint, m_pane), label, classes = place_three(rng, H, W)
-    rgb = camera(rng, m_common, m_paint, 0.12)
-    z = 3 + 0.03 * smooth_noise(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
+    rgb = photograph(rng, m_common, m_paint, 0.12)
+    z = 3 + 0.03 * make_clutter(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # no reading
     return rgb, (z * 1000).astype(np.uint16), label, classes
 
 
-def camera(rng, m_common, m_paint, clutter):
-    """What a camera sees of two masks HxW: a bright and a dark object on grey.  HxWx3 uint8."""
-    rgb = 0.5 + clutter * np.stack([smooth_noise(rng, *m_common.shape, 6) for _ in range(3)], -1)
+def photograph(rng, m_common, m_paint, clutter):
+    """Returns the photograph, HxWx3 uint8, of two masks HxW: the common object is bright, the
+    painted one is dark, the ground is grey with `clutter`."""
+    rgb = 0.5 + clutter * np.stack([make_clutter(rng, *m_common.shape, 6) for _ in range(3)], -1)
     rgb = rgb + (0.9 - rgb) * m_common[..., None] + (0.1 - rgb) * m_paint[..., None]
     return ((rgb + rng.normal(0, 0.04, rgb.shape)).clip(0, 1) * 255).astype(np.uint8)
 
 
-def satellite_scene(rng, S=48):
-    """From orbit: a village (bright in both), an oil slick (dark in SAR), algae (dark in optical).
-    Returns four seasons of {band: array} as in the files, label SxS uint8 and the classes."""
+def draw_satellite_scene(rng, S=48):
+    """Draws a village (bright for both sensors), an oil slick (dark, only in SAR) and algae (dark,
+    only in optical bands).  Returns four seasons of {band: array} with the values of the files,
+    label SxS uint8 and the three classes."""
     (m_common, m_slick, m_bloom), label, classes = scatter_three(rng, S)
-    clutter1, optical, infrared = (smooth_noise(rng, S, S, 6) for _ in range(3))
-    levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)  # as real
+    clutter1, optical, infrared = (make_clutter(rng, S, S, 6) for _ in range(3))
+    # the mean of each band of S2, about as in real images
+    levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)
     seasons = []
     for _ in range(4):
         light, bands = rng.normal(1, 0.05), {}
@@ -1770,12 +1847,13 @@ def satellite_scene(rng, S=48):
     return seasons, label, classes
 
 
-def aerial_scene(rng, S=48):
-    """From the air: a building (bright, high), a painted square (dark), a pit of no colour (low).
-    Returns rgb SxSx3 uint8, heights SxS float32 m, label SxS uint8 and the three classes."""
+def draw_aerial_scene(rng, S=48):
+    """Draws a building (bright and high), a painted square (dark, only in RGB) and a pit (low, only
+    in heights).  Returns rgb SxSx3 uint8, heights SxS float32 in m, label SxS uint8 and the three
+    classes."""
     (m_common, m_paint, m_pit), label, classes = scatter_three(rng, S)
-    rgb = camera(rng, m_common, m_paint, 0.04)
-    dem = rng.uniform(50, 300) + 0.8 * smooth_noise(rng, S, S, 6) + rng.normal(0, 0.3, (S, S))
+    rgb = photograph(rng, m_common, m_paint, 0.04)
+    dem = rng.uniform(50, 300) + 0.8 * make_clutter(rng, S, S, 6) + rng.normal(0, 0.3, (S, S))
     dem = dem + 7 * (m_common - m_pit)
     return rgb, dem.astype(np.float32), label, classes
 
@@ -1783,7 +1861,7 @@ def aerial_scene(rng, S=48):
 def write_indoor(root, rngs, scenes):
     """The folder form; `scenes` are for training.  Yields (id, classes), as do the next two."""
     for i, rng in enumerate(rngs):
-        *images, classes = indoor_scene(rng)
+        *images, classes = draw_room(rng)
         for folder, image in zip(("RGB", "Depth", "Label"), images):
             save_new(root / folder / f"{i:04d}.png", image, compress_level=1)
         yield f"{i:04d}", classes
@@ -1792,7 +1870,7 @@ def write_indoor(root, rngs, scenes):
 def write_satellite(root, rngs, scenes, S=48):
     """SSL4EO-S12's raw tree, and Label/."""
     for i, rng in enumerate(rngs):
-        seasons, label, classes = satellite_scene(rng, S)
+        seasons, label, classes = draw_satellite_scene(rng, S)
         for day, bands in zip(("0320T101", "0621T102", "0922T103", "1221T104"), seasons):
             date = f"2020{day}{i % 1000:03d}"
             s1 = f"s1/{i:07d}/S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD"
@@ -1806,7 +1884,7 @@ def write_satellite(root, rngs, scenes, S=48):
 def write_aerial(root, rngs, scenes, S=48):
     """GeoNRW's tree: 16 scenes make a tile; those that are not for training lie in a test city."""
     for start in range(0, len(rngs), 16):
-        *images, classes = zip(*(aerial_scene(rng, S) for rng in rngs[start:start + 16]))
+        *images, classes = zip(*(draw_aerial_scene(rng, S) for rng in rngs[start:start + 16]))
         rgb, dem, seg = (np.stack(patches).reshape(4, 4, S, S, -1).swapaxes(1, 2)
                          .reshape(4 * S, 4 * S, -1) for patches in images)
         stem = f"{'aachen' if start < scenes else 'herne'}/{280 + start // 16}_5600"
@@ -2323,7 +2401,7 @@ def prepare_rgbd(root, args):
         need(args.depth_unit is None, "--depth-unit works only with Depth/: SUN RGB-D has its own")
         frames = find_frames(root)
         need(frames, f"no Depth/ and no frame of SUN RGB-D under {root}; looked for Depth/ and "
-             f"SUNRGBD/, there are {sorted(os.listdir(root))[:6]}; {TREE}")
+             f"SUNRGBD/; {list_contents(root)}; {TREE}")
         masks = find_sunrgbd_masks(root, frames)
         jobs = {name: (folder, masks.get(name), name) for name, folder in frames.items()}
         settings, work, bad = "SUN RGB-D", link_frame, {}
