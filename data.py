@@ -46,6 +46,7 @@ gives (x1, x2, target).  SSL4EO-S12 may also be read raw, without `prepare`: thi
 """
 import argparse
 import contextlib
+import errno
 import functools
 import glob
 import json

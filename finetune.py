@@ -42,8 +42,8 @@ from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, BadInput, add_fl
                   count_mask_values, draw_boxes, expand_path, filter_separably, find_images,
                   find_mask_warnings, find_warnings, in_processes, leave_group, make_toy,
                   make_triangle_filter, make_visible, move_to, need, normalise, number,
-                  open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
-                  resize, run_main, show_progress, to_unit_range, write_text)
+                  open_dataset, read_factors, read_json, read_label, read_lines, read_list, read_mask,
+                  reading, resize, run_main, show_progress, to_unit_range, write_text)
 from decur import MITS, branch, mit, start_as_segformer
 from pretrain import (FLAGS, Run, check_batch, collect_settings, distribute, fill_in,
                       find_checkpoint, hash_file, join, leave, list_defaults, load_checkpoint,
@@ -309,7 +309,8 @@ class FFM(nn.Module):
         a, b = a.flatten(2).mT, b.flatten(2).mT                     # NxHWxC
         ya, ua = F.relu(self.cross["channel_proj1"](a)).chunk(2, -1)  # NxHWxC each
         yb, ub = F.relu(self.cross["channel_proj2"](b)).chunk(2, -1)
-        Ga, Gb = self.compute_context("kv1", ua), self.compute_context("kv2", ub)
+        Ga = self.compute_context("kv1", ua)
+        Gb = self.compute_context("kv2", ub)
         ta = (self.split_heads(ua) @ Gb).transpose(1, 2).flatten(2)       # NxHWxC, the other's context
         tb = (self.split_heads(ub) @ Ga).transpose(1, 2).flatten(2)
         a = self.cross["norm1"](a + self.cross["end_proj1"](torch.cat((ya, ta), -1)))
@@ -530,21 +531,25 @@ class Labelled:
         return x1, x2, target[0]
 
     def count_labels(self, i):
-        """Returns C counts of a sample: of the pixels, or of the image itself."""
-        target = self.target_of(self.ids[i]) if self.target_of else self[i][2]
+        """Returns C counts of a sample: of its pixels, or of the image itself.  Reads no image."""
+        name, C = self.ids[i], len(self.classes)
+        if self.target_of:
+            target = self.target_of(name)
+        elif self.kind == "multi-label":
+            target = torch.from_numpy(self.data.labels[name])
+        else:
+            target = torch.from_numpy(read_label(self.data.files[2][name]))
         if self.kind == "multi-label":
             return target.long()
         if self.kind == "single-label":
-            return F.one_hot(target, len(self.classes))
-        if not self.target_of:
-            target = target + 1                 # as in files
-        return target.flatten().bincount(minlength=len(self.classes) + 1)[1:]
+            return F.one_hot(target, C)
+        return target.flatten().bincount(minlength=C + 1)[1:]
 
 
 def open_task(args, rank):
     """Opens the data sets of both splits.  Returns them, and lines about them."""
     if args.task == "custom":
-        return open_own(args)
+        return open_custom_task(args)
     task, name, target_of = TASKS[args.task], args.task, None
     classes, size, num_classes = task["classes"], args.size, None
     if task["scenario"] == "rgbd":
@@ -616,7 +621,7 @@ def draw_cmx_boxes(B, H, W, draws):
     return *starts, H / s, W / s, u[:, 3:] < 0.5
 
 
-def resample(x, boxes, size):
+def resample_boxes(x, boxes, size):
     """Returns each box resized to `size`, and mirrored where the box says so.
 
     x      BxCxHxW float: resized by a triangle filter as in pretraining, 0 outside of the image;
@@ -659,15 +664,15 @@ def prepare_batch(batch, args, inputs, device, draws=None):
     else:
         return x, target
     boxes = move_to(torch.cat([v.float() for v in boxes], 1), device)  # Bx5, one copy for all
-    x = [resample(images, boxes, size) for images in x]
+    x = [resample_boxes(images, boxes, size) for images in x]
     if target.ndim == 3 and draws:
-        target = resample(target, boxes, size)
+        target = resample_boxes(target, boxes, size)
     return x, target
 
 
 # ---- --task custom: one's own pairs and labels ----
 
-def open_own(args):
+def open_custom_task(args):
     """Opens one's own pairs and labels.  Returns the samples of both splits, and lines about
     them."""
     pairs, lines = open_own_pairs(args)
