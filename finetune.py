@@ -42,9 +42,9 @@ from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, BadInput, add_fl
                   count_mask_values, draw_boxes, expand_path, filter_separably, find_images,
                   find_mask_warnings, find_warnings, in_processes, leave_group, make_toy,
                   make_triangle_filter, make_visible, move_to, need, normalise, number,
-                  open_dataset, read_factors, read_json, read_label, read_lines, read_list, read_mask,
-                  reading, resize, run_main, show_progress, to_unit_range, write_text)
-from decur import MITS, branch, mit, start_as_segformer
+                  open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
+                  resize, run_main, show_progress, to_unit_range, write_text)
+from decur import MITS, RESNETS, branch, mit, start_as_segformer
 from pretrain import (FLAGS, Run, check_batch, collect_settings, distribute, fill_in,
                       find_checkpoint, hash_file, join, leave, list_defaults, load_checkpoint,
                       make_loader, make_run_folder, measure_statistics, mixed_precision,
@@ -81,7 +81,7 @@ CMX_NYU = dict(modality=0, batch_size=8, optimizer="adamw", lr=6e-5, weight_deca
                schedule="warm poly", size=480, scale=None, test_scales=(0.75, 1.0, 1.25))
 OWN = dict(modality=0, batch_size=32, epochs=50, optimizer="adamw", lr=1e-4, weight_decay=0.01,
            schedule="poly", scale=(0.5, 1.0), test_crop=1.0, split=None, test_split=None,
-           test_share=0.2, ignore=255)
+           test_share=0.2, ignore=255, as1=None, as2=None)
 RECIPES = {
     ("bigearthnet", "late"): [
         (dict(backbone="resnet50", batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
@@ -285,7 +285,7 @@ class FRM(nn.Module):
 
 
 class FFM(nn.Module):
-    """Feature fusion, its Eq. 6-9: cross attention, then a residual mix of channels."""
+    """Fuses features, CMX's Eq. 6-9: cross attention, then a residual mix of channels."""
 
     def __init__(self, C, heads):
         super().__init__()
@@ -311,7 +311,8 @@ class FFM(nn.Module):
         yb, ub = F.relu(self.cross["channel_proj2"](b)).chunk(2, -1)
         Ga = self.compute_context("kv1", ua)
         Gb = self.compute_context("kv2", ub)
-        ta = (self.split_heads(ua) @ Gb).transpose(1, 2).flatten(2)       # NxHWxC, the other's context
+        # NxHWxC, the context of the other modality
+        ta = (self.split_heads(ua) @ Gb).transpose(1, 2).flatten(2)
         tb = (self.split_heads(ub) @ Ga).transpose(1, 2).flatten(2)
         a = self.cross["norm1"](a + self.cross["end_proj1"](torch.cat((ya, ta), -1)))
         b = self.cross["norm2"](b + self.cross["end_proj2"](torch.cat((yb, tb), -1)))
@@ -330,11 +331,12 @@ class FFM(nn.Module):
 
 class CMX(nn.Module):
     """CMX with its MLP decoder, `embed` wide.  Call: NxCxHxW, NxCxHxW -> NxCxHxW logits.
-    The decoder's batch norm has eps 1e-5 (the published: 1e-3 in training, 1e-5 in evaluation)."""
+    Here the batch norm of the decoder has eps 1e-5; CMX has 1e-3 in training, 1e-5 in tests."""
 
     def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
         super().__init__()
-        self.encoders = tuple(mit(name, c) for c in channels)      # a tuple: registered below
+        # a tuple, because the encoders' modules are registered in `backbone`, by CMX's names
+        self.encoders = tuple(mit(name, c) for c in channels)
         self.dropout = dropout
         dims = self.encoders[0].dims
         self.backbone = nn.Module()
@@ -358,7 +360,7 @@ class CMX(nn.Module):
         size, head, fused, maps = rgb.shape[-2:], self.decode_head, [], []
         E1, E2 = self.encoders
         for s in (1, 2, 3, 4):
-            # the rectified maps go on to the next stage, the fused one to the decoder
+            # the rectified maps go on to the next stage, the fused map goes to the decoder
             rgb, x = self.backbone.FRMs[s - 1](E1.stage(s, rgb), E2.stage(s, x))
             fused.append(self.backbone.FFMs[s - 1](rgb, x))
         for s in (4, 3, 2, 1):
@@ -458,24 +460,31 @@ def summarise(data, ranking, matrix, train_counts):
 
 # ---- the model of a run, and weights into it ----
 
-def build_model(args, data):
-    """Returns the model of the settings, and a line for each of the --weights in its encoders."""
-    sample, num_classes = data[0], len(data.classes)
-    modalities = select_modalities(args)
+def build_model(args, data, device="cpu"):
+    """Returns the model of the settings on the device, and a line for each of the --weights in its
+    encoders."""
+    sample, modalities = data[0], select_modalities(args)
     channels = [sample[m].shape[0] for m in modalities]
     if args.part:
-        return build_with_projectors(args, channels, num_classes)
-    if args.model == "cmx":
-        net = CMX(args.backbone, num_classes, channels, args.embed)
+        net, lines = build_with_projectors(args, channels, len(data.classes))
     else:
-        encoders = [branch(args.backbone, c, ()).E for c in channels]
-        if args.model == "fcn":
-            net = FCN(encoders, num_classes)
-        else:
-            net = LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
-    if args.weights == ["none"]:
-        return net, ["random weights"]
-    return net, start_from(args.weights, net.encoders, args, [data.inputs[m] for m in modalities])
+        net, lines = build_with_encoders(args, channels, len(data.classes)), ["random weights"]
+        if args.weights != ["none"]:
+            rows = [data.inputs[m] for m in modalities]
+            lines = start_from(args.weights, net.encoders, args, rows)
+    net.to(device)
+    if torch.device(device).type == "cuda" and args.backbone in RESNETS:
+        net.to(memory_format=torch.channels_last)
+    return net, lines
+
+
+def build_with_encoders(args, channels, num_classes):
+    if args.model == "cmx":
+        return CMX(args.backbone, num_classes, channels, args.embed)
+    encoders = [branch(args.backbone, c, ()).E for c in channels]
+    if args.model == "fcn":
+        return FCN(encoders, num_classes)
+    return LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
 
 
 def build_with_projectors(args, channels, num_classes):
@@ -538,7 +547,7 @@ class Labelled:
         elif self.kind == "multi-label":
             target = torch.from_numpy(self.data.labels[name])
         else:
-            target = torch.from_numpy(read_label(self.data.files[2][name]))
+            target = torch.from_numpy(read_mask(self.data.files[2][name])).clamp(min=0)
         if self.kind == "multi-label":
             return target.long()
         if self.kind == "single-label":
@@ -549,7 +558,17 @@ class Labelled:
 def open_task(args, rank):
     """Opens the data sets of both splits.  Returns them, and lines about them."""
     if args.task == "custom":
-        return open_custom_task(args)
+        both, lines = open_custom_task(args)
+    else:
+        both, lines = open_published_task(args, rank), []
+    modalities = both[0].data.modalities
+    need(args.depth_unit == 1000 or "depth" in modalities, f"--depth-unit has no effect on "
+         f"{' and '.join(modalities)}. Leave it out")
+    return both, lines
+
+
+def open_published_task(args, rank):
+    """Opens the data sets of both splits, or the made-up scenes that stand for them."""
     task, name, target_of = TASKS[args.task], args.task, None
     classes, size, num_classes = task["classes"], args.size, None
     if task["scenario"] == "rgbd":
@@ -565,7 +584,7 @@ def open_task(args, rank):
     for split in (args.split, args.test_split):
         data = open_dataset(name, args.data, size, split, args.depth_unit, classes=num_classes)
         both.append(Labelled(data, classes, kind, target_of))
-    return both, []
+    return both
 
 
 def make_factors_target(factors, scene):
@@ -714,9 +733,9 @@ def is_table(target):
 
 def check_names(args, named, pairs):
     strangers = sorted(set(named) - set(pairs.ids))
-    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair; expected "
-         f"names such as {pairs.ids[0]}: in a csv {CSV_FORM}; of masks in a folder equal names, or "
-         f"a pattern like 'masks/*_mask.png'")
+    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair. The "
+         f"pairs have names such as {pairs.ids[0]}. Give masks of equal names, a pattern such as "
+         f"'masks/*_mask.png', or a csv with {CSV_FORM}")
 
 
 CSV_FORM = ("one `name,label` a line, such as `scene7,forest`; several labels of a name are "
@@ -871,7 +890,7 @@ def main(argv=None):
     # ---- data ----
     (data, test_data), lines = open_task(args, rank)
     chosen = choose_subset(len(data), args.labels, args.seed)
-    if args.epochs != 0:
+    if args.epochs != 0:                        # 0: the model is only tested
         check_batch(args.batch_size, len(chosen), world)
     if args.steps is None:
         args.steps = args.epochs * max(1, len(chosen) // args.batch_size)
@@ -879,8 +898,7 @@ def main(argv=None):
 
     # ---- model ----
     torch.manual_seed(args.seed)
-    net, more = build_model(args, data)
-    net.to(device)
+    net, more = build_model(args, data, device)
     if args.linear:
         freeze(net, data, chosen, args, device, resumed=bool(checkpoint))
     optimizer = make_transfer_optimizer(net, args)
@@ -910,9 +928,8 @@ def main(argv=None):
     if not run.stopped:
         result = test(net, test_data, counts, args, device, rank, world)
         check_frozen(net, frozen)
-        result |= settings | describe_run_for_table(args, settings, changed)
-        result |= dict(pretraining=args.pretraining, seconds=time.time() - started)
-        finish(run, args, result, sorted(data.ids[i] for i in chosen))
+        result["seconds"] = time.time() - started
+        finish(run, args, result, changed, sorted(data.ids[i] for i in chosen))
     leave()
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
 
@@ -963,8 +980,10 @@ def check_frozen(net, frozen):
             sys.exit("a frozen encoder has changed, which must not be: the results are void")
 
 
-def finish(run, args, result, ids):
+def finish(run, args, result, changed, ids):
     """Writes results.json and ids.txt, and prints the scores, each beside its yardstick."""
+    result |= run.settings | describe_run_for_table(args, run.settings, changed)
+    result["pretraining"] = args.pretraining
     if run.rank == 0:
         write_text(args.out / "ids.txt", "".join(f"{name}\n" for name in ids))
         write_text(args.out / "results.json", json.dumps(result, indent=1, default=str))
@@ -978,7 +997,8 @@ def finish(run, args, result, ids):
     run.print(*warn_of_missing_classes(counts, test_counts, "test samples"))
     if args.linear:
         run.print("the frozen encoders have not changed by one bit")
-    run.print(f"{format_scores([result])}; a guess: {result['guess']}",
+    run.print(f"{format_scores([result])}  on {result['test_samples']} test samples",
+              f"a guess, without a look at the image: {result['guess']}",
               f"wrote {args.out}/results.json")
 
 
@@ -1090,7 +1110,12 @@ def print_table(folders):
     for runs in groups.values():
         task = runs[0]["what"]["task"]
         differing = [name for name in runs[0]["what"] if len(values[task, name]) > 1]
-        lines.append(f"{describe_group(runs[0], differing)}  {format_scores(runs)}")
+        seeds = len({json.dumps(r["seeds"]) for r in runs})
+        over = "1 seed" if seeds == 1 else f"{seeds} seeds"
+        if len(runs) > seeds:
+            over += f" in {len(runs)} runs"
+        lines.append(f"{describe_group(runs[0], differing)}  {format_scores(runs)}  "
+                     f"({over}, {runs[0]['test_samples']} test samples)")
     print(*sorted(lines), sep="\n")
 
 
@@ -1129,8 +1154,6 @@ def format_scores(runs):
         guesses = [r["yardstick"][metric] for r in runs if r["yardstick"][metric] is not None]
         guess = format_percent(statistics.mean(guesses) if guesses else None)
         words.append(f"{metric} {text} (a guess: {guess})")
-    seeds = len({json.dumps(r["seeds"]) for r in runs})
-    words.append(f"({seeds} seeds, {len(runs)} runs, {runs[0]['test_samples']} test samples)")
     return "  ".join(words)
 
 

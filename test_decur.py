@@ -2110,13 +2110,14 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     (data, "pack --data nowhere", "no folder nowhere"),
     (data, "hha --data nowhere", "no SUN RGB-D frame under nowhere"),
     (pretrain, "--scenario rgbd --out ''", "--out"),
-    (finetune, "--part common", "--linear and late"), (finetune, "--model cmx", "as fcn"),
-    (finetune, "--cached --linear", "late fusion alone"), (finetune, "--model late", "as fcn"),
-    (finetune, "--size 47 --backbone mit_b0", "48 or more"),
-    (finetune, "--target masks", "--task custom"),
-    (finetune, "--task bigearthnet --toy --model fcn", "as late"),
-    (finetune, "--task custom --data1 a", "--data2 and --target"),
-    (finetune, "--task sunrgbd --model cmx --backbone resnet50", "expected a mit")])
+    (finetune, "--part common", "--part"), (finetune, "--cached --linear", "--cached"),
+    (finetune, "--model cmx", "--model fcn"), (finetune, "--model late", "--model fcn"),
+    (finetune, "--size 47 --backbone mit_b0", "--size 47"),
+    (finetune, "--target masks", "--target"), (finetune, "--ignore 0", "--ignore"),
+    (finetune, "--as1 rgb", "--as1"),
+    (finetune, "--task bigearthnet --toy --model fcn", "--model late"),
+    (finetune, "--task custom --data1 a", "--data2"),
+    (finetune, "--task sunrgbd --model cmx --backbone resnet50", "--backbone")])
 def test_flags_that_do_not_go_together_are_refused(program, flags, words, capsys):
     if program is finetune:                     # the last --task counts
         flags = f"--task geonrw --weights none {flags}"
@@ -2234,6 +2235,14 @@ def transfer(rank, world, flags):
     call(finetune, flags)
 
 
+class OneSample(list):
+    """What a model is built for: a sample of two images with these channels, classes, inputs."""
+
+    def __init__(self, channels1, channels2, classes, inputs):
+        super().__init__([[torch.zeros(channels1, 48, 64), torch.zeros(channels2, 48, 64)]])
+        self.classes, self.inputs = classes, inputs
+
+
 # ---- metrics ----
 
 def slow_average_precision(scores, labels):
@@ -2255,10 +2264,10 @@ def test_average_precision_is_the_area_under_the_curve(seed):
     labels[:, 3] = 0
     micro = slow_average_precision(scores.flatten().tolist(), labels.flatten().tolist())
     each = [slow_average_precision(scores[:, c].tolist(), labels[:, c].tolist()) for c in range(3)]
-    metrics, classes = finetune.ranking_metrics(scores, labels)
+    metrics, classes = finetune.compute_ranking_metrics(scores, labels)
     assert metrics == pytest.approx({"mAP micro": micro, "mAP macro": sum(each) / 3}, rel=1e-12)
     assert classes == [*[pytest.approx(value, rel=1e-12) for value in each], None]
-    undefined = finetune.ranking_metrics(scores, torch.zeros(20, 4))[0]
+    undefined = finetune.compute_ranking_metrics(scores, torch.zeros(20, 4))[0]
     assert undefined == {"mAP micro": None, "mAP macro": None}
 
 
@@ -2276,13 +2285,36 @@ def test_iou_and_accuracy_are_counts_of_pixels(seed):
         recalls[c] = both / sum(t == c for _, t in pairs)
     right = sum(p == t for p, t in pairs) / len(pairs)
     expected = sum(ious[:4]) / 4, right
-    assert finetune.iou_and_accuracy(pred, gt, 6, -1) == pytest.approx(expected, rel=1e-12)
-    assert finetune.iou_and_accuracy(pred, torch.full_like(gt, -1), 6, -1) == (None, None)
-    counts = finetune.confusion(pred, gt, 6, -1)
-    assert finetune.counting_metrics(counts, "segmentation")[1] == pytest.approx(ious)
-    metrics, each = finetune.counting_metrics(counts, "single-label")
+    assert finetune.compute_iou_and_accuracy(pred, gt, 6, -1) == pytest.approx(expected, rel=1e-12)
+    assert finetune.compute_iou_and_accuracy(pred, torch.full_like(gt, -1), 6, -1) == (None, None)
+    counts = finetune.count_confusions(pred, gt, 6, -1)
+    assert finetune.compute_counting_metrics(counts, "segmentation")[1] == pytest.approx(ious)
+    metrics, each = finetune.compute_counting_metrics(counts, "single-label")
     assert metrics == pytest.approx({"accuracy": right, "mean accuracy": sum(recalls[:4]) / 4})
     assert each == pytest.approx(recalls)
+
+
+def test_the_yardstick_of_masks_and_single_labels_is_the_most_frequent_training_class():
+    task = argparse.Namespace(classes=["a", "b"], kind="segmentation")
+    matrix = torch.tensor([[30, 10], [20, 40]])                     # row: label
+    result = finetune.summarise(task, None, matrix, torch.tensor([5, 4]))
+    assert result["yardstick"] == pytest.approx({"mIoU": 0.2, "accuracy": 0.4})  # a: 40 of 100
+    assert result["counts"] == {"a": dict(train=5, test=40), "b": dict(train=4, test=60)}
+    task.kind = "single-label"
+    result = finetune.summarise(task, None, matrix, torch.tensor([4, 5]))
+    assert result["yardstick"] == pytest.approx({"mean accuracy": 0.5, "accuracy": 0.6})
+
+
+def test_the_yardstick_of_multi_label_ranks_every_image_by_the_training_frequencies():
+    """2 images, 2 classes; b is the more frequent.  Ranked are b b, of which one is positive, then
+    a a, of which both are: 0.5 at recall 1/3, then 3/4 at recall 1."""
+    task = argparse.Namespace(classes=["a", "b"], kind="multi-label")
+    labels = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    ranking = torch.stack((labels, labels))
+    result = finetune.summarise(task, ranking, None, torch.tensor([3, 9]))
+    assert result["metrics"] == {"mAP micro": 1, "mAP macro": 1}
+    expected = {"mAP micro": 0.5 / 3 + 0.75 * 2 / 3, "mAP macro": 0.75}
+    assert result["yardstick"] == pytest.approx(expected)
 
 
 # ---- heads ----
@@ -2363,35 +2395,25 @@ def test_rectification_and_fusion_of_cmx_by_hand():
                           emb["norm"](emb["residual"](fused) + emb["channel_embed"](fused)))
 
 
-def test_a_pair_of_encoders_and_a_whole_cmx_load_into_cmx(tmp_path):
-    """Modality 2 goes to the extra_ stream; what CMX saved is what it loads; BGR turns inputs."""
-    E = [decur.mit("mit_b0", 3) for _ in range(2)]
-    for k, e in enumerate(E, 1):
-        torch.save(e.state_dict(), tmp_path / f"{k}.pth")
-    args = finetune.get_args(f"--task nyuv2 --model cmx --backbone mit_b0 --weights "
-                             f"{tmp_path}/1.pth {tmp_path}/2.pth".split())[0]
-    build = partial(finetune.build, args, [3, 3],
-                    inputs=(MODALITIES["rgb"], MODALITIES["hha"]))
-    net = build(num_classes=40)[0]
-    for key, value in E[1].state_dict().items():
+def test_the_encoder_of_modality_2_goes_to_the_extra_stream_of_cmx(tmp_path):
+    files = []
+    for k in (1, 2):
+        E = decur.mit("mit_b0", 3)
+        files.append(str(tmp_path / f"{k}.pth"))
+        torch.save(E.state_dict(), files[-1])
+    args = finetune.get_args(["--task", "nyuv2", "--model", "cmx", "--backbone", "mit_b0",
+                              "--weights", *files])[0]
+    inputs = [data.MODALITIES[name] for name in ("rgb", "hha")]
+    net, _ = finetune.build_model(args, OneSample(3, 3, classes=range(40), inputs=inputs))
+    for key, value in E.state_dict().items():
         assert torch.equal(net.state_dict()[f"backbone.extra_{key}"], value)
-    torch.save(net.state_dict(), tmp_path / "cmx.pth")
-    args.weights = [str(tmp_path / "cmx.pth")]
-    again, lines = build(num_classes=40)
-    assert "all keys" in lines[0]
-    state = again.state_dict()
-    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
-    args.bgr = True
-    turned = build(num_classes=40)[0].encoders[1].patch_embed1.proj
-    assert torch.equal(turned.weight, E[1].patch_embed1.proj.weight.flip(1))
-    is_refused("size mismatch", build, num_classes=37)
 
 
 # ---- samples, augmentation, schedule ----
 
 def test_a_box_takes_image_and_mask_along():
     def cut(x, box, size):
-        return finetune.resample(x, [torch.tensor([[float(v)]]) for v in box], size)
+        return finetune.resample_boxes(x, torch.tensor([box]).float(), size)
 
     mask = torch.arange(48).view(1, 6, 8)
     image, expected = mask[:, None].float(), mask[:, 1:5, 2:6].flip(2)
@@ -2408,7 +2430,7 @@ def test_a_box_takes_image_and_mask_along():
 
 
 def test_the_boxes_of_cmx_are_its_six_scales():
-    top, left, h, w, mirrored = finetune.cmx_boxes(400, 48, 64, drawn(400))
+    top, left, h, w, mirrored = finetune.draw_cmx_boxes(400, 48, 64, drawn(400))
     assert {round(48 / v, 4) for v in h[:, 0].tolist()} == {0.5, 0.75, 1, 1.25, 1.5, 1.75}
     inside = h <= 48
     assert (top[inside] >= 0).all() and ((top + h)[inside] <= 48 + 1e-9).all()
@@ -2417,10 +2439,10 @@ def test_the_boxes_of_cmx_are_its_six_scales():
 
 
 def test_subsets_are_without_replacement_and_lie_in_one_another():
-    small, large = finetune.subset(1000, 0.01, 3), finetune.subset(1000, 0.5, 3)
+    small, large = finetune.choose_subset(1000, 0.01, 3), finetune.choose_subset(1000, 0.5, 3)
     assert len(set(small)) == 10 and set(small) < set(large) and len(set(large)) == 500
-    assert set(finetune.subset(1000, 0.01, 4)) != set(small)
-    assert len(finetune.subset(10, 0.01, 0)) == 1
+    assert set(finetune.choose_subset(1000, 0.01, 4)) != set(small)
+    assert len(finetune.choose_subset(10, 0.01, 0)) == 1
 
 
 def test_scales_and_mirror_images_are_added_as_probabilities_that_cannot_overflow():
@@ -2432,9 +2454,9 @@ def test_scales_and_mirror_images_are_added_as_probabilities_that_cannot_overflo
         y = F.interpolate(x, size, mode="bilinear")
         both = (net(y) + net(y.flip(3)).flip(3)).exp()
         expected = expected + F.interpolate(both, (12, 16), mode="bilinear")
-    assert torch.allclose(finetune.scores(net, [x], scales), expected)
+    assert torch.allclose(finetune.compute_scores(net, [x], scales), expected)
     certain = torch.tensor([45.0, 0, 60]).view(1, 3, 1, 1)
-    large = finetune.scores(lambda x: certain.expand(2, 3, *x.shape[2:]), [x], scales)
+    large = finetune.compute_scores(lambda x: certain.expand(2, 3, *x.shape[2:]), [x], scales)
     assert (large.argmax(1) == 2).all()
 
 
@@ -2445,7 +2467,7 @@ def test_scales_and_mirror_images_are_added_as_probabilities_that_cannot_overflo
     ("poly", [20000], 40000, [0.5 ** 0.9]), ("constant", [9], 9, [1])])
 def test_schedules_are_those_of_app_B_and_of_cmx(name, at, steps, rates):
     """Pretraining has a cosine without warm-up, which ends at zero."""
-    schedule = pretrain.cosine if name == "cosine" else partial(finetune.schedule, name)
+    schedule = pretrain.cosine if name == "cosine" else partial(finetune.scale_rate, name)
     assert [schedule(step, steps) for step in at] == pytest.approx(rates)
 
 
@@ -2499,8 +2521,8 @@ def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes):
     args = finetune.get_args(f"{FINE} --data {scenes} --model late --linear --weights none "
                              f"--workers 0".split())[0]
     (samples, _), _ = finetune.open_task(args, 0)
-    net, _ = finetune.build(args, [3, 1], 12, samples.inputs)
-    finetune.freeze(net, samples, np.arange(48), args, torch.device("cpu"))
+    net, _ = finetune.build_model(args, samples)
+    finetune.freeze(net, samples, np.arange(48), args, torch.device("cpu"), resumed=False)
     x = torch.stack([samples[i][0] for i in range(48)])
     E = net.encoders[0]
     seen = E.conv1(data.resize_and_normalise(x, MODALITIES["rgb"], 48)).mean((0, 2, 3))
@@ -2527,7 +2549,8 @@ def test_a_stopped_transfer_goes_on_as_if_nothing_had_been(scenes, tmp_path, mon
     flags = f"{FINE} --data {scenes} --model fcn --weights none"
     a = fine(f"{flags} --out {whole}")
     with monkeypatch.context() as patch:        # in the third step
-        watched(patch, finetune, "compute_transfer_loss", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        watched(patch, finetune, "compute_transfer_loss", 3,
+                lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert fine(f"{flags} --out {broken}") is None
     assert torch.load(broken / "checkpoint.pt", weights_only=True)["step"] == 3
     b = fine(f"{flags} --out {broken} --resume")
@@ -2548,27 +2571,68 @@ def test_two_processes_transfer_as_one(scenes, tmp_path):
     assert len(list((tmp_path / "two" / "images").iterdir())) == 12  # 7 are the first process's
 
 
-def test_weights_and_parts_of_the_embedding(pretrained, scenes, tmp_path):
-    flags = f"{FINE} --data {scenes} --model late --linear --cached --weights"
+def test_at_resume_random_frozen_encoders_are_the_checkpoint_s(scenes, tmp_path, monkeypatch):
+    """On a GPU batch statistics that are measured again may differ in their last bits."""
+    flags = f"{FINE} --data {scenes} --model late --linear --weights none --out {tmp_path / 'o'}"
+    with monkeypatch.context() as patch:        # in the second step
+        watched(patch, finetune, "compute_transfer_loss", 2,
+                lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert fine(flags) is None
+    measured = watched(monkeypatch, finetune, "measure_statistics")
+    assert fine(f"{flags} --resume")["metrics"] and not measured
+
+
+@pytest.fixture(scope="session")
+def probed(pretrained, scenes, tmp_path_factory):
+    """The flags of a linear probe on cached features without --weights, and what it gives."""
+    flags = f"{FINE} --data {scenes} --model late --linear --cached"
+    out = tmp_path_factory.mktemp("probed") / "out"
+    return flags, fine(f"{flags} --weights {pretrained[0]}/checkpoint.pt --out {out}")
+
+
+def test_results_say_what_the_encoders_are(probed, pretrained):
+    _, result = probed
+    assert result["weights_sha256"] == [pretrain.hash_file(pretrained[0] / "checkpoint.pt")]
+    assert [source["sees"]["name"] for source in result["pretraining"]] == ["rgb", "depth"]
+    assert all(source["stopped"] is None for source in result["pretraining"])
+    assert result["what"]["weights"] == "DeCUR"
+    assert sorted(result["changed"]) == ["batch_size", "cached", "epochs", "pretraining batch_size",
+                                         "pretraining epochs", "pretraining projector"]
+
+
+def test_both_encoders_are_their_checkpoint(probed, pretrained, tmp_path):
+    flags, result = probed
     run = pretrained[0]
-    whole = fine(f"{flags} {run}/checkpoint.pt --out {tmp_path / 'a'}")
-    assert whole["weights_sha256"] == [pretrain.hash_file(run / "checkpoint.pt")]
-    assert whole["pretraining"]["method"] == "decur" and whole["pretraining"]["stopped"] is None
-    assert whole["row"] == "late, DeCUR" and whole["changed"] == {
-        "batch_size": 16, "epochs": 2, "cached": True, "pretraining epochs": 16,
-        "pretraining batch_size": 16, "pretraining projector": "32-32-32"}
-    same = fine(f"{flags} {run}/encoder1.pth {run}/encoder2.pth --out {tmp_path / 'b'}")
-    assert same["metrics"] == whole["metrics"]
-    for part, dims in (("common", 24), ("unique", 8), ("all", 32)):
-        fine(f"{flags} {run}/checkpoint.pt --part {part} --out {tmp_path / part}")
-        state = torch.load(tmp_path / part / "checkpoint.pt", weights_only=True)["model"]
-        assert state["fc.weight"].shape == (12, 2 * dims)
-    is_refused("encoder1.pth is no checkpoint .*expected a checkpoint.pt", fine,
-               f"{flags} {run}/encoder1.pth --part all --out {tmp_path / 'x'}")
+    same = fine(f"{flags} --weights {run}/encoder1.pth {run}/encoder2.pth --out {tmp_path / 'o'}")
+    assert same["metrics"] == result["metrics"]
+
+
+@pytest.mark.parametrize("part, dims", [("common", 24), ("unique", 8), ("all", 32)])
+def test_parts_of_the_embedding_are_classified(part, dims, probed, pretrained, tmp_path):
+    weights = pretrained[0] / "checkpoint.pt"
+    fine(f"{probed[0]} --weights {weights} --part {part} --out {tmp_path / 'o'}")
+    state = torch.load(tmp_path / "o" / "checkpoint.pt", weights_only=True)["model"]
+    assert state["fc.weight"].shape == (12, 2 * dims)
+
+
+def test_an_encoder_alone_has_no_parts(probed, pretrained, tmp_path):
+    flags = f"{probed[0]} --weights {pretrained[0]}/encoder1.pth --part all --out {tmp_path / 'o'}"
+    is_refused("encoder1.pth", fine, flags)
+
+
+def test_the_default_out_names_what_differs():
+    def name(flags):
+        return finetune.get_args(shlex.split(flags))[0].out.name
+
+    assert name("--task geonrw --weights none") == "geonrw-fcn-none-seed0"
+    flags = "--task bigearthnet --linear --labels 0.01 --lr 1 --seed 2 --weights"
+    assert name(f"{flags} runs/a/encoder1.pth runs/b/encoder2.pth") == \
+        "bigearthnet-late-a-b-linear-lr1.0-labels0.01-seed2"
 
 
 # ---- one's own labels ----
 
+DECLARED = "--as1 rgb --as2 depth"
 OWN = "--task custom --data1 './*_rgb.png' --data2 './*_depth.png' --batch-size 8 --epochs 2"
 
 
@@ -2584,16 +2648,20 @@ def own_folder(scenes, tmp_path_factory):
         shutil.copy(scenes / "Depth" / f"{name}.png", root / f"{name}_depth.png")
         mask = np.array(Image.open(scenes / "Label" / f"{name}.png"))
         mask = np.where(mask > 1, 7, 0).astype(np.uint8)            # object, and class 0 counts
-        mask[:4] = 255
+        mask[:12] = 255                         # a quarter of the pixels
         save(root / "masks" / f"{name}.png", mask)
         save(root / "small" / f"{name}.png", mask[::2])
+        negative = np.where(mask == 255, -5, mask.astype(np.int16) + 1)
+        (root / "signed").mkdir(exist_ok=True)
+        tifffile.imwrite(root / "signed" / f"{name}.tif", negative)
         shapes = [data.SHAPES[int(factor)] for factor in factors[name].split(",")]
         single.append(f"{name},{shapes[0]}")
-        several.append(f"{name},{shapes[1]}, far {shapes[2]}")
-    files = {"single.csv": ["\ufeff" + single[0], *single[1:]], "several.csv": several[:30],
-             "tree.csv": [*single[1:30], f"{names[29]},tree"],
+        several += [f"{name},{shapes[1]}", f"{name},far {shapes[2]}"]
+    joined = [line.replace("disk", "ring|cross") for line in single[1:]]
+    files = {"single.csv": ["\ufeff" + single[0], *single[1:]], "several.csv": several[:60],
+             "tree.csv": [*single[1:30], f"{names[29]},tree"], "joined.csv": joined,
              "blank.csv": [*single[:-1], f"{names[39]},"], "train": names[:24],
-             "test": names[24:30], "names": [f"class {k}" for k in range(8)], "two": ["a", "b"]}
+             "test": names[24:30], "ids.csv": [f"{name},{name}" for name in names]}
     for file, lines in files.items():
         (root / file).write_text("\n".join(lines) + "\n", "utf-8")
     return root
@@ -2605,39 +2673,92 @@ def own(own_folder, monkeypatch):
     return own_folder
 
 
+SHAPE_NAMES = sorted(data.SHAPES)
+
+
 @pytest.mark.parametrize("target, more, metrics, classes, samples", [
     ("masks", "", "mIoU, accuracy", ["0", "7"], (32, 8)),
-    ("masks", "--linear --modality 2 --classes names", "mIoU, accuracy",
-     [f"class {k}" for k in range(8)], (32, 8)),
-    ("single.csv", "--linear", "mean accuracy, accuracy", sorted(data.SHAPES), (32, 8)),
+    ("signed", "--modality 2 --ignore -1", "mIoU, accuracy", ["1", "8"], (32, 8)),
+    ("masks", "--ignore 7 --linear", "mIoU, accuracy", ["0", "255"], (32, 8)),
+    ("single.csv", "--linear", "mean accuracy, accuracy", SHAPE_NAMES, (32, 8)),
     ("tree.csv", "--linear --split train --test-split test", "mean accuracy, accuracy",
      sorted([*data.SHAPES, "tree"]), (24, 6)),
-    ("blank.csv", "--linear", "mAP micro, mAP macro", sorted(data.SHAPES), (32, 8)),
+    ("blank.csv", "--linear", "mAP micro, mAP macro", SHAPE_NAMES, (32, 8)),
     ("several.csv", "--linear --cached --labels 0.5", "mAP micro, mAP macro", None, (12, 6))])
 def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes, samples, own,
-                                                  pretrained, tmp_path, capsys):
-    """Class 0 counts, 255 does not.  One forgotten label makes the task multi-label: it is told."""
+                                                  pretrained, tmp_path):
+    """Class 0 counts; 255 and negative values do not."""
     weights = pretrained[0] / "checkpoint.pt"
-    result = fine(f"{OWN} --target {target} {more} --weights {weights} --out {tmp_path}")
+    result = fine(f"{OWN} {DECLARED} --target {target} {more} --weights {weights} --out {tmp_path}")
     assert ", ".join(result["metrics"]) == metrics and result["backbone"] == "resnet-toy"
     assert classes is None or list(result["classes"]) == classes
     assert all(0 <= value <= 1 for value in result["metrics"].values())
     assert (result["samples"], result["test_samples"]) == samples
-    text = capsys.readouterr().out
-    assert "modality 1 are normalised as rgb of rgbd" in text
-    assert "modality 2 are normalised by their own" in text
-    assert result["row"] is None and all(name in text for name in result["classes"])
-    assert result["classes"].get("tree", 0) == 0
-    assert ("no training sample has the class tree" in text) == (target == "tree.csv")
-    assert ("1 names of --target have no label" in text) == (target == "blank.csv")
+    assert list(result["yardstick"]) == list(result["metrics"])
+
+
+def own_task(target, more=""):
+    """The training samples, the test samples and the lines of a task with one's own labels."""
+    flags = f"{OWN} --target {target} --weights none {more}"
+    args = finetune.get_args(shlex.split(flags))[0]
+    (samples, tests), lines = finetune.open_task(args, 0)
+    return args, samples, tests, "\n".join(lines)
+
+
+def test_the_shares_of_the_classes_and_of_what_has_no_label_are_told(own):
+    """A quarter of each mask is 255; the rest is the classes 0 and 7."""
+    *_, lines = own_task("masks")
+    zero, seven = (float(re.search(rf"\b{value} \(([\d.]+)%\)", lines)[1]) for value in (0, 7))
+    assert zero + seven == pytest.approx(75, abs=0.02) and "25.00% of the pixels" in lines
+
+
+def test_one_forgotten_label_makes_a_task_multi_label_and_is_told(own):
+    _, samples, _, lines = own_task("blank.csv")
+    assert samples.kind == "multi-label" and re.search("warning: .*1 of 40 .*--target", lines)
+
+
+def test_a_label_that_joins_others_is_told(own):
+    assert re.search("warning: .*'ring|cross'", own_task("joined.csv")[-1])
+    assert finetune.find_joined_labels(["forest", "water", "forest|water"]) == ["forest|water"]
+    assert finetune.find_joined_labels(["a;b", "b;a", "c"]) == ["a;b", "b;a"]
+    assert finetune.find_joined_labels(["haze primary", "haze", "primary"]) == ["haze primary"]
+    names = ["annual crop", "permanent crop", "annual grass", "homes, shops", "sea/ocean"]
+    assert finetune.find_joined_labels(names) == []
+
+
+def test_a_csv_may_have_any_number_of_classes(own, tmp_path):
+    labels = {f"{i}": {f"class {i}"} for i in range(300)}
+    (tmp_path / "many.csv").write_text("".join(f"{name},{own.copy().pop()}\n"
+                                               for name, own in labels.items()))
+    assert finetune.read_label_table(tmp_path / "many.csv") == labels
+    assert len(own_task("ids.csv")[1].classes) == 40
+
+
+def test_classes_that_are_not_trained_on_are_told(own):
+    """After --labels: of 24 training samples 2 remain, of which none has the class tree."""
+    args, samples, _, _ = own_task("tree.csv", "--split train --test-split test --labels 0.1")
+    chosen = finetune.choose_subset(len(samples), args.labels, 0)
+    counts = finetune.count_classes(samples, chosen, 0)
+    assert counts.sum() == len(chosen) == 2
+    missing = [name for name, n in zip(samples.classes, counts.tolist()) if not n]
+    lines = finetune.describe_training(args, samples, counts, 2)
+    assert "tree" in missing and lines[1].endswith(", ".join(missing))
+
+
+def test_classes_are_counted_in_what_is_trained_on(own):
+    _, samples, _, _ = own_task("masks")
+    target = torch.stack([samples[i][2] for i in range(5)])
+    expected = [(target == k).sum().item() for k in (0, 1)]
+    assert finetune.count_classes(samples, np.arange(5), 0).tolist() == expected
 
 
 def test_own_images_are_tested_as_large_as_the_crops_of_training_and_masks_as_they_are(own):
-    args, *_ = finetune.get_args(shlex.split(f"{OWN} --target masks --weights none --size 16"))
+    args, *_ = own_task("masks", "--size 16")
     image, mask = torch.rand(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.int64)
-    x, target = finetune.prepared([image, image, mask], args, [MODALITIES["rgb"]] * 2, "cpu")
+    rgb = data.MODALITIES["rgb"]
+    x, target = finetune.prepare_batch([image, image, mask], args, (rgb, rgb), "cpu")
     assert x[0].shape == (2, 3, 16, 16) and torch.equal(target, mask)
-    expected = data.normalise(data.resize(image, (16, 16)), MODALITIES["rgb"])
+    expected = data.normalise(data.resize(image, (16, 16)), rgb)
     assert torch.allclose(x[0], expected, atol=1e-5)
 
 
@@ -2646,41 +2767,58 @@ def test_a_stopped_pretraining_is_told(pretrained, scenes, tmp_path, capsys):
     torch.save(checkpoint | dict(step=10), tmp_path / "checkpoint.pt")
     flags = f"{FINE} --data {scenes} --model late --linear --cached --weights"
     fine(f"{flags} {tmp_path}/checkpoint.pt --out {tmp_path / 'o'}")
-    assert "warning: the pretraining was stopped at step 10 of" in capsys.readouterr().out
+    assert re.search("warning: .*checkpoint.pt .*step 10 of", capsys.readouterr().out)
 
 
 def test_testing_keeps_no_graph(scenes, tmp_path, monkeypatch):
     graphs = []
 
-    def scores(net, x, scales):
+    def compute_scores(net, x, scales):
         logits = net(*x)
         graphs.append(logits.requires_grad)
         return logits
 
-    monkeypatch.setattr(finetune, "scores", scores)
+    monkeypatch.setattr(finetune, "compute_scores", compute_scores)
     fine(f"{FINE} --data {scenes} --model late --weights none --out {tmp_path / 'o'}")
     assert graphs and not any(graphs)
 
 
-def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_path, capsys):
-    result = fine(f"{OWN} --target single.csv --weights {runs}/own/checkpoint.pt --out {tmp_path}")
-    assert result["size"] == 48 and "normalised as" not in capsys.readouterr().out
+def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_path):
+    weights = runs / "own" / "checkpoint.pt"
+    args = finetune.get_args(shlex.split(f"{OWN} --target single.csv --weights {weights}"))[0]
+    (samples, _), _ = finetune.open_task(args, 0)
+    settings, rows = pretrain.read_pretraining(weights)
+    assert args.size == settings["size"] == 48
+    assert json.loads(json.dumps(samples.inputs)) == json.loads(json.dumps(rows))
+
+
+def test_declared_images_are_normalised_as_in_pretraining_and_others_are_told(own, pretrained):
+    def open_with(more):
+        flags = f"{OWN} --target single.csv --weights {pretrained[0]}/checkpoint.pt {more}"
+        (samples, _), lines = finetune.open_task(finetune.get_args(shlex.split(flags))[0], 0)
+        return samples, [line for line in lines if line.startswith("warning")]
+
+    samples, warnings = open_with(DECLARED)
+    assert list(samples.inputs) == [data.MODALITIES["rgb"], data.MODALITIES["depth"]]
+    assert not warnings
+    _, warnings = open_with("")
+    assert [line[-len("--as1 rgb"):] for line in warnings[:1]] == ["--as1 rgb"]
+    assert warnings[1].endswith("--as2 depth")
 
 
 @pytest.mark.parametrize("target, text, more, words", [
-    ("unknown.csv", "nobody,disk\n0000,ring\n", "", r"names \['nobody'\], which has no pair"),
-    ("one.csv", "0000,disk\n0001,disk\n", "", r"has 1 classes \['disk'\]"),
-    ("twice.csv", "0000,disk\n0000,ring\n", "", "has 0000 twice"),
-    ("semicolon.csv", "0000;disk\n", "", r"names \['0000;disk'\], .*in a csv `name,label`"),
-    ("nowhere.csv", None, "", "nowhere.csv .*give a file that exists"),
-    ("single.csv", None, "--split train --test-split train", "24 names are in both of train"),
-    ("single.csv", None, "--classes two", "segmentation alone"),
-    ("masks", None, "--classes two", r"masks have other values than 0 to 1"),
-    ("masks", None, "--split train", "expected two files"),
-    ("masks", None, "--test-share 0", "expected some to train on and some to test"),
-    ("quote.csv", '0000,"disk\n0001,ring\n', "", "quote.csv cannot be read as a csv"),
-    ("masks", None, "--classes train --ignore 7", "masks have other values than 0 to 23"),
-    ("small", None, "", r"a mask of \(24, 64\) pixels for an image of \(48, 64\)")])
+    ("unknown.csv", "nobody,disk\n0000,ring\n", "", "unknown.csv .*nobody"),
+    ("one.csv", "0000,disk\n0001,disk\n", "", "one.csv .*disk"),
+    ("split.csv", "0000,disk,train\n", "", "split.csv .*name,label"),
+    ("onehot.csv", "name,forest,water\n0000,0,1\n", "", "onehot.csv .*name,label"),
+    ("semicolon.csv", "0000;disk\n", "", "semicolon.csv .*name,label"),
+    ("labels.tsv", "0000\tdisk\n", "", "labels.tsv .*name,label"),
+    ("nowhere.csv", None, "", "nowhere.csv"),
+    ("single.csv", None, "--split train --test-split train", "train"),
+    ("masks", None, "--split train", "--test-split"),
+    ("masks", None, "--test-share 0", "--test-share"),
+    ("quote.csv", '0000,"disk\n0001,ring\n', "", "quote.csv"),
+    ("small", None, "", r"\(24, 64\)")])
 def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own, tmp_path):
     if text:
         (own / target).write_text(text)
@@ -2688,57 +2826,83 @@ def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own
     is_refused(words, fine, f"{flags} --out {tmp_path / 'o'}")
 
 
-# ---- the paper's tables ----
+# ---- --table ----
 
-def result_of(folder, name, flags, pretraining=None, metrics=None, hashes=()):
-    """results.json as a run with these settings writes it, behind it a pretraining with others."""
-    args, _, changed = finetune.get_args(shlex.split(f"--weights x {flags}"))
-    if pretraining is not None:
-        args.pretraining = dict(vars(pretrain.get_args(shlex.split(pretraining))[0]), stopped=None)
-    result = dict(vars(args), row=finetune.row_of(args, list(hashes)), metrics=metrics,
-                  changed=finetune.not_the_papers(args, changed))
-    (folder / name).mkdir()
-    (folder / name / "results.json").write_text(json.dumps(result, default=str))
+def list_runs(folder, capsys, *runs):
+    """What --table prints for runs (flags, flags of the pretraining of each encoder, score)."""
+    for i, (flags, pretrainings, score) in enumerate(runs):
+        args, _, changed = finetune.get_args(shlex.split(f"--weights x.pth {flags}"))
+        if pretrainings:
+            args.pretraining = []
+        for words in pretrainings:
+            settings = pretrain.collect_settings(pretrain.get_args(shlex.split(words))[0])
+            args.pretraining.append(dict(settings, sees=dict(name="rgb"), file="x", stopped=None))
+        result = finetune.describe_run_for_table(args, pretrain.collect_settings(args), changed)
+        result |= dict(metrics={"mIoU": score}, yardstick={"mIoU": 0.1}, test_samples=10)
+        (folder / f"run{i}").mkdir()
+        (folder / f"run{i}" / "results.json").write_text(json.dumps(result, default=str))
+    call(finetune, f"--table {' '.join(str(folder / f'run{i}') for i in range(len(runs)))}")
+    return capsys.readouterr().out.splitlines()
 
 
-def test_the_tables_show_what_is_the_papers_and_name_what_is_not(tmp_path, capsys):
-    ben, sar = "--task bigearthnet --linear --labels 0.01", "--scenario sar-optical"
-    papers = [("seed0", 79, "", ""), ("seed1", 81, "--seed 1", "--seed 1"),
-              ("vicreg", 70, "", "--method vicreg")]
-    others = [("cached", 10, "--cached", ""), ("test_split val", 20, "--test-split val", ""),
-              ("pretraining epochs 5", 30, "", "--epochs 5"),
-              ("labels 0.1", 40, "--labels 0.1", ""),
-              ("pretraining weights ['imagenet']", 60, "", "--weights imagenet"),
-              ("bigearthnet, late, decur", 61, "", "--common 0.5"),
-              ("pretraining projector 512-512-512", 65, "",
-               "--method vicreg --projector 512-512-512")]
-    for name, value, flags, pretraining in papers + others:
-        metrics = {"mAP micro": value / 100}
-        result_of(tmp_path, name, f"{ben} {flags}", f"{sar} {pretraining}", metrics)
-    scores, cmx = {"mIoU": 0.5, "accuracy": 0.8}, "--task sunrgbd --model cmx"
-    b2 = "--scenario rgbd --backbone mit_b2"
-    result_of(tmp_path, "cmx", cmx, None, scores, ("same", "same"))
-    result_of(tmp_path, "decur", cmx, f"{b2} --weights b2.pth b2.pth", dict(scores, mIoU=0.51))
-    result_of(tmp_path, "fcn", "--task nyuv2 --weights none", None, dict(mIoU=0.29, accuracy=None))
-    folders = " ".join(shlex.quote(str(path)) for path in sorted(tmp_path.iterdir()))
-    call(finetune, f"--table {folders}")
-    out = capsys.readouterr().out
-    for words in (r"DeCUR +80\.0 \+- 1\.4 \(n 2\) \| 79\.4 +not run \| 81\.7",
-                  r"VICReg +70\.0 \| 74\.5", r"cmx, DeCUR +51\.0 \| 50\.6",
-                  r"cmx, ImageNet +50\.0 \| 49\.7 +80\.0 \| 82\.8", "SA-Gate, quoted",
-                  r"fcn, Supervised +not run \| .* +29\.0 \| 29\.2 +undefined \| 60\.0"):
-        assert re.search(f"^{words}", out, re.M), words
-    beside = out[out.index("\nOther runs"):]
-    for name, value, _, _ in others:
-        assert re.search(rf"{re.escape(name)}.* {value}\.0", beside), name
-    (tmp_path / "seed0" / "results.json").write_text("{")
-    (tmp_path / "seed1" / "results.json").write_text('{"changed": {}, "metrics": 3}')
-    call(finetune, f"--table {folders}")
-    out = capsys.readouterr().out
-    assert re.search("left out: .*seed0", out) and re.search("left out: .*seed1", out)
-    assert "cmx, ImageNet" in out
-    words = "expected folders with a results.json"
-    is_refused(words, call, finetune, f"--table {tmp_path}/seed1")
+RGB_DEM = "--scenario rgb-dem"
+
+
+def test_runs_that_differ_only_by_their_seeds_are_one_line(tmp_path, capsys):
+    lines = list_runs(
+        tmp_path, capsys, ("--task geonrw", [RGB_DEM] * 2, 0.3),
+        ("--task geonrw --seed 1", [f"{RGB_DEM} --seed 1"] * 2, 0.4),
+        ("--task geonrw --labels 0.01 --linear", [RGB_DEM] * 2, 0.2))
+    assert len(lines) == 2
+    words = ["geonrw ", "DeCUR ", "fine-tuned ", "100%", r"mIoU 35.0 \+- 7.1 ", "10.0", "2 seeds"]
+    assert re.match(".*".join(words), lines[0])
+    assert re.match("geonrw .*DeCUR .*linear .*1%.*mIoU 20.0 .*1 seed", lines[1])
+
+
+@pytest.mark.parametrize("flags, others, words", [
+    ("", [f"{RGB_DEM} --common 0.5"] * 2, "DeCUR .*pretraining common 0.5"),
+    ("", [f"{RGB_DEM} --no-intra"] * 2, "w/o intra "),
+    ("", [f"{RGB_DEM} --common 1"] * 2, "w/o decoup."),
+    ("", [RGB_DEM, f"{RGB_DEM} --method barlowtwins"], "DeCUR and Barlow Twins"),
+    ("", [f"{RGB_DEM} --epochs 5"] * 2, "pretraining epochs 5"),
+    ("", [], r"x\.pth"),
+    ("--epochs 5", [RGB_DEM] * 2, " epochs 5"),
+    ("--test-split val", [RGB_DEM] * 2, "test_split val")])
+def test_what_makes_runs_differ_stands_in_their_lines(flags, others, words, tmp_path, capsys):
+    lines = list_runs(tmp_path, capsys, ("--task geonrw", [RGB_DEM] * 2, 0.3),
+                      (f"--task geonrw --seed 1 {flags}", others, 0.4))
+    assert len(lines) == 2 and sum(bool(re.search(words, line)) for line in lines) == 1
+
+
+def test_decur_without_both_terms_is_the_papers_barlow_twins(tmp_path, capsys):
+    """Table 4, "w/o intra&decoup."."""
+    lines = list_runs(tmp_path, capsys,
+                      ("--task geonrw", [f"{RGB_DEM} --common 1 --no-intra"] * 2, 0.3),
+                      ("--task geonrw", [f"{RGB_DEM} --method barlowtwins --seed 1"] * 2, 0.4))
+    assert len(lines) == 1 and "w/o intra&decoup." in lines[0]
+
+
+def test_tables_of_labels_count_by_their_content(own, tmp_path, capsys):
+    """Two files of one name are not averaged; a copy of a file is the same."""
+    (tmp_path / "other").mkdir()
+    for target in ("other/single.csv", "copy.csv"):
+        shutil.copy(own / "single.csv", tmp_path / target)
+    with open(tmp_path / "other" / "single.csv", "a") as file:
+        file.write("0000,tree\n")
+    flags = f"{OWN} --target"
+    lines = list_runs(tmp_path, capsys, (f"{flags} single.csv", [], 0.3),
+                      (f"{flags} {tmp_path}/copy.csv --seed 1", [], 0.4),
+                      (f"{flags} {tmp_path}/other/single.csv --seed 1", [], 0.9))
+    assert len(lines) == 2 and sum("2 seeds" in line for line in lines) == 1
+
+
+def test_runs_that_cannot_be_read_are_named_and_left_out(tmp_path, capsys):
+    for name, text in (("broken", "{"), ("older", '{"metrics": {}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(text)
+    is_refused(str(tmp_path), call, finetune, f"--table {tmp_path}/broken {tmp_path}/older")
+    printed = capsys.readouterr().out
+    assert "broken" in printed and "older" in printed
 
 
 FEW = "--steps 2 --tsne-dims 8 --pairs 2"
