@@ -46,6 +46,7 @@ gives (x1, x2, target).  SSL4EO-S12 may also be read raw, without `prepare`: thi
 """
 import argparse
 import contextlib
+import errno
 import functools
 import glob
 import json
@@ -1969,15 +1970,10 @@ def find_problem(dataset, i):
 def check(args):
     """Reads every sample.  Prints a table, warnings and what is bad; draws a contact sheet; writes
     bad-ids.txt.  Returns how many samples are bad."""
-    source, own = args.task or args.scenario, (args.data1, args.data2)
-    need(bool(args.task) != bool(args.scenario), "check: give either --scenario or --task")
-    need((source == "custom") == all(own) == any(own) and not (all(own) and args.data),
-         "check: --data1 and --data2 work only with --scenario custom, where both are needed; "
-         "--data works only with the others")
-    root = own if source == "custom" else args.data or f"data/{source}"
-    split = args.split or ("train" if args.task else "all")
-    custom = dict(augment_as=(args.augment1, args.augment2)) if source == "custom" else {}
-    dataset = open_dataset(source, root, args.size, split, args.depth_unit, strict=False, **custom)
+    source, root = choose_source(args)
+    split, size = args.split or ("train" if args.task else "all"), args.size or 224
+    dataset = open_dataset(source, root, size, split, args.depth_unit, strict=False,
+                           declared=(args.as1, args.as2), reduce=True)
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
     for note in dataset.notes:
         print(note)
@@ -2001,7 +1997,7 @@ def check(args):
         bad += report_masks(dataset, good, NUM_CLASSES.get(source))
         for line in warnings:
             print(f"warning: {line}")
-        contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", args.size)
+        contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
         print(f"{out / 'contact-sheet.png'} shows what the network will see: one pair per row, two "
               f"augmented views of {' and two of '.join(dataset.modalities)}")
     print(f"{len(dataset)} samples read, {len(bad)} bad, of which {len(dataset.unpaired)} without "
