@@ -890,10 +890,7 @@ def main(argv=None):
     # ---- data ----
     (data, test_data), lines = open_task(args, rank)
     chosen = choose_subset(len(data), args.labels, args.seed)
-    if args.epochs != 0:                        # 0: the model is only tested
-        check_batch(args.batch_size, len(chosen), world)
-    if args.steps is None:
-        args.steps = args.epochs * max(1, len(chosen) // args.batch_size)
+    args.steps = count_steps(args, len(chosen), world)
     counts = count_classes(data, chosen[rank::world], args.workers)
 
     # ---- model ----
@@ -932,6 +929,15 @@ def main(argv=None):
         finish(run, args, result, changed, sorted(data.ids[i] for i in chosen))
     leave()
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
+
+
+def count_steps(args, n, world):
+    """Returns the number of steps of a run on n samples.  Refuses a batch that does not fit."""
+    if args.epochs != 0:                        # 0: the model is only tested
+        check_batch(args.batch_size, n, world)
+    if args.steps is not None:
+        return args.steps
+    return args.epochs * max(1, n // args.batch_size)
 
 
 def count_classes(data, indices, workers):

@@ -675,6 +675,8 @@ def start_from(files, encoders, args, rows):
 
     rows    what each encoder sees here, as in data.MODALITIES
     Raises BadInput unless there are weights for each encoder and every key fits."""
+    need(not args.bgr or any(E.channels == 3 for E in encoders), "--bgr has no effect, because no "
+         "encoder sees 3 channels. Leave it out")
     try:
         states = read_states(files, args)
         if args.modality and len(states) == 2:
@@ -702,7 +704,7 @@ def read_states(files, args):
     for file in files:
         settings, rows = read_pretraining(file)
         need(not (settings and args.bgr), f"--bgr is for weights trained on BGR images. {file} was "
-             f"trained by this project, on RGB images: leave --bgr out")
+             f"trained by this project, on RGB images. Leave --bgr out")
         source = f"{file} ({describe_pretraining(settings)})" if settings else file
         for m, state in enumerate(read_weights(file, args.backbone)):
             states.append((source, state, rows[m] if m < len(rows) else None))
@@ -737,13 +739,14 @@ def read_pretraining(file):
     except (BadInput, KeyError, TypeError):     # `read_weights` refuses a file that is damaged
         return {}, []
     check_pretraining(path, settings)
-    return settings, settings["inputs"]
+    m = settings["modality"]                    # of a pretraining of one modality, or None
+    return settings, settings["inputs"][m - 1:m] if m else settings["inputs"]
 
 
 def check_pretraining(file, settings):
     """Raises BadInput if the settings of a pretraining lack one that the other scripts need."""
     for name in ("scenario", "method", "backbone", "widths", "K", "Kc", "common", "no_intra",
-                 "size", "seed", "epochs", "modalities", "inputs"):
+                 "modality", "size", "seed", "epochs", "modalities", "inputs"):
         need(name in settings, f"{file} has no setting {name}. Give a file of this version of "
              f"pretrain.py")
 
