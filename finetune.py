@@ -760,8 +760,8 @@ def open_own_table(args, pairs):
                      f"meant, correct their lines")
     joined = find_joined_labels(classes)
     if joined:
-        lines.append(f"warning: {len(joined)} classes look like several labels in one, such as "
-                     f"{joined[0]!r}; if they are, write {CSV_FORM}")
+        lines.append(f"warning: classes such as {joined[0]!r} look like several labels in one; if "
+                     f"they are, write {CSV_FORM}")
     return labels, classes, kind, targets.get, lines
 
 
@@ -995,7 +995,8 @@ def finish(run, args, result, changed, ids):
         write_text(args.out / "results.json", json.dumps(result, indent=1, default=str))
     counts = result["counts"]
     trained, tested = (sum(n[part] for n in counts.values()) for part in ("train", "test"))
-    run.print(f"  {'class':40s}  score  share of the labels in training and test")
+    score = {"mIoU": "IoU", "mAP micro": "AP"}.get(next(iter(result["metrics"])), "accuracy")
+    run.print(f"  {'class':36s} {score:>10s}  share of the labels in training and test")
     for name, value in result["classes"].items():
         shares = counts[name]["train"] / max(1, trained), counts[name]["test"] / max(1, tested)
         run.print(f"  {name:40s} {format_percent(value):>6s} {shares[0]:8.2%} {shares[1]:8.2%}")
@@ -1012,7 +1013,9 @@ def finish(run, args, result, changed, ids):
 
 # Settings that follow from others, seeds, and what `describe_run_for_table` compares otherwise.
 NOT_COMPARED = ("seed", "K", "Kc", "widths", "channels", "modalities", "inputs", "sees", "file",
-                "linear", "weights_sha256", "num_classes")
+                "linear", "weights_sha256", "num_classes", "steps")
+# What `name_result` says of every run.
+NAMED = ("toy", "task", "model", "weights", "protocol", "labels", "data1", "data2", "target")
 PRETRAININGS = dict(decur="DeCUR", barlowtwins="Barlow Twins (w/o intra&decoup.)",
                     vicreg="VICReg", simclr="SimCLR-cross", clip="CLIP")
 
@@ -1087,16 +1090,19 @@ def name_pretraining(source, args):
         name = "w/o decoup."
     if settings.get("modality"):
         name += ", one modality"
-    scenario = TASKS[args.task]["scenario"]
-    tables = list_defaults(settings["scenario"], settings["method"], settings["backbone"], args.toy)
-    usual = dict(scenario=scenario, backbone=args.backbone, bgr=False, stopped=None, weights=None)
+    usual = dict(backbone=args.backbone, bgr=False, stopped=None, weights=None)
+    if args.task != "custom":
+        usual["scenario"] = TASKS[args.task]["scenario"]
+    tables = list_defaults(settings["scenario"], settings["method"], settings["backbone"],
+                           toy=settings["backbone"] == TOY_SETTINGS["backbone"])
     _, changed = fill_in(argparse.Namespace(**source), [(usual, "paper"), *tables])
     named = ("seed", "method", "common" if settings["common"] == 1 else "")
     return name, settings, [name for name in changed if name not in named]
 
 
 def print_table(folders):
-    """Prints a line for all runs that differ only by their seeds: what they are, their scores."""
+    """Prints a line for all runs that differ only by their seeds: what they are, what is not the
+    default or differs from other runs that begin alike, and their scores."""
     results = []
     for folder in folders:
         file = Path(folder) / "results.json"
@@ -1110,18 +1116,22 @@ def print_table(folders):
     groups, values = {}, {}
     for r in results:
         groups.setdefault(json.dumps(r["what"], sort_keys=True), []).append(r)
-        for name, value in r["what"].items():
-            values.setdefault((r["what"]["task"], name), set()).add(json.dumps(value))
+        for name, value in r["what"].items():   # of runs whose lines begin alike
+            values.setdefault((*name_result(r), name), set()).add(json.dumps(value))
     lines = []
     for runs in groups.values():
-        task = runs[0]["what"]["task"]
-        differing = [name for name in runs[0]["what"] if len(values[task, name]) > 1]
+        result, start = runs[0], name_result(runs[0])
+        words = list(start)
+        for name, value in result["what"].items():
+            differs = len(values[*start, name]) > 1
+            if name not in NAMED and (differs or name in result["changed"]):
+                words.append(f"{name} {result['shown'].get(name, value)}")
         seeds = len({json.dumps(r["seeds"]) for r in runs})
         over = "1 seed" if seeds == 1 else f"{seeds} seeds"
         if len(runs) > seeds:
             over += f" in {len(runs)} runs"
-        lines.append(f"{describe_group(runs[0], differing)}  {format_scores(runs)}  "
-                     f"({over}, {runs[0]['test_samples']} test samples)")
+        words += [format_scores(runs), f"({over}, {result['test_samples']} test samples)"]
+        lines.append("  ".join(words))
     print(*sorted(lines), sep="\n")
 
 
@@ -1135,18 +1145,13 @@ def read_results(file):
     return result
 
 
-def describe_group(result, differing):
-    """Returns the words of a line: what is always named, what is not the default, and what differs
-    from other runs of the task."""
-    what = result["what"]
-    always = ("task", "model", "weights", "protocol", "labels", "data1", "data2", "target")
+def name_result(result):
+    """Returns the words with which the line of a run begins."""
+    what, shown = result["what"], result["shown"]
     words = [f"toy {what['task']}" if what["toy"] else what["task"], what["model"],
              what["weights"], what["protocol"], f"{100 * what['labels']:g}% of the labels"]
-    words += [result["shown"][name] for name in always[5:] if name in what]
-    for name, value in what.items():
-        if name not in always and name != "toy" and name in (*result["changed"], *differing):
-            words.append(f"{name} {result['shown'].get(name, value)}")
-    return "  ".join(words)
+    words += [shown[name] for name in ("data1", "data2", "target") if name in shown]
+    return tuple(words)
 
 
 def format_scores(runs):
