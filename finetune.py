@@ -17,7 +17,6 @@ The metrics are of the whole test split after the last step, never of the best s
 import argparse
 import copy
 import csv
-import hashlib
 import json
 import math
 import os
@@ -45,8 +44,8 @@ from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, BadInput, add_fl
                   open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
                   resize, run_main, show_progress, to_unit_range, write_text)
 from decur import MITS, RESNETS, branch, mit, start_as_segformer
-from pretrain import (FLAGS, Run, check_batch, collect_settings, distribute, fill_in,
-                      find_checkpoint, hash_file, join, leave, list_defaults, load_checkpoint,
+from pretrain import (FLAGS, Run, check_batch, collect_settings, describe_input, distribute,
+                      fill_in, find_checkpoint, hash_file, join, leave, load_checkpoint,
                       make_loader, make_run_folder, measure_statistics, mixed_precision,
                       read_environment, read_pretraining, restore, start_from, sum_over_processes)
 
@@ -420,14 +419,6 @@ def compute_counting_metrics(matrix, kind):
         return {name: None, "accuracy": None}, each
     mean = (hit / total)[total > 0].mean().item()
     return {name: mean, "accuracy": (hit.sum() / matrix.sum()).item()}, each
-
-
-def compute_iou_and_accuracy(pred, gt, num_classes, ignore):
-    """Returns mIoU and pixel accuracy.  pred, gt: classes 0..num_classes-1, of any shape; gt may
-    also hold `ignore`."""
-    matrix = count_confusions(pred, gt, num_classes, ignore)
-    metrics, _ = compute_counting_metrics(matrix, "segmentation")
-    return metrics["mIoU"], metrics["accuracy"]
 
 
 def summarise(data, ranking, matrix, train_counts):
@@ -1011,7 +1002,7 @@ def finish(run, args, result, changed, ids):
 
 # ---- --table: what was run ----
 
-# Settings that follow from others, seeds, and what `describe_run_for_table` compares otherwise.
+# Seeds, settings that follow from others, and those that `describe_run_for_table` adds itself.
 NOT_COMPARED = ("seed", "K", "Kc", "widths", "channels", "modalities", "inputs", "sees", "file",
                 "linear", "weights_sha256", "num_classes", "steps")
 # What `name_result` says of every run.
@@ -1026,10 +1017,9 @@ def describe_run_for_table(args, settings, changed):
     what     {name: value}; runs of equal values differ only by their seeds.  A file counts by its
              content, a pretraining by its settings
     shown    {name: text} where another text than the value is printed: the names of files
-    changed  the names whose values are not the defaults
+    changed  the names of the settings that are not the defaults
     seeds    of the run and of the pretrainings behind it"""
-    what, unusual = describe_weights(args)
-    shown, seeds = {}, [args.seed]
+    what, shown = describe_weights(args), {}
     what |= dict(task=args.task, toy=args.toy, protocol="linear" if args.linear else "fine-tuned")
     if args.task == "custom":
         for name in ("data1", "data2", "target", "split", "test_split"):
@@ -1037,9 +1027,8 @@ def describe_run_for_table(args, settings, changed):
     for name, value in settings.items():
         if name not in NOT_COMPARED:
             what.setdefault(name, value)
-    for source in args.pretraining:
-        seeds.append(source.get("seed"))
-    return dict(what=what, shown=shown, changed=[*changed, *unusual], seeds=seeds)
+    seeds = [args.seed, *(source.get("seed") for source in args.pretraining)]
+    return dict(what=what, shown=shown, changed=list(changed), seeds=seeds)
 
 
 def identify_file(path):
@@ -1053,34 +1042,25 @@ def identify_file(path):
 
 
 def describe_weights(args):
-    """Returns {name: value} of what the encoders started from, and the names of the values that
-    are not the paper's.  Encoders of equal pretrainings are described once."""
-    described = [name_pretraining(source, args) for source in args.pretraining]
-    if all(other == described[0] for other in described):
-        described = described[:1]
-    what, unusual = {"weights": " and ".join(name for name, _, _ in described)}, []
-    what["encoders see"] = [describe_row(source.get("sees")) for source in args.pretraining]
-    for k, (_, settings, changed) in enumerate(described, 1):
-        prefix = "pretraining" if len(described) == 1 else f"pretraining {k}"
-        what |= {f"{prefix} {name}": value for name, value in settings.items()}
-        unusual += [f"{prefix} {name}" for name in changed]
-    return what, unusual
+    """Returns {name: value} of what the encoders started from.  Where the encoders differ, the
+    values of both stand in the text."""
+    names, values = [], {}
+    for source in args.pretraining:
+        name, settings = name_pretraining(source)
+        names.append(name)
+        for key, value in settings.items():
+            values.setdefault(f"pretraining {key}", []).append(str(value))
+    values["weights"] = names
+    return {key: " and ".join(dict.fromkeys(texts)) for key, texts in values.items()}
 
 
-def describe_row(row):
-    """Returns the name of a modality; for one's own images also what stands for its statistics."""
-    if not row or row["name"] in MODALITIES:
-        return row and row["name"]
-    return f"{row['name']} {hashlib.sha256(json.dumps(row).encode()).hexdigest()[:8]}"
-
-
-def name_pretraining(source, args):
-    """Returns the paper's name of a pretraining, its settings, and the names of the settings that
-    are not the paper's."""
+def name_pretraining(source):
+    """Returns the paper's name of the pretraining behind an encoder, and its settings."""
     if "method" not in source:                  # weights of others
         names = dict(none="random", imagenet="ImageNet")
-        return names.get(source["file"]) or identify_file(source["file"])[1], {}, []
+        return names.get(source["file"]) or identify_file(source["file"])[1], {}
     settings = {name: value for name, value in source.items() if name not in NOT_COMPARED}
+    settings["input"] = describe_input(source["sees"])
     if settings["common"] == 1 and settings["no_intra"]:            # Table 4: the same loss
         settings.update(method="barlowtwins", no_intra=False)
     name = PRETRAININGS[settings["method"]]
@@ -1088,21 +1068,12 @@ def name_pretraining(source, args):
         name = "w/o intra"
     elif settings["method"] == "decur" and settings["common"] == 1:
         name = "w/o decoup."
-    if settings.get("modality"):
-        name += ", one modality"
-    usual = dict(backbone=args.backbone, bgr=False, stopped=None, weights=None)
-    if args.task != "custom":
-        usual["scenario"] = TASKS[args.task]["scenario"]
-    tables = list_defaults(settings["scenario"], settings["method"], settings["backbone"],
-                           toy=settings["backbone"] == TOY_SETTINGS["backbone"])
-    _, changed = fill_in(argparse.Namespace(**source), [(usual, "paper"), *tables])
-    named = ("seed", "method", "common" if settings["common"] == 1 else "")
-    return name, settings, [name for name in changed if name not in named]
+    return name, settings
 
 
 def print_table(folders):
-    """Prints a line for all runs that differ only by their seeds: what they are, what is not the
-    default or differs from other runs that begin alike, and their scores."""
+    """Prints a line for all runs that differ only by their seeds: what they are; settings that are
+    not the defaults, or differ from those of other runs that begin alike; scores."""
     results = []
     for folder in folders:
         file = Path(folder) / "results.json"
@@ -1174,28 +1145,25 @@ def format_percent(value):
 
 # ---- command line ----
 
-# Those of pretrain.py, but where a help or a limit is another, and those that it has not.
-RECIPE = "default: of the recipe, see RECIPES"
+# Flags of pretrain.py, some with other help texts or limits, and flags of transfer only.
+RECIPE = "default: of the task's recipe"
 TRANSFER_FLAGS = FLAGS | {
     "task": dict(choices=TASKS, help="data set with its classes; custom: your own labels"),
-    "table": dict(nargs="+", metavar="DIR", help="list the runs in these folders and do nothing "
-                  "else; runs that differ only by their seeds are one line"),
-    "split": dict(type=expand_path, help="list to train on, of custom a file of names; default: "
-                  "train, of custom all but --test-share"),
-    "test-split": dict(type=expand_path, help="list to test on, as --split; default: test"),
-    "labels": dict(type=number(float, 1e-9, 1), help="share of the training samples to use; "
-                   "default: 1"),
-    "modality": dict(type=int, choices=(0, 1, 2), help="modality that the model sees, 0: both; "
+    "table": dict(nargs="+", metavar="DIR", help="list the runs in these folders, nothing else"),
+    "split": dict(type=expand_path, help="list to train on, of custom a file; default: train"),
+    "test-split": dict(type=expand_path, help="list to test on, of custom a file; default: test"),
+    "labels": dict(type=number(float, 1e-9, 1), help="share of training samples; default: 1"),
+    "modality": dict(type=int, choices=(0, 1, 2), help="modality that the model sees; 0: both; "
                      "default: 0, FCN on RGB-D 1"),
     "size": FLAGS["size"] | dict(help=f"height of the training crops in pixels; {RECIPE}"),
-    "target": FLAGS["data1"] | dict(help="labels: a csv of lines `name,label`, or masks, given as "
-                                    "--data1"),
-    "ignore": dict(type=number(int, -2 ** 31), help="value in masks that is no label, as all "
-                   "negative values are; default: 255"),
-    "test-share": dict(type=number(float, 0, 1), help="share of the samples to test on, if there "
-                       "are no lists; default: 0.2"),
-    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: fcn, "
-                  "with bigearthnet or a csv late"),
+    "target": FLAGS["data1"] | dict(help="with custom: labels, masks given as --data1, or a csv of "
+                                    "lines `name,label`"),
+    "ignore": dict(type=number(int, -2 ** 31), help="with custom: value in masks that is no label, "
+                   "as all negative values are; default: 255"),
+    "test-share": dict(type=number(float, 0, 1), help="with custom: share of the samples to test "
+                       "on, unless there are lists; default: 0.2"),
+    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: "
+                  "fcn, with bigearthnet or a csv late"),
     "backbone": FLAGS["backbone"] | dict(help="encoders; default: resnet50, of cmx mit_b2 or b5"),
     "weights": FLAGS["weights"] | dict(help="weights to start from: one file for both encoders, a "
                                        "file for each, imagenet, or none (random)"),
@@ -1204,15 +1172,13 @@ TRANSFER_FLAGS = FLAGS | {
     "linear": dict(action="store_true", help="freeze the encoders; default: fine-tuning"),
     "cached": dict(action="store_true", default=None, help="with --linear: compute the features "
                    "once, not augmented, which is fast"),
-    "epochs": dict(type=number(int, 0), help=f"0 tests without training; {RECIPE}"),
-    "batch-size": dict(type=number(int, 1), help=f"samples per step, of all processes together; "
-                       f"{RECIPE}"),
+    "epochs": dict(type=number(int, 0), help=f"passes over the data; 0: only test; {RECIPE}"),
+    "batch-size": dict(type=number(int, 1), help=f"samples per step, of all processes; {RECIPE}"),
     "lr": FLAGS["lr"] | dict(help=f"learning rate at the start; {RECIPE}"),
     "weight-decay": FLAGS["weight-decay"] | dict(help=f"weight decay; {RECIPE}"),
     "out": FLAGS["out"] | dict(help="folder of the run; default: runs/TASK-MODEL-WEIGHTS-seedN, "
-                               "with the settings that are not the defaults"),
-    "save-images": dict(type=number(int, 0), metavar="N", help="draw inputs, masks and predictions "
-                        "of N test samples; default: 0"),
+                               "with settings that are not the defaults"),
+    "save-images": dict(type=number(int, 0), metavar="N", help="draw N test samples; default: 0"),
 }
 
 
