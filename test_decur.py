@@ -960,6 +960,21 @@ def test_every_file_of_weights_is_asked_for_its_pretraining(runs, tmp_path):
     assert "(decur on" in lines[0] and "(barlowtwins on" in lines[1] and len(lines) == 2
 
 
+def test_a_checkpoint_of_one_modality_gives_the_input_of_that_one(pretrained, tmp_path):
+    checkpoint = torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)
+    checkpoint["settings"]["modality"] = 2
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    _, rows = pretrain.read_pretraining(tmp_path / "checkpoint.pt")
+    assert [row["name"] for row in rows] == ["depth"]
+
+
+def test_a_depth_unit_is_refused_where_hha_is_read(scenes, tmp_path):
+    root = shutil.copytree(scenes, tmp_path / "scenes")
+    shutil.copytree(root / "RGB", root / "HHA")
+    is_refused("--depth-unit .* rgb and hha", call, pretrain,
+               flags_of(root, tmp_path / "out", "--depth-unit 1000"))
+
+
 RGB = data.MODALITIES["rgb"]
 MEASURED = dict(RGB, range="raw_mean -+ 3 x raw_std", raw_mean=[9.0] * 3, raw_std=[2.0] * 3)
 
