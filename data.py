@@ -2088,7 +2088,10 @@ def built(out, settings, size, folders=()):
         return
     os.replace(part, out)
     for name in ("lock", "settings.txt", "done.jsonl"):
-        (Path(out) / name).unlink()
+        (Path(out) / name).unlink(missing_ok=True)
+
+
+NOTED = 256                                     # so many samples at a time are noted as done
 
 
 def attempt(work, item):
@@ -2127,7 +2130,7 @@ def work_through(part, jobs, work, args, bad, arrays=()):
                 array[places[name]] = row
             done[name] = 0 if arrays else result
             fresh.append(name)
-            if len(fresh) % 256 == 0:
+            if len(fresh) == NOTED:
                 note_done(log, fresh, done, arrays)
     finally:
         note_done(log, fresh, done, arrays)
@@ -2156,12 +2159,11 @@ def pack(out, jobs, read, files, bad, args):
     """Packs samples into arrays of bytes, a sample a row: ids.txt and `files`.  read(job) gives a
     row for each of the files.  A damaged sample's row is 0, and its line begins with `# `."""
     need(jobs, f"no sample for {out}; {TREE}")
-    rows = None
-    for job in jobs.values():                   # the first that can be read shows the sizes
-        with contextlib.suppress(BadInput):
-            rows = read(job)
+    for item in jobs.items():                   # the first that can be read shows the sizes
+        rows, reason = attempt(read, item)
+        if rows:
             break
-    need(rows, f"none of {len(jobs)} samples for {out} can be read; {bad or list(jobs)[:1]}")
+    need(rows, f"none of {len(jobs)} samples for {out} can be read; the last: {reason}")
     sizes = list(map(len, rows))
     with built(out, "\n".join(jobs) + "\n", len(jobs) * sum(sizes)) as part:
         arrays = []
@@ -2340,7 +2342,7 @@ def prepare_tiles(where, args):
         for split, wanted in (("train", False), ("test", True)):
             these = [name for name in names if (name.rsplit("_", 2)[0] in tested) == wanted]
             write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
-    print(f"train.txt and test.txt: {len(scenes) - n} scenes and {n} scenes")
+    print(f"train.txt has the tiles of {len(scenes) - n} scenes, test.txt the tiles of {n}")
 
 
 def cut_own(part, size, nodata, declared, job):
