@@ -1126,8 +1126,6 @@ def read_image(path, indices=False):
          f"{np.shape(a)}; expected real numbers of the shape HxW, HxWxC or CxHxW")
     if suffix not in TIFF_SUFFIXES and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
         a = a.transpose(2, 0, 1)                # HxWxC; a TIFF says which axes it has
-    need(indices or a.dtype.kind != "f" or np.isfinite(a).any(), f"{path} holds not one finite "
-         f"value; take it out")
     return a.reshape(-1, *a.shape[-2:])
 
 
@@ -1196,16 +1194,6 @@ def read_mask(path):
     need((mask == a[0]).all(), f"{path} holds {a[0][mask != a[0]][:1]}; expected whole numbers, "
          f"because they are indices of classes: make the mask again from its source")
     return np.maximum(mask, -1)
-
-
-def read_label(path, canvas=None):
-    """Reads a mask of a task, in which 0 is no label.  canvas: its size (H, W), by the nearest
-    pixel."""
-    mask = np.maximum(read_mask(path), 0)
-    if canvas:
-        image = Image.fromarray(mask.astype(np.int32))
-        mask = np.array(image.resize(canvas[::-1], Image.Resampling.NEAREST)).astype(np.int64)
-    return mask
 
 
 def read_palette(path):
@@ -1412,6 +1400,7 @@ BEYOND = {
     "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m", "is --depth-unit right?"),
     "sar": ((0, 1), 0.25, "beyond 2 standard deviations", "are the files in dB?"),
     "ms": ((1,), 0.05, "above reflectance 1", "are the files reflectance x 10000?"),
+    "dem": ((), 0, "", "is most of the ground flat, or are most heights missing?"),
     "measured": ((0, 1), 0.05, "beyond 3 standard deviations",
                  "are a few values far too large, or are these not the files that were measured?")}
 UNITS = {"sar": "dB", "ms": "reflectance x 10000", "dem": "m", "depth": "m", "rgb": "of 255",
@@ -1468,14 +1457,15 @@ def describe_inputs(data, indices):
         label = row["name"]
         if data.inputs[0]["name"] == data.inputs[1]["name"]:
             label += f" {m + 1}"
-        table += [describe_band(label, row, band, x, raw) for band in range(len(x))]
+        bands = range(len(set(row["bands"])))   # a height stands in three equal channels
+        table += [describe_band(label, row, band, x, raw) for band in bands]
         warnings += warn_of_values(label, row, x)
         warnings += warn_of_bands(label, row, x, raw, m + 1)
     uneven = [i for i, one, two in zip(indices, *ratios) if abs(math.log(one / two)) > 0.05]
     if uneven:
         warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {data.ids[uneven[0]]}, "
-                        f"have images of two shapes (width / height), of which one is squeezed to "
-                        f"the other: cut them to the same scene")
+                        f"have two images of different width / height.  Both are resized to one "
+                        f"shape, so one is squeezed: cut both to the same scene")
     return table, warnings
 
 
