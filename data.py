@@ -2523,7 +2523,7 @@ DATA_FLAGS = {
                        help="steps of a depth file per metre; default: 1000"),
     "split": dict(type=expand_path, help="name of a list such as train, or with custom a list's "
                                          "file; default: all, of a task train"),
-    "size": dict(type=number(int, 8, 4096), help="width of the crops in pixels; default: 224"),
+    "size": dict(type=number(int, 16, 4096), help="width of the crops in pixels; default: 224"),
     "workers": dict(type=number(int, 0), help="processes that read files, for each process"),
 }
 
@@ -2535,6 +2535,8 @@ def add_flags(group, flags, names):
 
 
 FLAGS = DATA_FLAGS | {
+    "size": dict(type=number(int, 8, 4096), help="of check the width of the contact sheet's crops, "
+                 "default: 224; of prepare, with custom, the width of the tiles"),
     "scenario": dict(choices=[*TOY_WRITERS, "custom"], help="whose data"),
     "task": dict(choices=NUM_CLASSES, help="a transfer task's data, instead of a scenario's"),
     "out": dict(type=expand_path, metavar="DIR", help="folder to write; default: where the scripts "
