@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_mask,
                   choose_workers, expand_path, run_main, find_warnings, leave_group, make_toy, move_to, find_images,
                   need, normalise, number, open_dataset, show_progress, draw_boxes, read_factors,
-                  read_json, read_label, read_lines, read_list, reading, resize, filter_separably,
+                  read_json, read_lines, read_list, read_mask, reading, resize, filter_separably,
                   make_triangle_filter, to_unit_range, make_visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, start_as_segformer
 from pretrain import (SCENARIOS, Run, check_batch, collect_settings, distribute, fill_in,
@@ -621,7 +621,7 @@ def open_own(args):
     else:
         files, labels = find_images(args.target, (".png", ".tif", ".tiff")), {}
         for name, file in show_progress(files.items(), desc="masks"):
-            labels[name] = set(np.unique(read_label(file)).tolist()) - {args.ignore}
+            labels[name] = set(np.unique(read_mask(file)).tolist()) - {args.ignore, -1}
     strangers = sorted(labels.keys() - set(pairs.ids))
     need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair; "
          f"expected names such as {pairs.ids[0]}: in a csv `name,label` with a comma, and no other "
@@ -688,7 +688,7 @@ def own_pairs(args):
 
 def mask_target(files, values, name):
     """The mask of a name: k + 1 where it has the k-th of the values, otherwise 0."""
-    mask = torch.from_numpy(read_label(files[name]))
+    mask = torch.from_numpy(read_mask(files[name]))
     target = torch.zeros_like(mask)
     for k, value in enumerate(values):
         target[mask == value] = k + 1

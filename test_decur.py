@@ -1,6 +1,7 @@
 """python -m pytest -q: a few minutes on two CPU cores, no data.  Each name is a true sentence."""
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -1026,20 +1027,32 @@ def npy(a):
 
 # ---- the data order and the augmentations ----
 
-def test_the_crop_is_an_antialiased_resize_of_a_box_on_a_cpu_and_on_a_device():
-    """A device's matrix products against F.interpolate, which a CPU takes; boxes of all sizes."""
-    x = torch.rand(4, 5, 20, 24, generator=torch.Generator().manual_seed(0))
-    boxes = torch.tensor([[0, 1, 20, 23], [3, 2, 7, 9], [5, 0, 15, 24], [1, 1, 4, 4.0]])
-    flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-    cpu = torch.cat([data.resize_box(image[None], 11, *map(int, box), *map(int, flip))
-                     for image, box, flip in zip(x, boxes, flips)])
-    expected = F.interpolate(x[2:3, :, 5:, :], (11, 11), mode="bilinear", antialias=True).flip(3)
-    assert torch.equal(cpu[2:3], expected)
-    filters = []
-    for k, n in enumerate((20, 24)):            # top and height, left and width
-        W = data.make_triangle_filter(boxes[:, k, None], boxes[:, k + 2, None], n, 11)
-        filters.append(torch.where(flips[:, k, None, None] > 0, W.flip(1), W))
-    assert (data.filter_separably(x, *filters) - cpu).abs().max() < 1e-5
+def test_the_crop_is_an_antialiased_resize_of_a_box():
+    x = torch.rand(1, 5, 20, 24, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[3, 2, 7, 9, 1, 0]])  # top, left, height, width, upside down, mirrored
+    inside = x[:, :, 3:10, 2:11]
+    expected = F.interpolate(inside, (11, 11), mode="bilinear", antialias=True).flip(2)
+    assert torch.equal(data.crop_in_turn(x, 11, boxes), expected)
+
+
+@pytest.mark.parametrize("name", data.AUGMENTATIONS)
+def test_a_gpu_s_crops_equal_a_cpu_s(name):
+    """The batched filters, here run on a CPU: random boxes of the modality's scale and flips, and
+    boxes that touch each border or are one pixel, to more and to fewer pixels."""
+    row, settings = MODALITIES.get(name, dict(bands="any")), data.AUGMENTATIONS[name]
+    B, H, W = 16, 40, 52
+    x = torch.randint(0, 256, (B, len(row["bands"]), H, W), dtype=torch.uint8,
+                      generator=torch.Generator().manual_seed(0))
+    draws = drawn(B)
+    *box, mirrored = data.draw_boxes(B, H, W, settings["scale"], draws)
+    upside_down = draws(1) < (0.5 if settings.get("vflip") else 0)
+    boxes = torch.cat((*box, upside_down, mirrored), 1)
+    boxes[:4] = torch.tensor([[0, 0, H, W, 0, 0], [H - 1, W - 1, 1, 1, 1, 1],
+                              [H - 7, 0, 7, W, 0, 1], [0, W - 9, H, 9, 1, 0]])
+    assert boxes[:, 4].any() and boxes[:, 5].any()
+    for size in (24, 96):
+        crops = data.crop_in_turn(x, size, boxes)
+        assert (data.crop_at_once(x, size, boxes) - crops).abs().max() < 1e-4
 
 
 def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
@@ -1099,17 +1112,21 @@ def test_hue_turns_red_into_green_into_blue_and_keeps_grey():
 def test_blur_keeps_constants_and_touches_only_the_images_that_draw_it():
     x = torch.rand(40, 1, 56, 56, generator=torch.Generator().manual_seed(0))
     x[:, :, :28] = 0.5
-    y = data.random_blur(x, 0.5, drawn(40))
+    y = data.random_blur(x.clone(), 0.5, drawn(40))
     assert torch.allclose(y[:, :, :24], x[:, :, :24], atol=1e-5)  # 8 sigma of <= 0.5 pixels away
     unchanged = (y == x).flatten(1).all(1)
-    assert 10 < unchanged.sum() < 30 and data.random_blur(x, 0.0, drawn(40)) is x
+    assert 10 < unchanged.sum() < 30
+    assert torch.equal(data.random_blur(x.clone(), 0.0, drawn(40)), x)
 
 
 def test_solarize_inverts_what_is_bright():
     x = torch.tensor([0.2, 0.5, 0.9]).view(1, 1, 1, 3)
-    solarized = data.random_solarize(x, 1.1, drawn(1)).flatten()
+    solarized = data.random_solarize(x.clone(), 1.1, drawn(1)).flatten()
     assert torch.allclose(solarized, torch.tensor([0.2, 0.5, 0.1]))
-    assert torch.equal(data.random_solarize(x, 0.0, drawn(1)), x)
+    assert torch.equal(data.random_solarize(x.clone(), 0.0, drawn(1)), x)
+    x = torch.full((40, 1, 2, 2), 0.75)
+    inverted = (data.random_solarize(x, 0.5, drawn(40)) == 0.25).flatten(1).all(1)
+    assert 10 < inverted.sum() < 30             # whole images, and about half of them
 
 
 @pytest.mark.parametrize("name, C", [("sar", 2), ("dem", 3), ("ms", 13)])
@@ -1128,9 +1145,9 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says(name, C):
 
 
 @pytest.mark.parametrize("value, dtype, words", [
-    (7500, torch.float32, "holds 7500 to 7500"), (np.nan, torch.float32, "holds nan to nan"),
-    (-0.1, torch.float32, "holds -0.1 to -0.1"), (0, torch.int32, "is of torch.int32"),
-    (0, torch.uint16, "is of torch.uint16")])
+    (7500, torch.float32, "7500 to 7500"), (np.nan, torch.float32, "nan to nan"),
+    (-0.1, torch.float32, "-0.1 to -0.1"), (0, torch.int32, "torch.int32"),
+    (0, torch.uint16, "torch.uint16")])
 def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
     """Depth in metres as x gave 60481 once; wherever images enter."""
     x = torch.full((1, 1, 4, 4), value, dtype=dtype)
@@ -1151,20 +1168,23 @@ class Scenes:
     """Of two sensors: one shows the index, the other the epoch."""
     epoch, reads = None, 0
 
-    def __init__(self, *modalities):
-        self.modalities = modalities
+    def __init__(self):
+        pass
 
     def __getitem__(self, i):
         self.reads += 1
         return [torch.tensor(i)], [torch.tensor(self.epoch)]
 
 
-@pytest.mark.parametrize("modalities, keep, room, reads", [
-    (("rgb", "depth"), True, 1000, 5), (("rgb", "depth"), False, 1000, 10),
-    (("rgb", "depth"), True, 16, 9),            # the bytes of one sample
-    (("sar", "ms"), True, 1000, 10)])
-def test_unchanging_samples_are_decoded_once_while_there_is_room(modalities, keep, room, reads):
-    scenes = Scenes(*modalities)
+class Seasons(Scenes, data.Packed):
+    """Two sensors whose samples change with the epoch."""
+
+
+@pytest.mark.parametrize("kind, keep, room, reads", [
+    (Scenes, True, 1000, 5), (Scenes, False, 1000, 10), (Seasons, True, 1000, 10),
+    (Scenes, True, 16, 9)])                     # 16: the bytes of one sample
+def test_unchanging_samples_are_decoded_once_while_there_is_room(kind, keep, room, reads):
+    scenes = kind()
     samples = data.Samples(scenes, keep)
     samples.room = min(samples.room, room)
     for epoch in (0, 1):
@@ -1191,7 +1211,7 @@ def test_frames_of_any_size_are_read_as_colour_and_metres_and_holes_do_not_bleed
     depth = np.full((160, 200), 2000, np.uint16)
     depth[:80] = 0
     save(root / "Depth" / "x.png", depth)
-    pairs = data.RGBD(root, 24)
+    pairs = open_dataset("rgbd", root, 24)
     (rgb,), (depth,) = pairs[1]
     assert rgb.dtype == torch.uint8 and rgb[:, 5, 5].tolist() == [10, 20, 30]
     assert depth[0, 5, 5].item() == pytest.approx(0.21)
@@ -1211,14 +1231,15 @@ def test_lists_name_the_frames_of_a_split(tmp_path):
 
 
 @pytest.mark.parametrize("kind, text, words", [
-    ("list", b"", "is empty"), ("list", b"\xe9\n", "utf-8"), ("list", b"a\\0\n", "the line"),
-    ("list", b"0\n# more\n", "the line '# more'; expected a name"), ("list", None, "no .*/it"),
+    ("list", b"", "it "), ("list", b"\xe9\n", "it .*utf-8"), ("list", b"a\\0\n", "the line"),
+    ("list", b"0\n# more\n", "the line '# more'"), ("list", None, "no .*/it.* has other"),
     ("list", b"0\n1\n0\n", "names 0 twice"), ("camera", None, "write it by hand: the nine"),
     ("camera", b"1 2 3", "read as the nine"), ("camera", b"inf 0 1 0 1 1 0 0 1", "expected the"),
     ("camera", b"0 0 1 0 1 1 0 0 1", "above 0"), ("camera", b"5 0 nan 0 5 1 0 0 1", "above 0"),
     ("json", b"", "cannot be read as settings"), ("json", b"[1]", "as settings .*holds a list"),
     ("json", b"{", "as settings"), ("json", b"\xff", "as settings")])
 def test_lists_cameras_and_json_that_make_no_sense_are_refused(kind, text, words, tmp_path):
+    (tmp_path / "other").touch()
     if text is not None:
         (tmp_path / "it").write_bytes(text)
     readers = dict(list=partial(data.read_list, names=dict.fromkeys("01")),
@@ -1274,7 +1295,7 @@ def test_missing_depth_takes_no_part_in_hha():
     far = np.ones(z.shape, bool)
     far[30:80, 30:100] = False
     assert (np.abs(masked - filled)[..., 2][far] > 1).mean() < 0.01
-    is_refused("expected metres", hha, z * 1000, z, CAMERA, error=ValueError)
+    is_refused("--depth-unit", hha, z * 1000, z, CAMERA, error=ValueError)
     is_refused("some valid depth", hha, z, np.zeros_like(z), CAMERA, error=ValueError)
 
 
@@ -1294,58 +1315,113 @@ def write_sunrgbd(root):
     # the numbers of the labels run through the test list first
     (root / "test.txt").write_text("SUNRGBD/xtion/sun3ddata/hotel/hotel/0000110-1//image/a.JPG\n")
     (root / "train.txt").write_text("/n/fs/sun3d/data/SUNRGBD/kv1/b3dodata/img_0063/\r\n")
+    return root
 
 
-def test_the_raw_sun_rgbd_tree_is_read_once_hha_has_been_there(tmp_path):
-    """`hha` goes on where it was stopped.  A sensor's folder may be a link."""
-    write_sunrgbd(tmp_path)
-    (tmp_path / "SUNRGBD" / "xtion").rename(tmp_path / "away")
-    (tmp_path / "SUNRGBD" / "xtion").symlink_to(tmp_path / "away", target_is_directory=True)
+def prepare(flags):
+    call(data, f"prepare --workers 1 {flags}")
+
+
+SUNRGBD_NAMES = ["kv1-b3dodata-img_0063", "xtion-sun3ddata-hotel-hotel-0000110-1"]
+
+
+def test_depth_of_sun_rgbd_is_metres_whatever_pillow_gives():
+    """Millimetres rotated left by three bits, cut at 8 m; Pillow before 10.3 gives 32 bits."""
     raw = np.array([8 * 2378, 0, 8 * 8100, 1 << 3 | 2], np.uint16)
-    for dtype in (np.uint16, np.int32):         # as Pillow before 10.3 gives it
+    for dtype in (np.uint16, np.int32):
         assert data.sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
-    is_refused("has no HHA yet; run `python data.py hha", open_dataset, "rgbd", tmp_path, 16)
-    data.write_hha(tmp_path, 1, 1000.0)
-    frames = data.sunrgbd_frames(tmp_path)
-    assert list(frames) == ["kv1/b3dodata/img_0063", "xtion/sun3ddata/hotel/hotel/0000110-1"]
-    (tmp_path / "SUNRGBD" / "kv1" / "loop").symlink_to(tmp_path / "SUNRGBD")
-    assert data.sunrgbd_frames(tmp_path) == frames
-    (tmp_path / "SUNRGBD" / "kv1" / "part" / "depth").mkdir(parents=True)
-    is_refused("no .*kv1/part/intrinsics.txt", data.sunrgbd_frames, tmp_path)
-    shutil.rmtree(tmp_path / "SUNRGBD" / "kv1" / "part")
-    first, second = (data.hha_file(image) for image, *_ in frames.values())
-    written = second.stat().st_mtime_ns
-    first.unlink()
-    data.write_hha(tmp_path, 1, 1000.0)
-    assert first.is_file() and second.stat().st_mtime_ns == written
-    pairs = open_dataset("rgbd", tmp_path, 16)
-    assert pairs.modalities == ("rgb", "hha")
+
+
+def test_prepare_of_sun_rgbd_gives_folders_of_equal_names(tmp_path):
+    root = write_sunrgbd(tmp_path)
+    prepare(f"--scenario rgbd --data {root}")
+    for folder, suffix in (("RGB", ".JPG"), ("HHA", ".png"), ("Label", ".png")):
+        assert sorted(os.listdir(root / folder)) == [name + suffix for name in SUNRGBD_NAMES]
+    assert not (root / "prepare.part").exists()
+    image = root / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "image" / "a.JPG"
+    assert os.path.samefile(image, root / "RGB" / f"{SUNRGBD_NAMES[0]}.JPG")  # takes no disk
+    assert open_dataset("rgbd", root, 16).ids == SUNRGBD_NAMES
+
+
+def test_prepare_of_sun_rgbd_encodes_the_filled_depth_by_what_the_sensor_saw(tmp_path):
+    root = write_sunrgbd(tmp_path)
+    prepare(f"--scenario rgbd --data {root}")
+    _, encoded = open_dataset("rgbd", root, 16).read_raw(0)
     mm = 2000 + 5 * np.mgrid[:42, :56].sum(0)
-    raw = np.where(np.arange(42)[:, None] < 4, 0, mm)
-    _, (_, encoded) = pairs.raw(0)
-    assert (encoded.transpose(1, 2, 0) == hha(mm / 1000, raw / 1000, (60, 60, 28, 21))).all()
-    for split, label in (("test", 1), ("train", 2)):
-        (_, _, target), = open_dataset("sunrgbd", tmp_path, 16, split)
-        assert (target == label).all() and target.shape == (24, 32)
+    seen = np.where(np.arange(42)[:, None] < 4, 0, mm)
+    assert (encoded.transpose(1, 2, 0) == hha(mm / 1000, seen / 1000, (60, 60, 28, 21))).all()
 
 
-def test_hha_of_the_folder_form_fills_holes_from_the_background(tmp_path):
-    """A hole gets the farther reading beside it; HHA/ is there once all of it is."""
+@pytest.mark.parametrize("split, label", [("test", 1), ("train", 2)])
+def test_lists_and_masks_of_sun_rgbd_keep_working_once_it_is_prepared(split, label, tmp_path):
+    """Lists name frames by their SUNRGBD paths; masks are numbered through test.txt, then train."""
+    prepare(f"--scenario rgbd --data {write_sunrgbd(tmp_path)}")
+    (_, _, target), = open_dataset("sunrgbd", tmp_path, 16, split)
+    assert (target == label).all() and target.shape == (24, 32)
+
+
+def test_frames_of_sun_rgbd_are_found_behind_links_which_may_lead_back(tmp_path):
+    root = write_sunrgbd(tmp_path)
+    (root / "SUNRGBD" / "xtion").rename(root / "away")
+    (root / "SUNRGBD" / "xtion").symlink_to(root / "away", target_is_directory=True)
+    (root / "SUNRGBD" / "kv1" / "loop").symlink_to(root / "SUNRGBD")
+    assert list(data.find_frames(root)) == SUNRGBD_NAMES
+
+
+def test_prepare_of_sun_rgbd_goes_past_a_damaged_frame_and_can_leave_it_out(tmp_path):
+    root = write_sunrgbd(tmp_path)
+    (root / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "intrinsics.txt").unlink()
+    flags = f"--scenario rgbd --data {root}"
+    is_refused("prepare.part/bad-ids.txt .*--skip-bad", prepare, flags)
+    assert not (root / "RGB").exists() and not (root / "HHA").exists()
+    bad = (root / "prepare.part" / "bad-ids.txt").read_text()
+    assert re.fullmatch(f"{SUNRGBD_NAMES[0]}\t.*intrinsics.txt.*\n", bad)
+    prepare(f"{flags} --skip-bad")
+    assert open_dataset("rgbd", root, 16).ids == SUNRGBD_NAMES[1:]
+
+
+def test_holes_are_filled_from_the_background():
+    """A hole gets the farther reading beside it."""
     row, full = [0, 2, 0, 0, 3, 0.0], [2, 2, 3, 3, 3, 3]
     assert data.fill_holes(np.array([row, [0] * 6])).tolist() == [full, [3] * 6]
+
+
+def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     root = write_frames(tmp_path, 3)
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
-    is_refused("2.png is uint8 .*16-bit", data.write_hha, root, 1, 1000.0)
-    assert not (root / "HHA").exists() and len(os.listdir(root / "HHA.part")) == 3
-    is_refused("HHA.part was begun with other", data.write_hha, root, 1, 100.0)
+    flags = f"--scenario rgbd --data {root}"
+    is_refused("Depth/2.png .*bad-ids.txt .*--skip-bad", prepare, flags)
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
-    data.write_hha(write_frames(root, 3), 1, 1000.0)
+    is_refused("prepare.part was begun", prepare, f"{flags} --depth-unit 100")
+    write_frames(root, 3)
+    prepare(flags)
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "hha")
     assert sorted(os.listdir(root)) == ["Depth", "HHA", "RGB", "intrinsics.txt"]
+    is_refused("HHA.* exists", prepare, flags)
+
+
+def test_raw_depth_that_lacks_frames_is_refused_by_their_names(tmp_path):
+    root = write_frames(tmp_path, 2)
+    (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "RawDepth" / "0.png", np.full((36, 48), 700, np.uint16))
-    shutil.rmtree(root / "HHA")
-    is_refused("2 frames .* not in RawDepth", data.write_hha, root, 1, 1000.0)
+    is_refused("such as 1: .*RawDepth", prepare, f"--scenario rgbd --data {root}")
+
+
+@pytest.mark.parametrize("write, name, command", [
+    (lambda root: write_sunrgbd(root), "rgbd", "--scenario rgbd"),
+    (lambda root: write_geonrw(root), "rgb-dem", "--scenario rgb-dem"),
+    (lambda root: write_bigearthnet(root), "bigearthnet", "--task bigearthnet")])
+def test_a_tree_that_is_not_prepared_is_refused_with_the_command(write, name, command, tmp_path):
+    write(tmp_path)
+    is_refused(f"python data.py prepare {command} --data {tmp_path}", open_dataset, name, tmp_path,
+               16, "train")
+
+
+def test_folders_in_small_letters_are_refused_with_what_is_there(tmp_path):
+    write_frames(tmp_path, 1)
+    (tmp_path / "RGB").rename(tmp_path / "rgb")
+    is_refused(f"no {tmp_path}/RGB.* has .*rgb", open_dataset, "rgbd", tmp_path, 16)
 
 
 # ---- Sentinel-1 and Sentinel-2 ----
@@ -1376,13 +1452,8 @@ def test_ssl4eo_reads_four_seasons_in_the_order_of_their_dates(tmp_path):
     """Directories are listed (void ids, six digits); S1A is before S1B by name, not by date."""
     pairs = open_dataset("sar-optical", write_ssl4eo(tmp_path), 8)
     assert pairs.ids == ["0000000", "0000007", "000001"]
-    raw = list(pairs.raw(0))
     for season, date in enumerate((3, 6, 9, 12)):
-        bands = dict(raw[15 * season:15 * season + 15])
-        assert tuple(bands) == data.S1 + data.S2
-        assert bands["B2"].shape == (1, 12, 12) and bands["B9"].shape == (1, 2, 2)
-        assert (bands["B12"] == 100 * date + 14).all() and (bands["VV"] == date - 21).all()
-        x1, x2 = data.stack_bands(pairs.season(0, season))
+        x1, x2 = data.stack_bands(pairs.read("0000000", season))
         assert x1.shape == (2, 12, 12) and x2.dtype == torch.uint8
         expected = [[round((100 * date + k) / 10000 * 255)] for k in range(2, 15)]
         assert [band.unique().tolist() for band in x2] == expected
@@ -1424,22 +1495,18 @@ def test_bands_are_brought_to_10_m_bilinearly(r):
     assert z.dtype == np.uint8 and (z == (y + 0.5 + 1e-9).floor().numpy()).all()
 
 
-def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch):
-    """Also interrupted: nothing is there before all is, and what was done is not done again."""
-    def interrupt():
-        raise KeyboardInterrupt
+def write_satellites(root, n=5):
+    list(data.write_satellite(root, [np.random.default_rng(i) for i in range(n)], n, S=24))
+    return root
 
-    packed = tmp_path / "packed"
-    list(data.write_satellite(tmp_path, [np.random.default_rng(i) for i in range(5)], 5, S=24))
-    raw, calls = data.SSL4EO(tmp_path), watched(monkeypatch, data, "packed_rows", 4, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        data.pack(tmp_path, packed, 1, flush_every=2)
-    assert not packed.exists()
-    data.pack(tmp_path, packed, 1, flush_every=2)
-    assert [i for _, i in calls] == [0, 0, 1, 2, 0, 2, 3, 4]
-    assert sorted(os.listdir(packed)) == ["ids.txt", *(f"season{k}.npy" for k in range(4))]
-    packed = data.SSL4EO(tmp_path)
-    assert packed.packed and not raw.packed
+
+def test_prepared_and_raw_give_the_same_samples_bit_for_bit(tmp_path):
+    raw = open_dataset("sar-optical", write_satellites(tmp_path), 8)
+    prepare(f"--scenario sar-optical --data {tmp_path}")
+    packed = open_dataset("sar-optical", tmp_path, 8)
+    assert sorted(os.listdir(tmp_path / "packed")) == ["ids.txt", *(f"season{k}.npy"
+                                                                    for k in range(4))]
+    assert raw.read.func is data.read_season and packed.read.func is data.read_packed
     for epoch in range(2):
         raw.epoch = packed.epoch = epoch
         for i in range(5):
@@ -1447,40 +1514,111 @@ def test_packed_and_raw_give_the_same_batches_bit_for_bit(tmp_path, monkeypatch)
                 assert a.dtype == b.dtype == torch.uint8 and (a == b).all()
 
 
+def packed_bytes(root):
+    return {path.name: path.read_bytes() for path in (root / "packed").iterdir()}
+
+
+def test_prepare_goes_on_where_it_was_killed_and_gives_the_same_bytes(tmp_path):
+    """SIGKILL, as soon as a part of the locations is noted as done."""
+    whole, killed = write_satellites(tmp_path / "a", 24), tmp_path / "b"
+    shutil.copytree(whole, killed)
+    flags = "prepare --workers 1 --scenario sar-optical --data"
+    program = (f"import data, time\nread = data.read_seasons\ndata.NOTED = 4\n"
+               f"def slow(*job):\n    time.sleep(0.05)\n    return read(*job)\n"
+               f"data.read_seasons = slow\ndata.main({[*flags.split(), str(killed)]!r})")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE)
+    log = killed / "packed.part" / "done.jsonl"
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 4):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not (killed / "packed").exists()
+    noted = len(log.read_text().splitlines())
+    with open(log, "a") as file:
+        file.write('["00000')                   # a line that was being written
+    call(data, f"{flags} {whole}")
+    call(data, f"{flags} {killed}")
+    assert 4 <= noted < 24 and packed_bytes(whole) == packed_bytes(killed)
+
+
+def test_prepare_reads_nothing_twice(tmp_path, monkeypatch):
+    """A damaged location: the others are noted, and only this one is read again."""
+    root = write_satellites(tmp_path, 4)
+    shutil.move(root / "s1" / "0000002", tmp_path / "away")
+    (root / "s1" / "0000002").mkdir()
+    flags = f"--scenario sar-optical --data {root}"
+    is_refused("such as 0000002: .*--skip-bad", prepare, flags)
+    (root / "s1" / "0000002").rmdir()
+    shutil.move(tmp_path / "away", root / "s1" / "0000002")
+    calls = watched(monkeypatch, data, "read_seasons")
+    prepare(flags)
+    assert [name for _, name in calls] == ["0000000", "0000002"]        # the first shows the sizes
+    assert open_dataset("sar-optical", root, 8).ids == [f"000000{k}" for k in range(4)]
+
+
+def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
+    """One without a season, one of another size, one that only S2 has."""
+    root = write_ssl4eo(tmp_path, ["0000000", "0000001", "0000003"])
+    write_ssl4eo(root, ["0000002"], S=24)
+    shutil.rmtree(next((root / "s2c" / "0000001").iterdir()))
+    shutil.rmtree(root / "s1" / "0000003")
+    flags = f"--scenario sar-optical --data {root}"
+    is_refused("3 samples .*packed.part/bad-ids.txt .*--skip-bad", prepare, flags)
+    assert not (root / "packed").exists()
+    prepare(f"{flags} --skip-bad")
+    bad = (root / "packed" / "bad-ids.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in bad) == ["0000001", "0000002", "0000003"]
+    pairs = open_dataset("sar-optical", root, 8)
+    assert pairs.ids == ["0000000"] and pairs[0][0][0].shape == (2, 12, 12)
+
+
+def test_of_two_prepares_at_once_the_second_is_refused(tmp_path):
+    pytest.importorskip("fcntl")
+    with data.built(tmp_path / "out", "a", 1):
+        with pytest.raises(BadInput, match="out.part"), data.built(tmp_path / "out", "a", 1):
+            pass
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_prepare_says_how_much_disk_it_will_need(tmp_path, capsys):
+    """Two locations of 264 pixels: 2 x 4 seasons x 264^2 x 91 / 12 bytes are 4.2 MB."""
+    prepare(f"--scenario sar-optical --data {write_ssl4eo(tmp_path, ['0000000', '0000001'], 264)}")
+    assert re.search(r"packed needs about 0.004 GB of disk; [\d.]+ GB are free", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("write, words", [
-    (npy(np.zeros((2, 4368), np.float32)), r"float32 \(2, 4368\); expected bytes"),
-    (npy(np.zeros((1, 4368), np.uint8)), "a row for each of the 2 ids"),
-    (npy(np.zeros((2, 4367), np.uint8)), "expected bytes"),
-    (npy(np.zeros(9, np.uint8)), "cannot be read as a packed season"),
-    (lambda path: os.truncate(path, 2 * 4368), "cannot be read as a packed season")])
+    (npy(np.zeros((2, 4368), np.float32)), r"season3.npy holds float32 \(2, 4368\)"),
+    (npy(np.zeros((1, 4368), np.uint8)), "a row for each of the 2 lines"),
+    (npy(np.zeros((2, 4367), np.uint8)), r"season3.npy holds uint8 \(2, 4367\)"),
+    (lambda path: os.truncate(path, 2 * 4368), "season3.npy cannot be read")])
 def test_packed_seasons_are_checked_when_they_are_opened(write, words, tmp_path):
     """S = 24: 24^2 x 91 / 12 = 4368 bytes a location."""
     (tmp_path / "ids.txt").write_text("0000001\n0000002\n")
     for season in range(4):
         np.save(tmp_path / f"season{season}.npy", np.zeros((2, 4368), np.uint8))
-    assert len(data.SSL4EO(tmp_path)) == 2
+    assert len(open_dataset("sar-optical", tmp_path, 8)) == 2
     data.open_season.cache_clear()
     write(tmp_path / "season3.npy")
-    is_refused(words, data.SSL4EO, tmp_path)
+    is_refused(words, open_dataset, "sar-optical", tmp_path, 8)
 
 
 def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
     root = write_ssl4eo(tmp_path / "v1")
-    write_ssl4eo(root, ["0000009"], S=24)
-    is_refused("0000009 is of another size", data.pack, root, tmp_path / "packed", 1)
-    assert not (tmp_path / "packed").exists()
+    read = partial(data.read_season, root, "0000000", 0)
     band = min((root / "s2c" / "0000000").glob("*/B9.tif"))             # of the first season
     save(band, np.zeros((3, 3), np.uint16))
-    is_refused(r"0000000: B9 has \(3, 3\) .*expected \(2, 2\)", data.SSL4EO(root).season, 0, 0)
-    is_refused("B9 has", list, data.SSL4EO(root).raw(0))                # `check` sees all seasons
+    is_refused(r"0000000: B9 has \(3, 3\) .*\(2, 2\)", read)
     save(band, np.zeros((2, 2, 3), np.uint8))
-    is_refused("B9.tif holds 3 bands; expected one", data.SSL4EO(root).season, 0, 0)
+    is_refused("B9.tif holds 3 bands", read)
     band.unlink()
-    is_refused("B9.tif", data.SSL4EO(root).season, 0, 0)
+    is_refused("B9.tif", read)
     shutil.rmtree(band.parent)
-    is_refused("holds 3 seasons, expected 4", data.SSL4EO(root).season, 0, 0)
+    is_refused("s2c/0000000 holds 3 seasons", read)
     shutil.rmtree(root / "s1" / "000001")
-    is_refused("1 samples .* only one of s1 and s2c .*000001", data.SSL4EO, root)
+    is_refused("1 locations .*000001", open_dataset, "sar-optical", root, 8)
+
+
+def test_ssl4eo_v1_1_is_refused(tmp_path):
     (tmp_path / "train" / "S1GRD").mkdir(parents=True)
     (tmp_path / "train" / "S1GRD" / "ssl4eos12_train_seasonal_data_000001.zarr.zip").touch()
     is_refused("v1.1", open_dataset, "sar-optical", tmp_path / "train", 8)
@@ -1509,8 +1647,9 @@ def write_bigearthnet(root):
 
 
 def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
-    """Two columns name the pair, one is completed from the S1 patches' json; snow is left out."""
+    """The snowy patch is left out."""
     pairs = write_bigearthnet(tmp_path)
+    prepare(f"--task bigearthnet --data {tmp_path}")
     task = open_dataset("bigearthnet", tmp_path, 8, "train")
     assert task.ids == [s2 for s2, _ in pairs[:2]]
     x1, x2, target = task[0]
@@ -1518,27 +1657,37 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
     assert (x2[data.S2.index("B10")] == 0).all() and data.S2.index("B10") == 10
     assert (x2[11] == round((100 + 13) / 10000 * 255)).all()            # B11, after the empty band
     assert target.nonzero()[:, 0].tolist() == [0, 18] and task[1][2].sum() == 0
+    assert target.dtype == torch.float32
     assert len(data.CLASSES19) == 19 and len(data.CLASSES43) + len(data.DROPPED43) == 43
-    s1, there, away = pairs[0][1], tmp_path / "BigEarthNet-S1-v1.0", tmp_path / "away"
-    shutil.move(there / s1, away)               # pairs.csv follows what is unpacked
-    is_refused("1 samples", open_dataset, "bigearthnet", tmp_path, 8, "val")
-    shutil.move(away, there / s1)
-    assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == task.ids[::-1]
-    shutil.rmtree(tmp_path / "BigEarthNet-v1.0" / pairs[1][0])
-    is_refused(f"1 samples .*{pairs[1][0]}", open_dataset, "bigearthnet", tmp_path, 8, "train")
+
+
+def test_a_list_of_s2_names_is_completed_from_the_json_of_the_s1_patches(tmp_path):
+    pairs = write_bigearthnet(tmp_path)
+    prepare(f"--task bigearthnet --data {tmp_path}")
+    assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == [s2 for s2, _ in pairs[1::-1]]
+
+
+def test_patches_without_both_folders_are_bad(tmp_path):
+    (s2, s1), (other, _), _ = write_bigearthnet(tmp_path)
+    shutil.rmtree(tmp_path / "BigEarthNet-S1-v1.0" / s1)
+    flags = f"--task bigearthnet --data {tmp_path}"
+    is_refused(f"such as {s2}: train.csv .*--skip-bad", prepare, flags)
+    prepare(f"{flags} --skip-bad")
+    assert open_dataset("bigearthnet", tmp_path, 8, "train").ids == [other]
 
 
 @pytest.mark.parametrize("file, text, words", [
-    ("json", '{"labels": null}', "the labels None; expected a list"), ("json", "5", "holds a int"),
-    ("json", '{"labels": ["Moon"]}', "'Moon' is none of"), ("json", "{}", "the labels None"),
-    ("json", '{"labels": [3]}', "3 is none of"), ("csv", "a\nb,c\n", "in all lines"),
-    ("csv", "a,b\na,c\n", "each once"), ("csv", "a,b,c\n", "expected S2 names")])
+    ("json", '{"labels": null}', "labels_metadata.json .*None"), ("json", "5", "metadata.json"),
+    ("json", '{"labels": ["Moon"]}', "metadata.json: 'Moon'"),
+    ("csv", "a\nb,c\n", "train.csv"), ("csv", "a,b\na,c\n", "train.csv"),
+    ("csv", "a,b,c\n", "train.csv")])
 def test_lists_and_labels_of_bigearthnet_that_are_none_are_refused(file, text, words, tmp_path):
     (s2, s1), *_ = write_bigearthnet(tmp_path)
     (tmp_path / "train.csv").write_text(f"{s2}, {s1}\n")               # a space does no harm
+    (tmp_path / "bigearthnet-val.csv").unlink()
     name = {"json": f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json", "csv": "train.csv"}[file]
     (tmp_path / name).write_text(text)
-    is_refused(words, lambda: open_dataset("bigearthnet", tmp_path, 8, "train")[0])
+    is_refused(words, prepare, f"--task bigearthnet --data {tmp_path}")
 
 
 # ---- GeoNRW ----
@@ -1554,43 +1703,67 @@ def write_geonrw(root):
     return rgbi
 
 
-def test_geonrw_gives_16_patches_a_tile_and_cropped_equals_whole(tmp_path):
-    """Row by row; three of four bands; split by city; masks keep label 0; `crop` changes no bit."""
-    rgbi = write_geonrw(tmp_path)
-    whole = [open_dataset(name, tmp_path, 8, "train") for name in ("geonrw", "rgb-dem")]
-    assert whole[0].ids == [f"aachen/371_5712_{k}" for k in range(1, 17)]
-    assert open_dataset("geonrw", tmp_path, 8, "test").ids[0] == "herne/371_5712_1"
-    rgb, dem, seg = whole[0][6]                 # the 7th: second row, third column
-    assert (rgb.permute(1, 2, 0).numpy() == rgbi[8:16, 16:24, :3]).all()
-    mask = tifffile.imread(tmp_path / "aachen" / "371_5712_seg.tif")
+@pytest.fixture
+def geonrw(tmp_path):
+    write_geonrw(tmp_path)
+    prepare(f"--scenario rgb-dem --data {tmp_path}")
+    return tmp_path
+
+
+def test_geonrw_is_cut_into_4_x_4_patches_row_by_row(geonrw):
+    """Three of four bands; masks keep label 0.  The 7th patch: second row, third column."""
+    task = open_dataset("geonrw", geonrw, 8, "train")
+    assert task.ids == [f"aachen_371_5712_{k // 4}_{k % 4}" for k in range(16)]
+    rgb, dem, seg = task[6]
+    rgbi = read_image(geonrw / "aachen" / "371_5712_rgb.jp2")
+    assert (rgb.numpy() == rgbi[:3, 8:16, 16:24]).all()
+    mask = tifffile.imread(geonrw / "aachen" / "371_5712_seg.tif")
     assert (seg.numpy() == mask[8:16, 16:24]).all() and seg.dtype == torch.int64
     assert (mask == 0).any()
-    assert dem.shape == (3, 8, 8) and dem.dtype == torch.float32 and (dem[0] == dem[2]).all()
-    data.crop(tmp_path, tmp_path / "cropped", 1)
-    cropped = [open_dataset(name, tmp_path, 8, "train") for name in ("geonrw", "rgb-dem")]
-    for i in range(16):
-        before, after = ((*task[i], *sum(pairs[i], [])) for task, pairs in (whole, cropped))
-        assert len(before) == len(after) == 5
-        assert all((x == y).all() and x.dtype == y.dtype for x, y in zip(before, after))
-    (tmp_path / "cropped" / "aachen" / "371_5712_3_seg.tif").unlink()
-    is_refused("all of dem, rgb, seg .*371_5712_3", open_dataset, "geonrw", tmp_path, 8, "train")
-    shutil.rmtree(tmp_path / "cropped")
-    save(tmp_path / "herne" / "371_5712_dem.tif", np.zeros((4, 4), np.float32))
-    is_refused(r"371_5712: .*\(4, 4\).* equal sizes", data.crop, tmp_path, tmp_path / "out", 1)
-    save(tmp_path / "aachen" / "371_5712_seg.tif", np.full((32, 32), 259, np.uint16))
-    is_refused("holds 259 to 259; expected classes", lambda: whole[0][0])
+    heights = tifffile.imread(geonrw / "aachen" / "371_5712_dem.tif")[None, 8:16, 16:24]
+    assert (dem.numpy() == data.stretch(heights)).all() and dem.dtype == torch.float32
+    assert dem.shape == (3, 8, 8)
 
 
-def test_holes_of_a_height_model_take_no_part_and_flat_ground_is_no_division_by_zero():
+def test_geonrw_is_split_by_city(geonrw):
+    for split, city in (("train", "aachen"), ("test", "herne")):
+        for name in ("rgb-dem", "geonrw"):
+            ids = open_dataset(name, geonrw, 8, split).ids
+            assert len(ids) == 16 and {id.split("_")[0] for id in ids} == {city}
+    assert len(open_dataset("rgb-dem", geonrw, 8)) == 32
+
+
+def test_a_patch_without_its_mask_is_refused_in_the_task_alone(geonrw):
+    (geonrw / "cropped" / "seg" / "aachen_371_5712_0_2.png").unlink()
+    assert len(open_dataset("rgb-dem", geonrw, 8, "train")) == 16
+    is_refused("cropped/seg, such as .*aachen_371_5712_0_2", open_dataset, "geonrw", geonrw, 8, "train")
+
+
+@pytest.mark.parametrize("part, a, words", [
+    ("dem", np.zeros((4, 4), np.float32), r"aachen/371_5712: .*\(4, 4\)"),
+    ("seg", np.full((32, 32), 259, np.uint16), "371_5712_seg.tif")])
+def test_tiles_of_geonrw_that_do_not_fit_are_bad(part, a, words, tmp_path):
+    write_geonrw(tmp_path)
+    save(tmp_path / "aachen" / f"371_5712_{part}.tif", a)
+    is_refused(words, prepare, f"--scenario rgb-dem --data {tmp_path}")
+
+
+def test_holes_of_a_height_model_take_no_part(tmp_path):
     """NaN, -9999, 65535 and -1.7e308 are holes; they become the mean of the stretched heights."""
-    dem = np.linspace(100, 200, 101).reshape(1, 1, -1)
-    holes = np.array([[[np.nan, -9999, 65535, -1.7e308, np.inf]]])
-    x = data.stretch(np.concatenate([dem, holes], 2), "tile")[0, 0]
+    holes = [np.nan, -9999, 65535, -1.7e308, np.inf]
+    np.save(tmp_path / "a.npy", np.concatenate([np.linspace(100, 200, 101), holes])[None])
+    dem = data.read_input(tmp_path / "a.npy", MODALITIES["dem"])
+    assert np.isnan(dem[0, 0]).tolist() == [False] * 101 + [True] * 5
+    x = data.stretch(dem)[0, 0]
     assert x[0] == 0 and x[100] == 1 and abs(x[50] - 0.5) < 1e-6  # 1st, 99th percentile: 101, 199
     assert abs(x[75] - (175 - 101) / 98) < 1e-6
     assert (x[101:] == x[101]).all() and abs(x[101] - 0.5) < 1e-6
-    assert (data.stretch(np.full((1, 4, 4), 7.0), "tile") == 0).all()
-    is_refused("tile has no valid height", data.stretch, holes, "tile")
+
+
+def test_flat_ground_is_no_division_by_zero_and_a_tile_of_holes_is_refused(tmp_path):
+    assert (data.stretch(np.full((1, 4, 4), 70.0)) == 0).all()
+    np.save(tmp_path / "a.npy", np.full((4, 4), -9999.0))
+    is_refused("a.npy", data.read_input, tmp_path / "a.npy", MODALITIES["dem"])
 
 
 # ---- files that would be misread ----
@@ -1601,57 +1774,184 @@ def test_holes_of_a_height_model_take_no_part_and_flat_ground_is_no_division_by_
 def test_tiff_of_any_layout_is_read_as_CxHxW(axes, settings, tmp_path):
     x = np.random.default_rng(0).integers(0, 60000, (13, 6, 7)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "a.tif", x.transpose(axes), photometric="minisblack", **settings)
-    y = data.read_tiff(tmp_path / "a.tif")
+    y = read_image(tmp_path / "a.tif")
     assert (y == x).all() and y.dtype == np.uint16
 
 
-def test_what_a_tiff_declares_as_no_data_is_nan(tmp_path):
-    """GDAL's tag 42113; integers become floats, and a label does not."""
-    for x in (np.array([[1, -9999], [3, 4]], np.float32), np.array([[1, 0], [3, 4]], np.uint16)):
-        tag = (42113, "s", 0, str(x[0, 1]), True)
-        tifffile.imwrite(tmp_path / "a.tif", x, extratags=[tag])
-        y = read_image(tmp_path / "a.tif")
-        assert y.dtype == np.float32 and np.isnan(y[0]).tolist() == [[False, True], [False, False]]
-    assert (data.read_label(tmp_path / "a.tif") == x).all()
+def declared(x, nodata):
+    """Writes an array as a TIFF with GDAL's tag for no data."""
+    return tiff(x, extratags=[(42113, "s", 0, str(nodata), True)])
 
 
-@pytest.mark.parametrize("name, write, words", [
-    ("a.png", lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n"), "as an image"),
-    ("a.npy", lambda path: np.savez(open(path, "wb"), a=np.zeros(3)), "holds NpzFile"),
-    ("a.npy", npy(np.zeros((2, 2), complex)), "complex128 .*expected real"),
-    ("a.npy", npy(np.zeros((0, 3))), r"of \(0, 3\)"), ("a.npy", npy(np.zeros(())), r"of \(\)"),
-    ("a.npy", npy(np.zeros((2, 2), "S3")), "holds .S3 .*expected real"),
-    ("a.npy", npy(np.zeros((2, 2), [("a", int)])), "expected real"),
-    ("a.tif", tiff(np.zeros((8, 8), np.complex64)), "complex64 .*expected real"),
-    ("a.tif", tiff(np.zeros((32, 32, 13), np.uint16)), "could be HxWxC or CxHxW"),
-    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite"), "MINISWHITE"),
+@pytest.mark.parametrize("x", [np.array([[1, -9999], [3, 4]], np.float32),
+                               np.array([[1, 0], [3, 4]], np.uint16)])
+def test_what_a_tiff_declares_as_no_data_is_nan(x, tmp_path):
+    declared(x, x[0, 1])(tmp_path / "a.tif")
+    y = read_image(tmp_path / "a.tif")
+    assert y.dtype == np.float32 and np.isnan(y[0]).tolist() == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_lzw_of_one_band_is_read_also_without_imagecodecs(dtype, tmp_path):
+    x = np.array([[0, 1, 2], [250, 7, 9]], dtype)
+    if dtype == np.int16:                       # Pillow writes such values with 32 bits
+        x = x.astype(np.int32)
+    Image.fromarray(x).save(tmp_path / "a.tif", compression="tiff_lzw")
+    y = read_image(tmp_path / "a.tif")
+    assert (y[0] == x).all() and y.dtype == x.dtype
+
+
+def lzw_of_two_bands(path):
+    """A TIFF that says it is LZW: only imagecodecs would try, and its bytes are damaged."""
+    tifffile.imwrite(path, np.ones((2, 8, 8), np.float32), planarconfig="separate",
+                     photometric="minisblack")
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tif.pages[0].tags["Compression"].overwrite(5)
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.png", lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n")),
+    ("a.png", lambda path: path.write_bytes(save(path, np.eye(99) > 0).read_bytes()[:70])),
+    ("a.png", lambda path: Image.new("1", (30000, 12000)).save(path)),      # a bomb
+    ("a.npy", lambda path: np.savez(open(path, "wb"), a=np.zeros(3))),
+    ("a.npy", npy(np.zeros((2, 2), complex))), ("a.npy", npy(np.zeros((0, 3)))),
+    ("a.npy", npy(np.zeros(()))), ("a.npy", npy(np.zeros((2, 2), "S3"))),
+    ("a.npy", npy(np.zeros((2, 3, 8, 8)))), ("a.npy", npy(np.ones((2, 2), bool))),
+    ("a.tif", tiff(np.zeros((8, 8), np.complex64))),
+    ("a.tif", tiff(np.zeros((2, 3, 8, 8), np.uint16), photometric="minisblack")),
+    ("a.tif", tiff(np.zeros((32, 32, 13), np.uint16))),                     # HxWxC or CxHxW
+    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite")),
     ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="palette",
-                   colormap=np.zeros((3, 256), np.uint16)), "1 PALETTE images"),
+                   colormap=np.zeros((3, 256), np.uint16))),
     ("a.tif", lambda path: Image.new("L", (8, 8)).save(
-        path, save_all=True, append_images=[Image.new("L", (9, 9))]), "2 MINISBLACK images"),
-    ("a.tif", lambda path: Image.new("I;16", (7, 6)).save(path, compression="tiff_lzw"),
-     "cannot be read .*pip install imagecodecs"),
-    ("a.tif", lambda path: path.write_bytes(b"II*\0 of which the rest is missing"), "as a TIFF"),
-    ("a.png", lambda path: Image.new("1", (30000, 12000)).save(path),
-     "exceeds limit.*cut it into tiles")])
-def test_images_that_would_be_misread_are_refused(name, write, words, tmp_path):
+        path, save_all=True, append_images=[Image.new("L", (9, 9))])),      # two images
+    ("a.tif", declared(np.eye(8), "none")), ("a.tif", lzw_of_two_bands),
+    ("a.tif", lambda path: path.write_bytes(b"II*\0 of which the rest is missing")),
+    ("a.tif", lambda path: None)])                                          # no such file
+def test_an_image_that_would_be_misread_is_refused_by_name(name, write, tmp_path):
     write(tmp_path / name)
-    is_refused(f"{name} .*{words}", read_image, tmp_path / name)
+    is_refused(name, read_image, tmp_path / name)
 
 
-def test_images_are_read_as_they_are_meant(tmp_path):
-    """No alpha; a JPEG turned upright; grey of 16 bits is no colour."""
+@pytest.mark.skipif(importlib.util.find_spec("imagecodecs") is not None, reason="it is installed")
+def test_what_only_imagecodecs_can_decode_names_it(tmp_path):
+    lzw_of_two_bands(tmp_path / "a.tif")
+    is_refused("pip install imagecodecs", read_image, tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_an_image_is_read_without_its_alpha(name, tmp_path):
     rgba = np.random.default_rng(0).integers(0, 256, (6, 7, 4)).astype(np.uint8)
-    for name in ("a.tif", "a.png"):
-        assert (read_image(save(tmp_path / name, rgba)) == rgba[..., :3].transpose(2, 0, 1)).all()
+    assert (read_image(save(tmp_path / name, rgba)) == rgba[..., :3].transpose(2, 0, 1)).all()
+
+
+def test_a_jpeg_that_says_it_lies_on_its_side_is_turned_upright(tmp_path):
     image, exif = Image.new("RGB", (8, 4)), Image.Exif()
     exif[0x0112] = 6
-    image.save(tmp_path / "b.jpg", exif=exif)
-    assert read_image(tmp_path / "b.jpg").shape == (3, 8, 4)
-    root = write_frames(tmp_path / "d", 1)
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 8, 4)
+
+
+def test_grey_of_16_bits_is_no_colour(tmp_path):
+    root = write_frames(tmp_path, 1)
     save(root / "RGB" / "0.png", np.full((36, 48), 8000, np.uint16))
-    words = "0.png is a I;16 image; expected colours or grey of 8 bits"
-    is_refused(words, data.RGBD(root, 16).__getitem__, 0)
+    is_refused("0.png", open_dataset("rgbd", root, 16).__getitem__, 0)
+
+
+# ---- masks ----
+
+INDICES = np.array([[0, 1], [5, 255]])
+
+
+def with_palette(indices, colours=range(768)):
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette(list(np.array(colours) % 256))
+    return image
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.tif", tiff(INDICES.astype(np.int64))), ("a.tif", tiff(INDICES.astype(float))),
+    ("a.tif", tiff(INDICES.astype(np.uint16))), ("a.npy", npy(INDICES)),
+    ("a.tif", tiff(INDICES.astype(np.uint8), photometric="palette",
+                   colormap=np.arange(768, dtype=np.uint16).reshape(3, 256))),
+    ("a.tif", lambda path: Image.fromarray(INDICES.astype(np.uint8)).save(
+        path, compression="tiff_lzw")),
+    ("a.png", lambda path: save(path, INDICES.astype(np.uint8))),
+    ("a.png", lambda path: save(path, with_palette(INDICES)))])
+def test_a_mask_of_any_type_is_read_as_the_indices_it_stores(name, write, tmp_path):
+    write(tmp_path / name)
+    mask = data.read_mask(tmp_path / name)
+    assert mask.dtype == np.int64 and mask.tolist() == INDICES.tolist()
+
+
+def test_a_mask_of_one_bit_holds_0_and_1(tmp_path):
+    assert data.read_mask(save(tmp_path / "a.png", np.eye(2) > 0)).tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("write", [
+    declared(np.array([[-9999, 3]], np.int16), -9999), declared(np.array([[7, 3]], np.uint8), 7),
+    tiff(np.array([[-2, 3]], np.int8)), tiff(np.array([[np.nan, 3]], np.float32))])
+def test_no_data_and_negative_values_of_a_mask_are_no_label(write, tmp_path):
+    write(tmp_path / "a.tif")
+    assert data.read_mask(tmp_path / "a.tif").tolist() == [[-1, 3]]
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.jpg", lambda path: Image.new("L", (8, 8)).save(path)),
+    ("a.png", lambda path: Image.new("L", (8, 8)).save(path, "jpeg")),
+    ("a.png", lambda path: Image.new("RGB", (8, 8)).save(path)),
+    ("a.tif", tiff(np.zeros((3, 8, 8), np.uint8), photometric="minisblack")),
+    ("a.tif", tiff(np.array([[0, 1.5]]))), ("a.tif", tiff(np.array([[0, 1e300]]))),
+    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite"))])
+def test_a_mask_without_whole_numbers_or_saved_as_jpeg_is_refused(name, write, tmp_path):
+    write(tmp_path / name)
+    is_refused(name, data.read_mask, tmp_path / name)
+
+
+def write_masks(folder, *masks):
+    """Writes 0.png, 1.png and so on.  Returns {name: path}."""
+    return {str(k): str(save(folder / f"{k}.png", mask)) for k, mask in enumerate(masks)}
+
+
+def test_the_values_of_masks_are_counted_in_pixels_and_in_masks(tmp_path):
+    files = write_masks(tmp_path, np.zeros((4, 4), np.uint8), np.eye(4, dtype=np.uint8) * 127)
+    assert data.count_mask_values(files) == {0: (28, 2), 127: (4, 1)}
+
+
+def test_palettes_of_masks_may_differ_only_in_colours_that_no_pixel_has(tmp_path):
+    """Index 5 is another colour in the second mask, which does not use it, and in the third."""
+    zero, other = np.zeros((4, 4)), list(range(768))
+    other[15] = 99
+    files = write_masks(tmp_path, with_palette(zero + 5), with_palette(zero, other))
+    assert data.count_mask_values(files) == {0: (16, 1), 5: (16, 1)}
+    files |= write_masks(tmp_path / "more", with_palette(zero + 5, other))
+    files["third"] = files.pop("0")
+    files["0"] = str(tmp_path / "0.png")
+    is_refused(f"{tmp_path}/more/0.png.* {tmp_path}/0.png", data.count_mask_values, files)
+
+
+@pytest.mark.parametrize("way, told", [("NEAREST", 0), ("BILINEAR", 1)])
+def test_masks_that_were_resized_bilinearly_are_told(way, told, tmp_path):
+    """Objects 40 and 200; between them and 0, bilinear leaves all the values between."""
+    y, x = np.mgrid[:120, :160]
+    mask = 40 * (np.hypot(x - 50, y - 50) < 30) + 160 * (np.hypot(x - 120, y - 80) < 25)
+    small = Image.fromarray(mask.astype(np.uint8)).resize((77, 55), Image.Resampling[way])
+    counts = data.count_mask_values(write_masks(tmp_path, small))
+    assert len(data.find_mask_warnings(counts)) == told
+
+
+@pytest.mark.parametrize("values, words", [
+    ([0, 1, 40, 255], "for 255$"),              # classes 1 to 40
+    ([0, 1, 39, 255], "begin at 0 here: add 1 to the others, then .* for 255$"),
+    ([1, 39, 255], "for 255; if classes begin at 0"), ([0, 41], "label 41"), ([-1, 0], "label -1")])
+def test_the_remedy_for_255_in_a_mask_keeps_class_0(values, words):
+    """Where 0 is a class, to write 0 for 255 alone would take that class away."""
+    is_refused(f"a.png .*{words}", data.check_mask, "a.png", torch.tensor([values]),
+               (1, len(values)), 40)
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused():
+    is_refused("a.png", data.check_mask, "a.png", torch.zeros(4, 5), (5, 4), 40)
 
 
 # ---- names and one's own pairs ----
@@ -1685,7 +1985,7 @@ def test_names_that_differ_by_a_fixed_part_pair_by_patterns(names1, names2, patt
     assert len(pairs) == 2 and pairs[1][0][0].shape == (1, 8, 9)
     if folders[0] != folders[1]:
         stems = [re.escape(names.split()[0]) for names in (names1, names2)]
-        words = rf"a \['{stems[0]}', .*b \['{stems[1]}', .*patterns like --data1 'chips"
+        words = rf"a \['{stems[0]}', .*b \['{stems[1]}', .*--data1 'chips/.* --data2 'chips/"
         is_refused(words, open_dataset, "custom", folders, 8)
 
 
@@ -1699,10 +1999,10 @@ def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_p
 
 @pytest.mark.parametrize("where, words", [
     ("a/ b/../a", "two different folders"), ("a/*.png b/*_*.png", "as many stars"),
-    ("a nowhere", "no folder .*nowhere"), ("a b/*.tif", "no image .*b/.*tif"),
-    ("twice a", "1.png, .*1.jpg: one name"), ("a c", r"1 names .*\[\].*3 in both"),
-    ("flat two", r"1.npy .*\(.float32., 1, 8, 9\).*expected \(.float32., 2, 8, 9\)"),
-    ("square two", r"1.npy .*\(.float32., 2, 8, 8\)"), ("double two", r"1.npy .*\(.float64., 2")])
+    ("a nowhere", "nowhere.*has a, b, c"), ("a b/*.tif", "b/.*tif.*b has 1_x.png"),
+    ("twice a", "1.png .*1.jpg"), ("a c", r"a \[\].*c \['4'\]"),
+    ("flat two", "flat/1.npy has 1 channels"), ("double two", "double/1.npy holds float64"),
+    ("square two", r"square/1.npy has \(8, 8\) .*prepare --scenario custom .*--size")])
 def test_folders_that_do_not_pair_or_hold_images_of_two_forms_are_refused(where, words, tmp_path):
     write_pairs(tmp_path, "a/1 a/2 a/3 b/1_x twice/1 c/1 c/2 c/3 c/4 two/0 two/1")
     shutil.copy(tmp_path / "twice" / "1.png", tmp_path / "twice" / "1.jpg")
@@ -1711,14 +2011,14 @@ def test_folders_that_do_not_pair_or_hold_images_of_two_forms_are_refused(where,
     save_arrays(tmp_path / "square", first, first[..., :8])
     save_arrays(tmp_path / "double", first, first.astype(float))
     folders = [f"{tmp_path}/{folder}" for folder in where.split()]
-    is_refused(words, open_dataset, "custom", folders, 8)
+    is_refused(words, lambda: open_dataset("custom", folders, 8)[1])
 
 
 def test_opening_a_folder_asks_nothing_of_each_file(tmp_path, monkeypatch):
     """100,000 names took 50 s of a busy machine when each file was asked what it is."""
     write_frames(tmp_path, 300)
     asked = watched(monkeypatch, os, "stat")
-    assert len(data.RGBD(tmp_path, 16)) == 300 and len(asked) < 30
+    assert len(open_dataset("rgbd", tmp_path, 16)) == 300 and len(asked) < 30
 
 
 def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
@@ -1730,8 +2030,9 @@ def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
     one = save_arrays(tmp_path / "one", arrays[0].transpose(1, 2, 0), *arrays[1:])
     for i in range(4):
         save(two / f"{i}.{'PNG' if i % 2 else 'TIF'}", rng.integers(0, 256, (8, 9, 3), np.uint8))
-    pairs = open_dataset("custom", (one, two), 8)
+    pairs = open_dataset("custom", (one, two), 8, declared=(None, "photo"))
     row1, row2 = pairs.inputs
+    assert pairs.modalities == ("overhead", "photo")
     values = np.stack(arrays)[:, 0]
     assert abs(row1["raw_mean"][0] - np.nanmean(values)) < 1e-3
     assert abs(row1["raw_std"][0] - np.nanstd(values)) < 1e-3
@@ -1745,6 +2046,220 @@ def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
     assert data.normalise(x, row2).mean().abs() < 0.5
     (tmp_path / "list.txt").write_text("3\n0\n")
     assert open_dataset("custom", (one, two), 8, tmp_path / "list.txt").ids == ["3", "0"]
+
+
+def test_a_small_spread_about_a_large_mean_is_measured(tmp_path):
+    """float64 at 1.6e9 +- 1000: sums of squares would lose all digits."""
+    x = np.random.default_rng(0).normal(1.6e9, 1000, (3, 40, 40))
+    pairs = open_dataset("custom", [save_arrays(tmp_path / name, *x) for name in "ab"], 8)
+    row = pairs.inputs[0]
+    assert row["raw_mean"][0] == pytest.approx(x.mean(), abs=0.01)
+    assert row["raw_std"][0] == pytest.approx(x.std(), rel=1e-6)
+    assert 0.15 < torch.cat([pairs[i][0][0] for i in range(3)]).std() < 0.18
+
+
+def test_images_of_8_bits_keep_their_scale_with_a_no_data_tag(tmp_path):
+    """x / 255, with a tag in one file of two; what the tag marks becomes the mean."""
+    x = np.random.default_rng(0).integers(1, 256, (2, 8, 9)).astype(np.uint8)
+    x[1, 0, 0] = 0
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        tifffile.imwrite(tmp_path / name / "0.tif", x[0])
+        tifffile.imwrite(tmp_path / name / "1.tif", x[1], extratags=[(42113, "s", 0, "0", True)])
+    pairs = open_dataset("custom", (tmp_path / "a", tmp_path / "b"), 8)
+    row = pairs.inputs[0]
+    assert row["raw_mean"] is None and row["dtype"] == "uint8"
+    (y,), _ = pairs[1]
+    assert np.abs(y[0].numpy() - x[1] / 255)[1:].max() < 1e-6
+    assert y[0, 0, 0].item() == pytest.approx(row["mean"][0])
+
+
+# ---- declared modalities ----
+
+def write_kinds(root, n=3):
+    """Images of all kinds in one folder each, 12 x 16."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        save(root / "colour" / f"{i}.png", rng.integers(0, 256, (12, 16, 3)).astype(np.uint8))
+        save(root / "grey" / f"{i}.png", rng.integers(0, 256, (12, 16)).astype(np.uint8))
+        depth = rng.integers(500, 3000, (12, 16)).astype(np.uint16)
+        depth[0, :2] = 0, 65535
+        save(root / "depth" / f"{i}.png", depth)
+        for name, a in (("sar", rng.normal(-15, 5, (2, 12, 16))), ("height", rng.random((12, 16)))):
+            (root / name).mkdir(exist_ok=True)
+            np.save(root / name / f"{i}.npy", a.astype(np.float32))
+        (root / "bands").mkdir(exist_ok=True)
+        np.save(root / "bands" / f"{i}.npy", rng.integers(0, 9000, (4, 12, 16)).astype(np.uint16))
+    return root
+
+
+def open_kinds(root, one, two, declared=(None, None), **settings):
+    return open_dataset("custom", (root / one, root / two), 8, declared=declared, **settings)
+
+
+@pytest.mark.parametrize("folder, kind, C", [
+    ("colour", "rgb", 3), ("colour", "aerial", 3), ("grey", "rgb", 3), ("colour", "hha", 3),
+    ("depth", "depth", 1), ("sar", "sar", 2), ("height", "dem", 3), ("bands", "ms", 4),
+    ("colour", "photo", 3), ("bands", "photo", 4), ("bands", "overhead", 4)])
+def test_declared_images_are_read_as_that_modality(folder, kind, C, tmp_path):
+    """The modality's own row, so its normaliser, and its augmentations."""
+    other = "height" if folder == "grey" else "grey"
+    pairs = open_kinds(write_kinds(tmp_path), folder, other, (kind, "photo"))
+    row, (x, *_) = pairs.inputs[0], pairs[0][0]
+    assert row["name"] == kind and len(x) == C == len(row["bands"]) and pairs.notes == []
+    assert row is MODALITIES.get(kind) or kind in ("ms", "photo", "overhead")
+    assert augment(x[None], row, 8, drawn(1)).shape == (1, C, 8, 8)
+
+
+def test_own_depth_is_read_as_rgbd_reads_it(tmp_path):
+    """--depth-unit counts; 0 and 65535 are no reading and become the mean."""
+    pairs = open_kinds(write_kinds(tmp_path), "colour", "depth", ("rgb", "depth"), depth_unit=500)
+    _, (x,) = pairs[0]
+    steps = np.array(Image.open(tmp_path / "depth" / "0.png"))
+    assert np.allclose(x[0, 1:], steps[1:] / 500 / 10, atol=1e-6)
+    assert x[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
+    assert np.isnan(pairs.read_raw(0)[1][0, 0, :2]).all()
+
+
+def test_own_sentinel_chips_are_those_of_ssl4eo(tmp_path):
+    pairs = open_kinds(write_kinds(tmp_path), "sar", "bands", ("sar", "ms"))
+    (x1,), (x2,) = pairs[0]
+    sar, ms = np.load(tmp_path / "sar" / "0.npy"), np.load(tmp_path / "bands" / "0.npy")
+    assert (x1[1].numpy() == data.to_8bit("VH", sar[1], data.SSL4EO_S1)).all()
+    assert (x2[3].numpy() == data.to_8bit("B4", ms[3], {})).all()
+
+
+def test_both_sides_may_be_the_same_modality(tmp_path):
+    pairs = open_kinds(write_kinds(tmp_path), "colour", "grey", ("rgb", "rgb"))
+    assert pairs.modalities == ("rgb", "rgb")
+
+
+@pytest.mark.parametrize("folder, kind", [
+    ("depth", "rgb"), ("colour", "depth"), ("sar", "ms2"), ("colour", "sar"), ("bands", "dem")])
+def test_images_that_are_not_what_was_declared_are_refused_by_name(folder, kind, tmp_path):
+    write_kinds(tmp_path)
+    np.save(tmp_path / "sar" / "1.npy", np.zeros((3, 12, 16), np.float32))
+    pairs = open_kinds(tmp_path, folder, "grey", (kind.strip("2"), "rgb"))
+    is_refused(f"{folder}/1", pairs.__getitem__, 1)
+
+
+@pytest.mark.parametrize("folder, kind", [("colour", "aerial"), ("grey", "overhead"),
+                                          ("bands", "overhead")])
+def test_without_as_the_run_says_what_it_took_images_for(folder, kind, tmp_path):
+    pairs = open_kinds(write_kinds(tmp_path), "depth", folder, ("depth", None))
+    assert pairs.modalities[1] == kind and len(pairs.notes) == 1
+    assert f"{tmp_path}/{folder}: " in pairs.notes[0] and "--as2" in pairs.notes[0]
+
+
+def test_rows_that_a_checkpoint_kept_are_used_as_they_are(tmp_path):
+    root = write_kinds(tmp_path)
+    inputs = open_kinds(root, "bands", "depth", ("photo", "depth")).inputs
+    pairs = open_kinds(root, "bands", "depth", inputs=inputs)
+    assert pairs.inputs[0] is inputs[0] and pairs.notes == []
+    is_refused("--as1 .*photo", open_kinds, root, "bands", "depth", ("ms", None), inputs=inputs)
+
+
+def test_frames_much_larger_than_the_crop_are_reduced_as_those_of_rgbd(tmp_path):
+    """480 x 640 for crops of 64: 96 x 128, the same values; not from above; not without reduce."""
+    rng = np.random.default_rng(0)
+    for name in ("RGB", "Depth"):
+        shape, kind = ((480, 640, 3), np.uint8) if name == "RGB" else ((480, 640), np.uint16)
+        save(tmp_path / name / "0.png", rng.integers(0, 250, shape).astype(kind))
+    frames = open_dataset("rgbd", tmp_path, 64)
+    where = tmp_path / "RGB", tmp_path / "Depth"
+    for reduce, declared in ((True, ("rgb", "depth")), (False, ("rgb", "depth")),
+                             (True, ("aerial", "overhead"))):
+        own = open_dataset("custom", where, 64, declared=declared, reduce=reduce)
+        shape = (96, 128) if reduce and declared[0] == "rgb" else (480, 640)
+        assert [views[0].shape[1:] for views in own[0]] == [shape, shape]
+        if shape == (96, 128):
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(own[0], frames[0]))
+
+
+# ---- tiles ----
+
+def write_large(root, n=4):
+    """Scenes of 20 x 26 pixels in colours, of heights at half the size, and masks."""
+    rng = np.random.default_rng(0)
+    for k in range(n):
+        save(root / "a" / f"s{k}.png", rng.integers(0, 256, (20, 26, 3)).astype(np.uint8))
+        heights = rng.random((10, 13)).astype(np.float32)
+        heights[:4, :4] = -9999                 # all of the first tile
+        (root / "b").mkdir(exist_ok=True)
+        tifffile.imwrite(root / "b" / f"s{k}.tif", heights)
+        save(root / "m" / f"s{k}.png", rng.integers(0, 9, (20, 26)).astype(np.uint8))
+    return f"--scenario custom --data1 {root}/a --data2 {root}/b --size 8 --out {root}/tiles"
+
+
+def test_scenes_of_any_size_become_tiles_of_equal_names(tmp_path):
+    """2 x 3 tiles of 8 pixels a scene; the second image is as large as the first; masks as well."""
+    prepare(f"{write_large(tmp_path)} --target {tmp_path}/m")
+    tiles = tmp_path / "tiles"
+    names = sorted(f"s{k}_{row}_{column}" for k in range(4) for row in range(2) for column in range(3))
+    for folder in ("1", "2", "label"):
+        assert sorted(path.stem for path in (tiles / folder).iterdir()) == names
+    image = read_image(tmp_path / "a" / "s1.png")
+    assert (read_image(tiles / "1" / "s1_1_2.png") == image[:, 8:16, 16:24]).all()
+    mask = data.read_mask(tmp_path / "m" / "s1.png")
+    assert (data.read_mask(tiles / "label" / "s1_1_2.png") == mask[8:16, 16:24]).all()
+    assert read_image(tiles / "2" / "s1_1_2.tif").shape == (1, 8, 8)
+    assert len(open_dataset("custom", (tiles / "1", tiles / "2"), 8)) == 24
+
+
+def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys):
+    prepare(f"{write_large(tmp_path)} --nodata2 -9999")
+    tiles = tmp_path / "tiles"
+    assert not (tiles / "2" / "s0_0_0.tif").exists() and (tiles / "2" / "s0_0_1.tif").exists()
+    assert "20 tiles of 4 scenes; 4 are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype, C", [(np.float32, 2), (np.uint16, 1), (np.uint8, 3), (np.int16, 1)])
+def test_missing_values_stay_missing_in_tiles_and_the_type_stays(dtype, C, tmp_path):
+    x = np.random.default_rng(0).integers(1, 100, (C, 16, 16)).astype(dtype)
+    x[:, 3, 5] = 7
+    x[:, 4] = 8
+    for name in "ab":
+        save_arrays(tmp_path / name, x, x)
+    prepare(f"--scenario custom --data1 {tmp_path}/a --data2 {tmp_path}/b --size 8 --nodata1 7 "
+            f"--out {tmp_path}/t")
+    y = read_image(tmp_path / "t" / "1" / "0_0_0.tif")
+    assert np.isnan(y[:, 3, 5]).all() and np.isnan(y).sum() == C * (x == 7).all(0)[:8, :8].sum()
+    assert (y[:, 4] == 8).all() and data.stored_type(tmp_path / "t" / "1" / "0_0_0.tif", y) == dtype
+    assert np.isfinite(read_image(next((tmp_path / "t" / "2").glob("0_0_0*")))).all()
+
+
+def test_tiles_are_split_by_scene_with_a_seed(tmp_path):
+    flags = write_large(tmp_path)
+    prepare(f"{flags} --test-share 0.5")
+    prepare(f"{flags[:-len('tiles')]}again --test-share 0.5")
+    prepare(f"{flags[:-len('tiles')]}other --test-share 0.5 --seed 3")
+    lists = [[(tmp_path / folder / f"{split}.txt").read_text().split() for split in ("train", "test")]
+             for folder in ("tiles", "again", "other")]
+    assert lists[0] == lists[1] != lists[2]
+    train, test = ({name.split("_")[0] for name in names} for names in lists[0])
+    assert len(train) == len(test) == 2 and not train & test and len(sum(lists[0], [])) == 24
+
+
+def test_scenes_that_cannot_be_cut_are_listed_and_settings_that_differ_refused(tmp_path):
+    """One smaller than a tile, one whose mask has another size, one without a partner."""
+    flags = f"{write_large(tmp_path)} --target {tmp_path}/m"
+    save(tmp_path / "a" / "s1.png", np.zeros((7, 26, 3), np.uint8))
+    save(tmp_path / "m" / "s2.png", np.zeros((10, 13), np.uint8))
+    (tmp_path / "b" / "s3.tif").unlink()
+    is_refused("3 samples .*bad-ids.txt .*--skip-bad", prepare, flags)
+    is_refused("tiles.part was begun", prepare, f"{flags} --seed 4")
+    prepare(f"{flags} --skip-bad")
+    assert {path.name[:2] for path in (tmp_path / "tiles" / "1").iterdir()} == {"s0"}
+
+
+def test_depth_is_resized_to_the_nearest_pixel_and_other_values_do_not_bleed_from_holes():
+    steps = np.array([[[1000, 0], [0, 3000]]], np.uint16)
+    a = np.where(steps == 0, np.nan, steps)
+    y = data.resize_missing(a, steps.dtype, (4, 4))
+    assert set(np.unique(y[np.isfinite(y)])) == {1000, 3000} and np.isnan(y).sum() == 8
+    y = data.resize_missing(np.array([[[5.0, np.nan], [5, 5]]]), np.dtype(np.float32), (6, 6))
+    assert np.nanmin(y) == pytest.approx(5) and np.nanmax(y) == pytest.approx(5)
+    assert np.isnan(y).any()
 
 
 # ---- made-up scenes ----
@@ -1783,16 +2298,16 @@ def test_shapes_have_the_same_area(shape):
 
 
 @pytest.mark.parametrize("scene, place, signs", [
-    (data.indoor_scene, lambda rng: data.place_three(rng, 48, 64), [[1, -1, 0], [-1, 0, 1]]),
-    (data.satellite_scene, lambda rng: data.scatter_three(rng, 48), [[1, -1, 0], [1, 0, -1]]),
-    (data.aerial_scene, lambda rng: data.scatter_three(rng, 48), [[1, -1, 0], [1, 0, -1]])])
+    (data.draw_room, lambda rng: data.place_three(rng, 48, 64), [[1, -1, 0], [-1, 0, 1]]),
+    (data.draw_satellite_scene, lambda rng: data.scatter_three(rng, 48), [[1, -1, 0], [1, 0, -1]]),
+    (data.draw_aerial_scene, lambda rng: data.scatter_three(rng, 48), [[1, -1, 0], [1, 0, -1]])])
 def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene, place, signs):
     """Each sensor in each object against the ground, in its std: above (1), below (-1) or as it."""
     shown = 0
     for seed in range(15):
         *sensors, label, classes = scene(np.random.default_rng(seed))
         masks, _, _ = place(np.random.default_rng(seed))
-        if scene is data.satellite_scene:
+        if scene is data.draw_satellite_scene:
             sensors = sensors[0][seed % 4]["VV"], sensors[0][seed % 4]["B4"]
         for which, shape in enumerate(classes):
             inside = (masks[which] > 0.9) & (sum(masks) - masks[which] < 0.1)  # and in no other
@@ -1833,9 +2348,9 @@ def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, sh
     assert len(rows) == 32 and set(train.ids) <= set(rows)
     for i, name in enumerate(train.ids):
         if scenario == "rgb-dem":
-            label = data.GeoNRW(root, "train", classes=13)[i][2]
+            label = open_dataset("geonrw", root, 32, "train", classes=13)[i][2]
         else:
-            label = data.read_label(root / "Label" / f"{name}.png")
+            label = data.read_mask(root / "Label" / f"{name}.png")
         assert set(classes_of(rows[name])) <= set(np.unique(label))
     # there is none, and it is not the training set
     is_refused("val", open_dataset, scenario, root, 32, "val")
@@ -1862,29 +2377,64 @@ def wrong_depth_unit(root):
     return open_dataset("rgbd", root, 16)
 
 
-def linear_s1(root):
-    """S1 in linear power: all of it is beyond the range in dB."""
-    for path in write_ssl4eo(root, ["0000000"]).glob("s1/*/*/*.tif"):
-        tifffile.imwrite(path, np.full((12, 12), 0.1, np.float32))
+def satellite(root, folder, value):
+    """SSL4EO-S12 whose files of one folder all hold a value of another unit."""
+    for path in write_ssl4eo(root, ["0000000"]).glob(f"{folder}/*/*/*.tif"):
+        x = tifffile.imread(path)
+        x = np.linspace(value / 2, value, x.size).reshape(x.shape)
+        tifffile.imwrite(path, x.astype(np.float32))
     return open_dataset("sar-optical", root, 8)
 
 
-def undeclared_no_data(root):
-    """-9999 in a tenth of the pixels, which a declaration would turn to NaN."""
-    x = np.random.default_rng(0).normal(5, 1, (8, 40, 40)).astype(np.float32)
-    x[:, :4] = -9999
-    return open_dataset("custom", [save_arrays(root / name, *x) for name in "ab"], 8)
+def own_arrays(root, change, dtype=np.float32):
+    """Eight pairs of N(300, 30), 2x40x40, after change(x, uniform numbers of its shape)."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(300, 30, (8, 2, 40, 40))
+    x = change(x, rng.random(x.shape)).astype(dtype)
+    return open_dataset("custom", [str(save_arrays(root / name, *x)) for name in "ab"], 8)
+
+
+def replaced(share, value):
+    return partial(own_arrays, change=lambda x, u: np.where(u < share, value, x))
+
+
+def one_band_constant(x, u):
+    x[:, 1] = 7
+    return x
 
 
 @pytest.mark.parametrize("write, words", [
-    (wrong_depth_unit, r"depth: 2\d % beyond 10 m: is --depth-unit 1000 right\?"),
-    (lambda root: data.RGBD(write_frames(root), 16, depth_unit=10000.0),
-     "depth: half of the values lie from 0.02"),
-    (linear_s1, "sar: 100 % beyond .*in dB"),
-    (undeclared_no_data, "overhead: half of the values .*: is a `no data` value")])
-def test_inputs_that_look_wrong_are_told(write, words, tmp_path):
+    (wrong_depth_unit, r"depth: 2\d% .*--depth-unit"),
+    (lambda root: open_dataset("rgbd", write_frames(root), 16, "all", 10000.0),
+     "depth: .*--depth-unit"),
+    (partial(satellite, folder="s1", value=0.1), "sar: 100% .*dB"),
+    (partial(satellite, folder="s2c", value=0.4), "ms: .*x 10000"),
+    (replaced(0.002, -9999), "overhead 1: 0.[123]% .* channel 1, channel 2 .*--nodata1 -9999"),
+    (replaced(0.04, -9999), "overhead 1: [34].[0-9]% .*-9999.*--nodata1 -9999"),
+    (replaced(0.3, 0), "overhead 1: .* 0, .*--nodata1 0 "),
+    (replaced(0.6, np.nan), "overhead 1: 60% .*missing"),
+    (partial(own_arrays, change=lambda x, u: np.exp(3 * (x - 300) / 30)), "overhead 1: .*squeeze"),
+    (partial(own_arrays, change=one_band_constant), "overhead 1: .* channel 2 have the same")])
+def test_inputs_that_look_wrong_are_told_and_the_remedy_is_named(write, words, tmp_path):
+    """A wrong unit; -9999 in 0.2 and 4 % of the pixels, undeclared; far values; no values."""
     lines = data.find_warnings(write(tmp_path))
-    assert re.match(words, lines[0]), lines
+    assert any(re.match(words, line) for line in lines), lines
+
+
+@pytest.mark.parametrize("change, dtype", [
+    (lambda x, u: x, np.float32), (lambda x, u: np.round(10 * x).clip(0, 3300), np.uint16),
+    (lambda x, u: np.exp((x - 300) / 30), np.float32), (lambda x, u: u > 0.5, np.uint8),
+    (lambda x, u: np.round(4 * u), np.uint16), (lambda x, u: np.where(u < 0.2, np.nan, x), float)])
+def test_inputs_that_are_right_draw_no_warning(change, dtype, tmp_path):
+    """Noise, a sensor that saturates, a long tail, two values, few values, a fifth missing."""
+    assert data.find_warnings(own_arrays(tmp_path, change, dtype)) == []
+
+
+@pytest.mark.parametrize("value, spread, text", [
+    (-0.00018, 60000, "0"), (0.123456, 0.8, "0.123"), (-14.1234, 20, "-14.1"),
+    (1e-7, 3e-8, "1e-07"), (1600000003.2, 5000, "1600000003"), (7, 7, "7.00")])
+def test_numbers_are_written_to_a_thousandth_of_their_spread(value, spread, text):
+    assert data.format_value(value, spread) == text
 
 
 def checked(flags, folder, capsys):
@@ -1894,57 +2444,97 @@ def checked(flags, folder, capsys):
     return error.value.code, capsys.readouterr().out, (folder / "out/bad-ids.txt").read_text()
 
 
-def test_check_counts_names_what_is_bad_and_draws_what_the_network_sees(tmp_path, capsys):
-    root = tmp_path / "data"
-    list(data.write_satellite(root, [np.random.default_rng(i) for i in range(4)], 4, S=24))
-    flags = f"--scenario sar-optical --data {root}"
-    code, text, _ = checked(flags, tmp_path, capsys)
-    assert code == 0 and "missing: VV 0.0%, VH 0.0%, B1 0.0%" in text and "bad-ids" not in text
-    assert re.search(r"sar VV +-2\d\.\d+ +-1\d\.\d+ .* dB\n", text)  # the villages stand at -14
-    assert re.search(r"\nms B8A +0\.\d+ .* reflectance\n", text)
+def test_check_shows_what_the_network_sees(tmp_path, capsys):
+    root = write_frames(tmp_path / "d", 4)
+    code, text, bad = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
+    assert code == 0 and bad == "" and "of 4 of 4 samples" in text
+    assert re.search(r"\nrgb green +20.0 +20.0 +20.0 .* of 255\n", text)
+    assert re.search(r"\ndepth depth +2\.\d+ .* 0\.1% .* m\n", text)  # two pixels of 1728
     assert Image.open(tmp_path / "out" / "contact-sheet.png").size == (4 * 16, 4 * 16)
-    file = next((root / "s1" / "0000000").glob("*/VH.tif"))
-    file.write_bytes(file.read_bytes()[:500])
+
+
+def test_check_lists_what_is_damaged_what_lacks_its_partner_and_what_is_of_another_size(tmp_path,
+                                                                                       capsys):
+    root = write_ssl4eo(tmp_path / "d", ["0000000", "0000001", "0000002", "0000003"])
+    write_ssl4eo(root, ["0000004"], S=24)
+    for file in (root / "s1" / "0000001").glob("*/VH.tif"):
+        file.write_bytes(file.read_bytes()[:200])
     shutil.rmtree(root / "s2c" / "0000003")
-    write_ssl4eo(root, ["0000004"], S=12)
-    code, text, bad = checked(flags, tmp_path, capsys)
-    assert code == 1 and re.fullmatch("0000003\tno partner\n0000000\t.*VH.tif.*\n"
-                                      "0000004\tis of .*12, 12.*24, 24.*as those before\n", bad)
-    assert "4 samples read, 3 bad, of which 1 without a partner" in text
-    assert "1 such as 0000003: no partner" in text and "1 such as 0000000: " in text
+    code, text, bad = checked(f"--scenario sar-optical --data {root}", tmp_path, capsys)
+    names = [line.split("\t")[0] for line in bad.splitlines()]
+    assert code == 1 and names == ["0000003", "0000001", "0000004"]
+    assert "VH.tif" in bad and "of 2 of 4 samples" in text
 
 
-def test_masks_are_indices_within_the_task_and_of_the_size_of_their_image(tmp_path, capsys):
-    """A palette's index, never its colour; `check` reads as transfer will, whatever the name."""
-    root = write_frames(tmp_path / "d", 7)
-    grey = Image.new("L", (48, 36))
-    palette = Image.fromarray(np.arange(36 * 48, dtype=np.uint8).reshape(36, 48) % 38, "P")
-    palette.putpalette(list(range(255, -1, -1)) * 3)
-    masks = {"0.png": grey.point(lambda _: 255), "1.png": palette, "2.png": grey.resize((24, 18)),
-             "3.png": grey.convert("RGB"), "4.jpg": grey, "5.png": grey.point(lambda _: 38)}
+def test_check_prints_each_kind_of_reason_once(tmp_path, capsys):
+    root = write_frames(tmp_path / "d", 5)
+    for name in "13":
+        (root / "RGB" / f"{name}.png").write_bytes(b"nothing")
+    code, text, bad = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
+    assert code == 1 and len(bad.splitlines()) == 2
+    assert len(re.findall("^ +2 such as 1: .*RGB/1.png", text, re.MULTILINE)) == 1
+
+
+def write_labelled(root, masks):
+    write_frames(root, len(masks))
     for name, mask in masks.items():
         save(root / "Label" / name, mask)
-    assert (data.read_label(root / "Label" / "1.png") == np.array(palette)).all()
-    for folder in ("RGB", "Depth", "Label"):
+    return f"--task sunrgbd --split all --data {root}"
+
+
+def test_check_of_a_task_reads_masks_as_transfer_will(tmp_path, capsys):
+    """A mask of another size, one of colours, a JPEG, a class that the task does not have."""
+    grey = Image.new("L", (48, 36))
+    flags = write_labelled(tmp_path / "d", {
+        "0.png": grey, "1.png": grey.resize((24, 18)), "2.png": grey.convert("RGB"), "3.jpg": grey,
+        "4.png": grey.point(lambda _: 38)})
+    code, _, bad = checked(flags, tmp_path, capsys)
+    assert code == 1 and len(bad.splitlines()) == 4
+    assert all(name in bad for name in ("1.png", "2.png", "3.jpg", "4.png"))
+
+
+def test_check_reads_names_that_utf_8_cannot_write(tmp_path, capsys):
+    root = write_frames(tmp_path / "d", 2)
+    for folder in ("RGB", "Depth"):
         shutil.copy(root / folder / "1.png", root / folder / "\udcff.png")
-    code, _, bad = checked(f"--task sunrgbd --split all --data {root}", tmp_path, capsys)
-    assert code == 1 and bad.count("\n") == 6 and "6\tno partner" in bad
-    for words in (r"0.png has the label 255; expected 0 \(unlabelled\) to 37; for 255 write 0",
-                  r"2.png is a mask of \(18, 24\) .*\(36, 48\)", "3.png is a RGB PNG; expected",
-                  "4.jpg is a L JPEG; expected class indices", "5.png has the label 38; expected"):
-        assert re.search(words, bad), words
+    code, text, _ = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
+    assert code == 0 and "3 samples read" in text
 
 
-def test_check_of_ones_own_pairs_finds_what_holds_nothing_and_what_is_squeezed(tmp_path, capsys):
+def test_check_of_a_task_says_which_classes_never_occur(tmp_path, capsys):
+    """37 classes, of which masks hold 1 to 30; half of the pixels have no label."""
+    mask = np.zeros((36, 48), np.uint8)
+    mask[:18] = 1 + np.arange(18)[:, None] % 15
+    flags = write_labelled(tmp_path / "d", {"0.png": mask, "1.png": np.where(mask, mask + 15, 0)})
+    code, text, _ = checked(flags, tmp_path, capsys)
+    assert code == 0 and "masks: 50.0% " in text and " 31, 32, 33, 34, 35, 36, 37 never" in text
+
+
+def test_check_of_a_task_refuses_palettes_that_contradict_each_other(tmp_path, capsys):
+    mask, other = np.ones((36, 48)), range(100, 868)
+    flags = write_labelled(tmp_path / "d", {"0.png": with_palette(mask),
+                                            "1.png": with_palette(mask, other)})
+    code, _, bad = checked(flags, tmp_path, capsys)
+    assert code == 1 and re.search("Label/0.png.*Label/1.png", bad)
+
+
+def own_noise(root):
+    """Three pairs, 9x16x4 and 9x12x4; the third has not one finite value."""
     noise = np.random.default_rng(0).random((3, 9, 16, 4)).astype(np.float32)
     noise[2] = np.nan
-    one = save_arrays(tmp_path / "one", *noise)
-    two = save_arrays(tmp_path / "two", *noise[:, :, :12])
+    one, two = save_arrays(root / "one", *noise), save_arrays(root / "two", *noise[:, :, :12])
     (one / "._0.npy").write_bytes(b"of another system")
-    code, text, bad = checked(f"--scenario custom --data1 {one} --data2 {two}", tmp_path, capsys)
-    assert code == 1 and "3 samples read, 1 bad" in text and text.count("overhead channel") == 8
-    assert "2 pairs differ in width / height" in text and "1.78 and 1.33" in text
-    assert "not one finite value" in bad
+    return f"--scenario custom --data1 {one} --data2 {two}"
+
+
+def test_check_of_ones_own_pairs_finds_what_holds_nothing(tmp_path, capsys):
+    code, text, bad = checked(own_noise(tmp_path), tmp_path, capsys)
+    assert code == 1 and re.fullmatch("2\t.*one/2.npy .*\n", bad) and "of 2 of 3 samples" in text
+
+
+def test_check_of_ones_own_pairs_tells_what_is_squeezed(tmp_path, capsys):
+    _, text, _ = checked(own_noise(tmp_path), tmp_path, capsys)
+    assert "warning: 2 of 2 pairs, such as 0, " in text
 
 
 def last_words(capsys, function, *args):
@@ -1956,7 +2546,7 @@ def last_words(capsys, function, *args):
 
 
 @pytest.mark.parametrize("program, flag, values", [
-    (data, "hha --depth-unit", "0 -1 inf nan 1e-300 x"), (explain, "--checkpoint x --steps", "0"),
+    (data, "prepare --scenario rgbd --depth-unit", "0 -1 inf nan 1e-300 x"), (explain, "--checkpoint x --steps", "0"),
     (finetune, "--task sunrgbd --weights none --depth-unit", "0 nan"),
     (pretrain, "--scenario rgbd --depth-unit", "nan inf"),
     (pretrain, "--scenario rgbd --common", "1.5"), (pretrain, "--scenario rgbd --epochs", "0"),
@@ -1974,11 +2564,17 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     (data, "check --scenario custom --data1 x --data2 y --data z", "--data1 and --data2"),
     (data, "check --scenario rgbd --data1 x --data2 y", "--data1 and --data2"),
     (data, "check --scenario rgb-dem --data ~/nowhere", "no folder /.*/nowhere"),
-    (data, "toy --scenario rgbd --out .", "exists; expected a new --out"),
-    (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "2 files, .*pattern in quotes"),
-    (data, "pack --data nowhere", "no folder nowhere"),
-    (data, "hha --data nowhere", "no SUN RGB-D frame under nowhere"),
-    (pretrain, "--scenario rgbd --out ''", "nothing; expected a name"),
+    (data, "toy --scenario rgbd --out .", "--out"), (data, "toy --scenario custom", "--scenario"),
+    (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "--data1.* a.tif"),
+    (data, "prepare --scenario sar-optical --data nowhere", "no folder nowhere"),
+    (data, "prepare --scenario rgbd --data .", "no Depth/.*SUNRGBD/"),
+    (data, "prepare --scenario custom --data1 a --data2 b", "--size and --out"),
+    (data, "prepare --scenario rgb-dem --size 64", "--size .*--scenario custom"),
+    (data, "prepare --scenario rgb-dem --test-share 0.3", "--test-share .*--scenario custom"),
+    (data, "prepare --scenario rgb-dem --depth-unit 1000", "--depth-unit .*depth"),
+    (data, "check --scenario rgb-dem --as1 rgb", "--as1 .*--scenario custom"),
+    (data, "check --scenario custom --data1 a --data2 b --as1 rgb --depth-unit 5", "--depth-unit"),
+    (pretrain, "--scenario rgbd --out ''", "--out"),
     (finetune, "--part common", "--linear and late"), (finetune, "--model cmx", "as fcn"),
     (finetune, "--cached --linear", "late fusion alone"), (finetune, "--model late", "as fcn"),
     (finetune, "--size 47 --backbone mit_b0", "48 or more"),
@@ -1994,15 +2590,29 @@ def test_flags_that_do_not_go_together_are_refused(program, flags, words, capsys
 
 # ---- what the scripts share ----
 
-def test_a_worker_that_is_killed_is_one_line_and_not_a_wait(capsys):
-    jobs = data.in_processes(signal.raise_signal, [signal.SIGKILL] * 8, 2, "test")
-    words = "error: .* was killed: out of memory.*\n"
-    assert re.fullmatch(words, last_words(capsys, list, jobs))
+@pytest.mark.parametrize("number, words", [
+    (signal.SIGKILL, "--workers"), (signal.SIGBUS, "/dev/shm.*--workers")])
+def test_a_worker_that_is_killed_is_one_line_and_not_a_wait(number, words, capsys):
+    """The kernel ends a worker by SIGKILL where memory is full, by SIGBUS where /dev/shm is."""
+    jobs = data.in_processes(signal.raise_signal, [number] * 8, 2, "test")
+    assert re.fullmatch(f"error: .*{words}.*\n", last_words(capsys, list, jobs))
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total"),
+     "2 GiB.*--batch-size.*--projector"),
+    (RuntimeError("unable to write to file </torch_7_1_0>: No space left on device (28)"),
+     "/dev/shm.*--workers")])
+def test_memory_that_is_full_is_one_line_with_the_flags_that_take_less(error, words, capsys):
+    def fails():
+        raise error
+
+    assert re.fullmatch(f"error: .*{words}.*\n", last_words(capsys, fails))
 
 
 def test_a_reader_who_has_read_enough_is_no_error():
     """`python data.py check ... | head`"""
-    program = "import data; data.guarded(lambda: [print(i) for i in range(100000)])"
+    program = "import data; data.run_main(lambda: [print(i) for i in range(100000)])"
     shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -1"
     result = subprocess.run(shell, shell=True, cwd=HERE, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("0\n", "")
@@ -2034,15 +2644,20 @@ def test_files_are_replaced_whole_and_never_through_a_link(tmp_path):
     data.write_text(path, "caf\u00e9 \udcff")
     assert path.read_bytes() == b"caf\xc3\xa9 \\udcff" and victim.read_text() == "mine"
 
-    def fails(words, file):
-        file.write(b"half")
-        raise RuntimeError(words)
 
-    full, killed = "enforce fail at inline_container.cc", "DataLoader worker (pid 1) is killed"
-    is_refused("is the disk full", data.write_atomically, path, partial(fails, full))  # torch.save
-    is_refused("DataLoader worker", data.write_atomically, path, partial(fails, killed),
-               error=RuntimeError)
-    assert path.read_bytes().startswith(b"caf") and len(list(tmp_path.iterdir())) == 2
+def test_a_full_disk_is_one_line_with_the_file_which_stays_whole(tmp_path, capsys):
+    """A limit on the size of files is as a full disk.  torch.save hides the OSError."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"old")
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, most))
+    try:
+        for write in (partial(torch.save, torch.zeros(10000)), lambda file: file.write(bytes(20000))):
+            assert str(path) in last_words(capsys, data.write_atomically, path, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_workers_share_the_cores_that_a_process_may_use(monkeypatch):
