@@ -267,7 +267,7 @@ def make_loader(args, data, indices, step, steps, process):
         batch_sampler=order_batches(indices, args.batch_size, args.seed, rows, step, steps),
         worker_init_fn=leave_group, pin_memory=device.type == "cuda"))
     first = next(loader, None)                  # None if all steps are done
-    return chain(iter([first]), loader)         # of a list, chain would keep the batch in memory
+    return chain(iter([first]), loader)         # an iterator, because chain would keep a list
 
 
 def choose_rows(N, rank, world):
@@ -311,10 +311,10 @@ def check_equal(settings, others, names, flag, where):
 
     where    says what has the other settings, and what to do"""
     for name in names:
-        difference = f"{settings[name]}, but {others.get(name)}"
+        difference = f"is {settings[name]}, but {others.get(name)}"
         if len(difference) > 200:               # statistics of the images
-            difference = "different from"
-        need(others.get(name) == settings[name], f"{flag}: {name} is {difference} in {where}")
+            difference = "differs"
+        need(others.get(name) == settings[name], f"{flag}: {name} {difference} in {where}")
 
 
 def make_run_folder(args, settings, process):
@@ -394,8 +394,8 @@ class Run:
             start = time.time()
             batch = next(self.loader)
             self.waited += time.time() - start
-            self.draws.restart(self.step)       # of the augmentations
-            # of drop path and dropout
+            self.draws.restart(self.step)       # seeds the augmentations
+            # seeds drop path and dropout
             torch.manual_seed(mix_seeds(self.args.seed, self.step, 1 + self.rank))
             for group, lr in zip(self.optimizer.param_groups, self.base_lr):
                 group["lr"] = lr * self.rate(self.step, self.steps)
@@ -419,8 +419,8 @@ class Run:
         terms        the scalars whose sum is the loss
         measure()    returns further values by name
 
-        Values are copied from the GPU only for lines that are logged; a loss that was not finite
-        since the last line ends the run then."""
+        Values are copied from the GPU only for lines that are logged.  If a loss since the last
+        line was not finite, the run ends."""
         self.finite &= loss.isfinite()
         step, every = self.step + 1, min(50, max(1, self.steps // 50))
         if step % every and step not in (1, self.steps):
@@ -458,8 +458,10 @@ class Run:
 
     def print(self, *lines):
         """Prints on the first process, above the bar.  If nobody reads stdout, the run stops."""
+        if self.rank > 0:
+            return
         try:
-            for line in lines if self.rank == 0 else ():
+            for line in lines:
                 tqdm.write(line, file=sys.stdout)
         except BrokenPipeError:                 # ends the run after a save, as a signal does
             sys.stdout = open(os.devnull, "w")
@@ -529,7 +531,7 @@ def gather(z):
 
 
 def read_environment():
-    """Returns rank, world size and device of this process; without torchrun it is the only one."""
+    """Returns rank, world size and device of this process.  Without torchrun there is only one."""
     numbers = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
@@ -566,7 +568,8 @@ def join(out, step, process):
 
 
 def name_device(device):
-    """Returns the identity of a GPU, whatever its number is here, or the kind of another device."""
+    """Returns the uuid of a GPU, because its number may differ between processes; of another device
+    its kind."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_properties(device).uuid)
     return device.type
@@ -594,7 +597,8 @@ def distribute(net, world, device):
     elif dist.get_rank() == 0:
         print(f"warning: torch cannot synchronise batch normalisation over {world} CPU processes, "
               f"so each process normalises its own samples. The loss is of all samples")
-    for buffer in net.buffers():                # DistributedDataParallel sends only parameters here
+    # batch statistics of random networks differ between processes, and no buffer is broadcast later
+    for buffer in net.buffers():
         dist.broadcast(buffer, 0)
     return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
 
