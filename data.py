@@ -1418,21 +1418,19 @@ def find_ends(row, band):
     return {"depth": (0, MAX_DEPTH), "ms": (0, 10000)}.get(row["name"], (0, 255))
 
 
-def look_at(data, indices, most=2000):
-    """Reads some samples.  Returns for each modality CxP values of x in [0, 1], CxP values in the
-    unit of the files (NaN: missing) or None, and the width / height of its images.
+def look_at(data, i, most=2000):
+    """Reads a sample.  Returns for each modality CxP values of x in [0, 1], CxP values in the unit
+    of the files (NaN: missing) and the width / height of its image.
 
-    Only Packed does not keep what the files held.  P: at most 2,000 pixels of each image."""
-    seen, stored, ratios = ([], []), ([], []), ([], [])
-    for i in indices:
-        for values, views in zip(seen, data[i]):
-            for x in views if isinstance(views, list) else [views]:
-                values.append(take_pixels(to_unit_range(x).numpy(), most))
-        for m, a in enumerate(data.read_raw(i) if hasattr(data, "read_raw") else ()):
-            ratios[m].append(a.shape[2] / a.shape[1])
-            stored[m].append(take_pixels(a, most))
-    seen = [np.concatenate(values, 1) for values in seen]
-    stored = [np.concatenate(values, 1) if values else None for values in stored]
+    P: at most 2,000 pixels of a view.  Packed has no files, and so neither values nor shapes."""
+    seen, stored, ratios = [], [], []
+    for views in data[i][:2]:
+        views = views if isinstance(views, list) else [views]
+        seen.append(np.concatenate([take_pixels(to_unit_range(x).numpy(), most) for x in views], 1))
+    if hasattr(data, "read_raw"):
+        for a in data.read_raw(i):
+            stored.append(take_pixels(a, most))
+            ratios.append(a.shape[2] / a.shape[1])
     return seen, stored, ratios
 
 
@@ -1443,29 +1441,42 @@ def take_pixels(a, most):
     return np.where(np.isfinite(a), a, np.nan)
 
 
-def describe_inputs(data, indices):
+def describe_inputs(data, indices, workers=0):
     """Describes what the network will see of some samples.
 
     Returns the lines of a table, one for each band: percentiles in the unit of the files, shares,
     mean and std of x in [0, 1] beside the normaliser's; and one line for each thing that looks
     wrong."""
-    seen, stored, ratios = look_at(data, indices)
+    look = functools.partial(look_at, data)
+    # A DataLoader would draw from the random numbers of a run that begins.
+    looks = in_processes(look, indices, workers, "statistics") if workers else map(look, indices)
+    seen, stored, ratios = zip(*looks)
     table = [f"{'seen':22s}       1 %    median      99 %  missing  clipped   mean   std "
              f"(normaliser's)  unit"]
     warnings = []
-    for m, (row, x, raw) in enumerate(zip(data.inputs, seen, stored)):
-        label = row["name"]
+    for m, row in enumerate(data.inputs):
+        label, raw = row["name"], None
         if data.inputs[0]["name"] == data.inputs[1]["name"]:
             label += f" {m + 1}"
+        x = np.concatenate([values[m] for values in seen], 1)
+        if stored[0]:
+            raw = np.concatenate([values[m] for values in stored], 1)
         bands = range(len(set(row["bands"])))   # a height stands in three equal channels
         table += [describe_band(label, row, band, x, raw) for band in bands]
-        warnings += warn_of_values(label, row, x)
-        warnings += warn_of_bands(label, row, x, raw, m + 1)
-    uneven = [i for i, one, two in zip(indices, *ratios) if abs(math.log(one / two)) > 0.05]
+        of_values = warn_of_values(label, row, x)
+        of_bands = warn_of_bands(label, row, x, raw, m + 1)
+        if row.get("raw_mean"):                 # may have any unit: the bands know the cause
+            warnings += of_bands or of_values
+        else:                                   # a wrong unit also makes bands look constant
+            warnings += of_values or of_bands
+    uneven = []
+    for i, ratio in zip(indices, ratios):
+        if ratio and abs(math.log(ratio[0] / ratio[1])) > 0.05:
+            uneven.append(data.ids[i])
     if uneven:
-        warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {data.ids[uneven[0]]}, "
-                        f"have two images of different width / height.  Both are resized to one "
-                        f"shape, so one is squeezed: cut both to the same scene")
+        warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
+                        f"images of different width / height.  Both are resized to one shape, so "
+                        f"one is squeezed: cut both to the same scene")
     return table, warnings
 
 
@@ -1982,7 +1993,7 @@ def check(args):
     out.mkdir(parents=True, exist_ok=True)
     if good:
         few = spread_evenly(good, 200)
-        table, warnings = describe_inputs(dataset, few)
+        table, warnings = describe_inputs(dataset, few, args.workers)
         print(*table, f"statistics of {len(few)} of {len(dataset)} samples", sep="\n")
         bad += report_masks(dataset, good, NUM_CLASSES.get(source))
         for line in warnings:
