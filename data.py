@@ -1379,8 +1379,10 @@ def check_mask(path, label, image_size, num_classes):
 # ---- what the network sees ----
 
 def make_visible(x, row):
-    """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].  Colours, HHA as they are;
-    else stretched from the 2nd to the 98th percentile, B4 B3 B2, three, or one as grey."""
+    """Turns a normalised image CxHxW into one to look at: HxWx3 in [0, 1].
+
+    Colours and HHA are shown as they are.  All others are stretched from the 2nd to the 98th
+    percentile: B4, B3 and B2, or the first three bands, or the first band as grey."""
     bands, mean, std = (row[key] for key in ("bands", "mean", "std"))
     x = (x.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).numpy()
     grey = row["name"] in ("sar", "dem") or len(bands) < 3
@@ -1403,8 +1405,14 @@ BEYOND = {
     "dem": ((), 0, "", "is most of the ground flat, or are most heights missing?"),
     "measured": ((0, 1), 0.05, "beyond 3 standard deviations",
                  "are a few values far too large, or are these not the files that were measured?")}
+UNKNOWN_LIMITS = (), 0, "", "are the images nearly of one colour, or of more than 8 bits?"
 UNITS = {"sar": "dB", "ms": "reflectance x 10000", "dem": "m", "depth": "m", "rgb": "of 255",
          "aerial": "of 255", "hha": "of 255"}
+
+
+def find_limits(row):
+    """Returns the line of BEYOND for a row of MODALITIES."""
+    return BEYOND.get("measured" if row.get("raw_mean") else row["name"], UNKNOWN_LIMITS)
 
 
 def find_ends(row, band):
@@ -1435,8 +1443,8 @@ def look_at(data, i, most=2000):
 
 
 def take_pixels(a, most):
-    """CxHxW -> CxP, evenly spread; an odd step, or powers of two would meet only a few columns."""
-    step = a[0].size // most | 1
+    """Takes pixels of CxHxW evenly -> CxP, NaN for all that is not finite."""
+    step = a[0].size // most | 1                # odd, because 32 of 256 would meet 8 columns only
     a = a.reshape(len(a), -1)[:, ::step].astype(float)
     return np.where(np.isfinite(a), a, np.nan)
 
@@ -1492,9 +1500,9 @@ def describe_band(label, row, band, x, raw):
     low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [math.nan] * 3
     spread = high - low or abs(half)
     numbers = " ".join(f"{format_value(value, spread):>9s}" for value in (low, half, high))
-    ends = BEYOND.get("measured" if row.get("raw_mean") else row["name"], ((),))[0]
+    clipped = np.isin(x[band], find_limits(row)[0]).mean()
     return (f"{label + ' ' + row['bands'][band]:22s} {numbers} {missing:>8s} "
-            f"{np.isin(x[band], ends).mean():8.1%}  {x[band].mean():5.3f} {x[band].std():5.3f} "
+            f"{clipped:8.1%}  {x[band].mean():5.3f} {x[band].std():5.3f} "
             f"({row['mean'][band]:.3f} {row['std'][band]:.3f})  {UNITS.get(row['name'], '')}")
 
 
@@ -1508,16 +1516,16 @@ def format_value(value, spread):
 
 def warn_of_values(label, row, x):
     """Warns if too many values are clipped, or if nearly all are equal: a wrong unit or scale."""
-    kind = "measured" if row.get("raw_mean") else row["name"]
-    ends, normal, where, question = BEYOND.get(kind, ((), 0, "", "are the images of 8 bits?"))
+    ends, normal, where, question = find_limits(row)
     clipped = np.isin(x, ends).mean()
     quarter, half, three = np.percentile(x, (25, 50, 75))
     if clipped > normal:
         return [f"{label}: {clipped:.0%} of the values lie {where}: {question}"]
-    near = kind == "depth" and half < 0.03
-    if near or three - quarter < 0.002 and kind != "measured":
+    too_near = row["name"] == "depth" and half < 0.03
+    nearly_equal = three - quarter < 0.002 and not row.get("raw_mean")
+    if too_near or nearly_equal:
         return [f"{label}: half of the values lie between {quarter:.4f} and {three:.4f} of the "
-                f"range 0 to 1: {question}"]
+                f"range 0 to 1 that the network sees: {question}"]
     return []
 
 
