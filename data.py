@@ -2097,7 +2097,10 @@ def built(out, settings, size, folders=()):
         return
     os.replace(part, out)
     for name in ("lock", "settings.txt", "done.jsonl"):
-        (Path(out) / name).unlink()
+        (Path(out) / name).unlink(missing_ok=True)
+
+
+NOTED = 256                                     # so many samples at a time are noted as done
 
 
 def attempt(work, item):
@@ -2136,7 +2139,7 @@ def work_through(part, jobs, work, args, bad, arrays=()):
                 array[places[name]] = row
             done[name] = 0 if arrays else result
             fresh.append(name)
-            if len(fresh) % 256 == 0:
+            if len(fresh) == NOTED:
                 note_done(log, fresh, done, arrays)
     finally:
         note_done(log, fresh, done, arrays)
@@ -2165,12 +2168,11 @@ def pack(out, jobs, read, files, bad, args):
     """Packs samples into arrays of bytes, a sample a row: ids.txt and `files`.  read(job) gives a
     row for each of the files.  A damaged sample's row is 0, and its line begins with `# `."""
     need(jobs, f"no sample for {out}; {TREE}")
-    rows = None
-    for job in jobs.values():                   # the first that can be read shows the sizes
-        with contextlib.suppress(BadInput):
-            rows = read(job)
+    for item in jobs.items():                   # the first that can be read shows the sizes
+        rows, reason = attempt(read, item)
+        if rows:
             break
-    need(rows, f"none of {len(jobs)} samples for {out} can be read; {bad or list(jobs)[:1]}")
+    need(rows, f"none of {len(jobs)} samples for {out} can be read; the last: {reason}")
     sizes = list(map(len, rows))
     with built(out, "\n".join(jobs) + "\n", len(jobs) * sum(sizes)) as part:
         arrays = []
@@ -2349,7 +2351,7 @@ def prepare_tiles(where, args):
         for split, wanted in (("train", False), ("test", True)):
             these = [name for name in names if (name.rsplit("_", 2)[0] in tested) == wanted]
             write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
-    print(f"train.txt and test.txt: {len(scenes) - n} scenes and {n} scenes")
+    print(f"train.txt has the tiles of {len(scenes) - n} scenes, test.txt the tiles of {n}")
 
 
 def cut_own(part, size, nodata, declared, job):
@@ -2540,7 +2542,7 @@ DATA_FLAGS = {
                        help="steps of a depth file per metre; default: 1000"),
     "split": dict(type=expand_path, help="name of a list such as train, or with custom a list's "
                                          "file; default: all, of a task train"),
-    "size": dict(type=number(int, 8, 4096), help="width of the crops in pixels; default: 224"),
+    "size": dict(type=number(int, 16, 4096), help="width of the crops in pixels; default: 224"),
     "workers": dict(type=number(int, 0), help="processes that read files, for each process"),
 }
 
@@ -2552,6 +2554,8 @@ def add_flags(group, flags, names):
 
 
 FLAGS = DATA_FLAGS | {
+    "size": dict(type=number(int, 8, 4096), help="of check the width of the contact sheet's crops, "
+                 "default: 224; of prepare, with custom, the width of the tiles"),
     "scenario": dict(choices=[*TOY_WRITERS, "custom"], help="whose data"),
     "task": dict(choices=NUM_CLASSES, help="a transfer task's data, instead of a scenario's"),
     "out": dict(type=expand_path, metavar="DIR", help="folder to write; default: where the scripts "

@@ -34,14 +34,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from data import (CLASSES19, SCENE_CLASSES, SHAPES, BadInput, OnePattern, check_mask,
-                  choose_workers, expand_path, run_main, leave_group, make_toy, move_to, find_images,
+                  choose_workers, expand_path, run_main, find_warnings, leave_group, make_toy, move_to, find_images,
                   need, normalise, number, open_dataset, show_progress, draw_boxes, read_factors,
                   read_json, read_lines, read_list, read_mask, reading, resize, filter_separably,
                   make_triangle_filter, to_unit_range, make_visible, write_text)
 from decur import MITS, RESNETS, branch, mit, read_weights, start_as_segformer
-from pretrain import (SCENARIOS, Run, check_batch, defaults, distribute, fill_in, leave,
-                      load_checkpoint, measure_statistics, mixed_precision, read_pretraining,
-                      read_environment, hash_file, start_from, sum_over_processes)
+from pretrain import (SCENARIOS, Run, check_batch, collect_settings, distribute, fill_in,
+                      find_checkpoint, join, leave, list_defaults, load_checkpoint, make_loader,
+                      make_run_folder, measure_statistics, mixed_precision, read_pretraining,
+                      read_environment, hash_file, restore, start_from, sum_over_processes)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -745,8 +746,9 @@ def main(argv=None):
     if args.table:
         return print_tables(args.table)
     started = time.time()
-    place = read_environment()
-    rank, world, device = place
+    rank, world, device = process = read_environment()
+    checkpoint = find_checkpoint(args.out, args.resume)             # or None
+    step = checkpoint["step"] if checkpoint else 0
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in CMX and evaluation
 
@@ -769,18 +771,26 @@ def main(argv=None):
     if args.cached:                             # the same loop, of the linear layer, on features
         trained, indices = net.fc, np.arange(len(chosen))
         seen = cached_features(net, data, chosen, args, device)
-    run = Run(args, seen, indices, args.steps, partial(schedule, args.schedule), place)
+    loader = make_loader(args, seen, indices, step, args.steps, process)
+    join(args.out, step, process)
     model = distribute(trained, world, device)
+    optimizer = make_transfer_optimizer(net, args)
+    hashes = [hash_file(file) for file in args.weights if Path(file).is_file()]
+    settings = collect_settings(
+        args, weights_sha256=hashes, samples=len(chosen), test_samples=len(test_data),
+        num_classes=len(data.classes))
+    if checkpoint:
+        restore(checkpoint, args.out, net, optimizer, settings)
 
     # ---- run ----
-    hashes = [hash_file(file) for file in args.weights if Path(file).is_file()]
-    run.begin(net, make_transfer_optimizer(net, args), dict(
-        weights_sha256=hashes, samples=len(chosen), test_samples=len(test_data),
-        num_classes=len(data.classes)))
+    if rank == 0:
+        make_run_folder(args, settings, process)
+    run = Run(args, settings, net, optimizer, loader, step, args.steps,
+              len(indices) // args.batch_size, partial(schedule, args.schedule), process)
     lines += [*more, f"{len(chosen)} of {len(data)} training samples"]
     if args.pretraining.get("stopped"):
         lines.append(f"warning: the pretraining was stopped {args.pretraining['stopped']}")
-    run.introduce(sources, data.data, lines)
+    run.introduce(sources, lines, find_warnings(data.data))
     train(run, net, model, args, data.inputs)
     if not run.stopped:
         result = test(net, test_data, args, device, rank, world)
@@ -903,7 +913,7 @@ def not_the_papers(args, changed):
         paper["weights"] = None                 # segformers may start as CMX's do
     if p["common"] == 1:
         paper["common"] = 1                     # Table 4, w/o decoup.
-    tables = defaults(scenario, p["method"], p["backbone"], args.toy)
+    tables = list_defaults(scenario, p["method"], p["backbone"], args.toy)
     _, different = fill_in(argparse.Namespace(**p), [(paper, "paper"), *tables])
     behind = {f"pretraining {name}": v for name, v in different.items() if name not in FREE}
     return changed | behind
