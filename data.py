@@ -1960,7 +1960,8 @@ def read_factors(root):
 # ---- commands: check, prepare, toy ----
 
 def in_processes(function, jobs, workers, text):
-    """function of each job, in order: a DataLoader is a parallel map that runs little ahead."""
+    """Gives function(job) of each job, in order.  A DataLoader serves as a map over processes that
+    runs only a little ahead."""
     loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
                         num_workers=workers if workers > 1 else 0)
     return show_progress(loader, text)

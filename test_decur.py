@@ -2547,7 +2547,7 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     (data, "check", "--scenario or --task"),
     (data, "check --scenario custom --data1 x", "--data1 and --data2"),
     (data, "check --scenario custom --data1 x --data2 y --data z", "--data1 and --data2"),
-    (data, "check --scenario rgbd --data1 x --data2 y", "--data1 and --data2"),
+    (data, "check --scenario rgbd --data1 x --data2 y", "--data1"),
     (data, "check --scenario rgb-dem --data ~/nowhere", "no folder /.*/nowhere"),
     (data, "toy --scenario rgbd --out .", "--out"), (data, "toy --scenario custom", "--scenario"),
     (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "--data1.* a.tif"),
