@@ -1365,7 +1365,7 @@ def check_mask(path, label, image_size, num_classes):
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
     need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
          f"{tuple(image_size)}; make the mask again for this image")
-    remedy = "write 0 for them, or take the mask out"
+    remedy = "write 0 for every other value, or take the mask out"
     if high == 255 and (label == num_classes).any():
         remedy = "write 0 for 255"
     elif high == 255 and low == 0:
@@ -2029,8 +2029,10 @@ def report_masks(dataset, good, num_classes):
     pixels = sum(number for number, _ in counts.values())
     unlabelled = sum(number for value, (number, _) in counts.items() if value < 1)
     never = [str(value) for value in range(1, num_classes + 1) if value not in counts]
-    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; of the classes 1 to "
-          f"{num_classes}, {join_names(never, 20) or 'none'} never occur")
+    occur = f"all classes from 1 to {num_classes} occur"
+    if never:
+        occur = f"the classes {join_names(never, 20)} never occur"
+    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; {occur}")
     for line in find_mask_warnings(counts):
         print(f"warning: {line}")
     return []

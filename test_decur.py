@@ -2492,7 +2492,7 @@ def test_check_of_a_task_says_which_classes_never_occur(tmp_path, capsys):
     mask[:18] = 1 + np.arange(18)[:, None] % 15
     flags = write_labelled(tmp_path / "d", {"0.png": mask, "1.png": np.where(mask, mask + 15, 0)})
     code, text, _ = checked(flags, tmp_path, capsys)
-    assert code == 0 and "masks: 50.0% " in text and " 31, 32, 33, 34, 35, 36, 37 never" in text
+    assert code == 0 and "masks: 50.0% " in text and "classes 31, 32, 33, 34, 35, 36, 37 never" in text
 
 
 def test_check_of_a_task_refuses_palettes_that_contradict_each_other(tmp_path, capsys):
