@@ -1365,7 +1365,7 @@ def check_mask(path, label, image_size, num_classes):
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
     need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
          f"{tuple(image_size)}; make the mask again for this image")
-    remedy = "write 0 for them, or take the mask out"
+    remedy = "write 0 for every other value, or take the mask out"
     if high == 255 and (label == num_classes).any():
         remedy = "write 0 for 255"
     elif high == 255 and low == 0:
@@ -1379,8 +1379,10 @@ def check_mask(path, label, image_size, num_classes):
 # ---- what the network sees ----
 
 def make_visible(x, row):
-    """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].  Colours, HHA as they are;
-    else stretched from the 2nd to the 98th percentile, B4 B3 B2, three, or one as grey."""
+    """Turns a normalised image CxHxW into one to look at: HxWx3 in [0, 1].
+
+    Colours and HHA are shown as they are.  All others are stretched from the 2nd to the 98th
+    percentile: B4, B3 and B2, or the first three bands, or the first band as grey."""
     bands, mean, std = (row[key] for key in ("bands", "mean", "std"))
     x = (x.cpu() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).numpy()
     grey = row["name"] in ("sar", "dem") or len(bands) < 3
@@ -1403,8 +1405,14 @@ BEYOND = {
     "dem": ((), 0, "", "is most of the ground flat, or are most heights missing?"),
     "measured": ((0, 1), 0.05, "beyond 3 standard deviations",
                  "are a few values far too large, or are these not the files that were measured?")}
+UNKNOWN_LIMITS = (), 0, "", "are the images nearly of one colour, or of more than 8 bits?"
 UNITS = {"sar": "dB", "ms": "reflectance x 10000", "dem": "m", "depth": "m", "rgb": "of 255",
          "aerial": "of 255", "hha": "of 255"}
+
+
+def find_limits(row):
+    """Returns the line of BEYOND for a row of MODALITIES."""
+    return BEYOND.get("measured" if row.get("raw_mean") else row["name"], UNKNOWN_LIMITS)
 
 
 def find_ends(row, band):
@@ -1418,54 +1426,65 @@ def find_ends(row, band):
     return {"depth": (0, MAX_DEPTH), "ms": (0, 10000)}.get(row["name"], (0, 255))
 
 
-def look_at(data, indices, most=2000):
-    """Reads some samples.  Returns for each modality CxP values of x in [0, 1], CxP values in the
-    unit of the files (NaN: missing) or None, and the width / height of its images.
+def look_at(data, i, most=2000):
+    """Reads a sample.  Returns for each modality CxP values of x in [0, 1], CxP values in the unit
+    of the files (NaN: missing) and the width / height of its image.
 
-    Only Packed does not keep what the files held.  P: at most 2,000 pixels of each image."""
-    seen, stored, ratios = ([], []), ([], []), ([], [])
-    for i in indices:
-        for values, views in zip(seen, data[i]):
-            for x in views if isinstance(views, list) else [views]:
-                values.append(take_pixels(to_unit_range(x).numpy(), most))
-        for m, a in enumerate(data.read_raw(i) if hasattr(data, "read_raw") else ()):
-            ratios[m].append(a.shape[2] / a.shape[1])
-            stored[m].append(take_pixels(a, most))
-    seen = [np.concatenate(values, 1) for values in seen]
-    stored = [np.concatenate(values, 1) if values else None for values in stored]
+    P: at most 2,000 pixels of a view.  Packed has no files, and so neither values nor shapes."""
+    seen, stored, ratios = [], [], []
+    for views in data[i][:2]:
+        views = views if isinstance(views, list) else [views]
+        seen.append(np.concatenate([take_pixels(to_unit_range(x).numpy(), most) for x in views], 1))
+    if hasattr(data, "read_raw"):
+        for a in data.read_raw(i):
+            stored.append(take_pixels(a, most))
+            ratios.append(a.shape[2] / a.shape[1])
     return seen, stored, ratios
 
 
 def take_pixels(a, most):
-    """CxHxW -> CxP, evenly spread; an odd step, or powers of two would meet only a few columns."""
-    step = a[0].size // most | 1
+    """Takes pixels of CxHxW evenly -> CxP, NaN for all that is not finite."""
+    step = a[0].size // most | 1                # odd, because 32 of 256 would meet 8 columns only
     a = a.reshape(len(a), -1)[:, ::step].astype(float)
     return np.where(np.isfinite(a), a, np.nan)
 
 
-def describe_inputs(data, indices):
+def describe_inputs(data, indices, workers=0):
     """Describes what the network will see of some samples.
 
     Returns the lines of a table, one for each band: percentiles in the unit of the files, shares,
     mean and std of x in [0, 1] beside the normaliser's; and one line for each thing that looks
     wrong."""
-    seen, stored, ratios = look_at(data, indices)
+    look = functools.partial(look_at, data)
+    # A DataLoader would draw from the random numbers of a run that begins.
+    looks = in_processes(look, indices, workers, "statistics") if workers else map(look, indices)
+    seen, stored, ratios = zip(*looks)
     table = [f"{'seen':22s}       1 %    median      99 %  missing  clipped   mean   std "
              f"(normaliser's)  unit"]
     warnings = []
-    for m, (row, x, raw) in enumerate(zip(data.inputs, seen, stored)):
-        label = row["name"]
+    for m, row in enumerate(data.inputs):
+        label, raw = row["name"], None
         if data.inputs[0]["name"] == data.inputs[1]["name"]:
             label += f" {m + 1}"
+        x = np.concatenate([values[m] for values in seen], 1)
+        if stored[0]:
+            raw = np.concatenate([values[m] for values in stored], 1)
         bands = range(len(set(row["bands"])))   # a height stands in three equal channels
         table += [describe_band(label, row, band, x, raw) for band in bands]
-        warnings += warn_of_values(label, row, x)
-        warnings += warn_of_bands(label, row, x, raw, m + 1)
-    uneven = [i for i, one, two in zip(indices, *ratios) if abs(math.log(one / two)) > 0.05]
+        of_values = warn_of_values(label, row, x)
+        of_bands = warn_of_bands(label, row, x, raw, m + 1)
+        if row.get("raw_mean"):                 # may have any unit: the bands know the cause
+            warnings += of_bands or of_values
+        else:                                   # a wrong unit also makes bands look constant
+            warnings += of_values or of_bands
+    uneven = []
+    for i, ratio in zip(indices, ratios):
+        if ratio and abs(math.log(ratio[0] / ratio[1])) > 0.05:
+            uneven.append(data.ids[i])
     if uneven:
-        warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {data.ids[uneven[0]]}, "
-                        f"have two images of different width / height.  Both are resized to one "
-                        f"shape, so one is squeezed: cut both to the same scene")
+        warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
+                        f"images of different width / height.  Both are resized to one shape, so "
+                        f"one is squeezed: cut both to the same scene")
     return table, warnings
 
 
@@ -1481,9 +1500,9 @@ def describe_band(label, row, band, x, raw):
     low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [math.nan] * 3
     spread = high - low or abs(half)
     numbers = " ".join(f"{format_value(value, spread):>9s}" for value in (low, half, high))
-    ends = BEYOND.get("measured" if row.get("raw_mean") else row["name"], ((),))[0]
+    clipped = np.isin(x[band], find_limits(row)[0]).mean()
     return (f"{label + ' ' + row['bands'][band]:22s} {numbers} {missing:>8s} "
-            f"{np.isin(x[band], ends).mean():8.1%}  {x[band].mean():5.3f} {x[band].std():5.3f} "
+            f"{clipped:8.1%}  {x[band].mean():5.3f} {x[band].std():5.3f} "
             f"({row['mean'][band]:.3f} {row['std'][band]:.3f})  {UNITS.get(row['name'], '')}")
 
 
@@ -1497,16 +1516,16 @@ def format_value(value, spread):
 
 def warn_of_values(label, row, x):
     """Warns if too many values are clipped, or if nearly all are equal: a wrong unit or scale."""
-    kind = "measured" if row.get("raw_mean") else row["name"]
-    ends, normal, where, question = BEYOND.get(kind, ((), 0, "", "are the images of 8 bits?"))
+    ends, normal, where, question = find_limits(row)
     clipped = np.isin(x, ends).mean()
     quarter, half, three = np.percentile(x, (25, 50, 75))
     if clipped > normal:
         return [f"{label}: {clipped:.0%} of the values lie {where}: {question}"]
-    near = kind == "depth" and half < 0.03
-    if near or three - quarter < 0.002 and kind != "measured":
+    too_near = row["name"] == "depth" and half < 0.03
+    nearly_equal = three - quarter < 0.002 and not row.get("raw_mean")
+    if too_near or nearly_equal:
         return [f"{label}: half of the values lie between {quarter:.4f} and {three:.4f} of the "
-                f"range 0 to 1: {question}"]
+                f"range 0 to 1 that the network sees: {question}"]
     return []
 
 
@@ -1941,7 +1960,8 @@ def read_factors(root):
 # ---- commands: check, prepare, toy ----
 
 def in_processes(function, jobs, workers, text):
-    """function of each job, in order: a DataLoader is a parallel map that runs little ahead."""
+    """Gives function(job) of each job, in order.  A DataLoader serves as a map over processes that
+    runs only a little ahead."""
     loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
                         num_workers=workers if workers > 1 else 0)
     return show_progress(loader, text)
@@ -1982,7 +2002,7 @@ def check(args):
     out.mkdir(parents=True, exist_ok=True)
     if good:
         few = spread_evenly(good, 200)
-        table, warnings = describe_inputs(dataset, few)
+        table, warnings = describe_inputs(dataset, few, args.workers)
         print(*table, f"statistics of {len(few)} of {len(dataset)} samples", sep="\n")
         bad += report_masks(dataset, good, NUM_CLASSES.get(source))
         for line in warnings:
@@ -2009,8 +2029,10 @@ def report_masks(dataset, good, num_classes):
     pixels = sum(number for number, _ in counts.values())
     unlabelled = sum(number for value, (number, _) in counts.items() if value < 1)
     never = [str(value) for value in range(1, num_classes + 1) if value not in counts]
-    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; of the classes 1 to "
-          f"{num_classes}, {join_names(never, 20) or 'none'} never occur")
+    occur = f"all classes from 1 to {num_classes} occur"
+    if never:
+        occur = f"the classes {join_names(never, 20)} never occur"
+    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; {occur}")
     for line in find_mask_warnings(counts):
         print(f"warning: {line}")
     return []

@@ -2507,7 +2507,7 @@ def test_check_of_a_task_says_which_classes_never_occur(tmp_path, capsys):
     mask[:18] = 1 + np.arange(18)[:, None] % 15
     flags = write_labelled(tmp_path / "d", {"0.png": mask, "1.png": np.where(mask, mask + 15, 0)})
     code, text, _ = checked(flags, tmp_path, capsys)
-    assert code == 0 and "masks: 50.0% " in text and " 31, 32, 33, 34, 35, 36, 37 never" in text
+    assert code == 0 and "masks: 50.0% " in text and "classes 31, 32, 33, 34, 35, 36, 37 never" in text
 
 
 def test_check_of_a_task_refuses_palettes_that_contradict_each_other(tmp_path, capsys):
@@ -2562,7 +2562,7 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     (data, "check", "--scenario or --task"),
     (data, "check --scenario custom --data1 x", "--data1 and --data2"),
     (data, "check --scenario custom --data1 x --data2 y --data z", "--data1 and --data2"),
-    (data, "check --scenario rgbd --data1 x --data2 y", "--data1 and --data2"),
+    (data, "check --scenario rgbd --data1 x --data2 y", "--data1"),
     (data, "check --scenario rgb-dem --data ~/nowhere", "no folder /.*/nowhere"),
     (data, "toy --scenario rgbd --out .", "--out"), (data, "toy --scenario custom", "--scenario"),
     (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "--data1.* a.tif"),
