@@ -368,9 +368,10 @@ BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
 
 
 def to_8bit(band, x, s1):
-    """Raw pixels of one band -> uint8, clipped, never wrapped.  S2: reflectance x 10000.  S1: dB,
-    2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
-    Paper: "normalize by mean and standard deviation".  Here: so, in 8 bits, as the authors."""
+    """Returns the pixels of one band in 8 bits, clipped.  S2: reflectance x 10000, of which 0 to 1
+    becomes 0 to 255.  S1: dB; the outer 2 % of this image and band are cut, then mean -+ 2 standard
+    deviations of the data set become 0 to 255.  Paper: SAR images are normalised by mean and
+    standard deviation.  Here: the same, but in 8 bits, as the authors do."""
     if band not in s1:
         x = np.nan_to_num(x)                    # no data
         return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
@@ -1599,8 +1600,8 @@ def spread_evenly(indices, n):
 # ---- what all five scripts share: files, processes, the command line ----
 
 def write_atomically(path, write):
-    """Calls write(binary file) for PATH.part and then renames the file to PATH.  If the run is killed
-    or the disk is full, PATH keeps what it held before.
+    """Calls write(binary file) for PATH.part, then renames the file to PATH.  If the run is killed
+    or the disk is full, PATH keeps its old content.
 
     The .part file is created anew, so a symbolic link with its name is not followed."""
     part = Path(f"{path}.part")
@@ -1627,7 +1628,8 @@ def write_text(path, text):
 
 
 def read_json(path, what):
-    """Returns the dict in a json file.  what: what the file is, for the message if it is damaged."""
+    """Returns the dict in a json file.  what: what the file holds, for the message if the file is
+    damaged."""
     with reading(path, what):
         value = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(value, dict):
@@ -1655,8 +1657,8 @@ def expand_path(text):
 
 
 class OnePattern(argparse.Action):
-    """Refuses several files, for argparse's action= with nargs="+".  Without quotes around a pattern
-    the shell gives the files that match instead of the pattern."""
+    """Takes one folder or pattern, for argparse's action= with nargs="+".  Several values mean that
+    the shell has replaced a pattern without quotes by the files that match."""
 
     def __call__(self, parser, args, values, option=None):
         if len(values) > 1:
@@ -1728,13 +1730,13 @@ def describe_error(error):
         return (f"{text.split(' GPU ')[0]}  Give a smaller --batch-size, or in pretraining a "
                 f"narrower --projector")
     if re.search("Bus error|shared memory|</?torch_", text):
-        return ("/dev/shm, the memory that workers share with the main process, is full; enlarge it "
-                "(docker run --shm-size), or give fewer --workers.  Each worker holds two batches "
-                "there; a batch of 256 pairs of SSL4EO-S12 takes 535 MB")
+        return ("/dev/shm, where workers hand batches to the main process, is full.  Give fewer "
+                "--workers, or enlarge /dev/shm (docker run --shm-size).  Each worker keeps two "
+                "batches there; a batch of 256 pairs of SSL4EO-S12 takes 535 MB")
     if "DataLoader worker" in text:
-        return "a worker that reads files was killed; if the memory is full, give fewer --workers"
+        return "a worker that reads files was killed.  If the memory is full, give fewer --workers"
     if "stack expects each tensor" in text:
-        return f"the samples of a batch differ in size ({text}); give samples of one size"
+        return f"the samples of a batch differ in size ({text}).  Remove those of another size"
     return None if isinstance(error, RuntimeError) else text
 
 
@@ -1869,7 +1871,8 @@ def draw_aerial_scene(rng, S=48):
 
 
 def write_indoor(root, rngs, scenes):
-    """The folder form; `scenes` are for training.  Yields (id, classes), as do the next two."""
+    """Writes rooms in folder form, one per generator of rngs.  Yields (id, classes) per scene, as
+    the next two functions do."""
     for i, rng in enumerate(rngs):
         *images, classes = draw_room(rng)
         for folder, image in zip(("RGB", "Depth", "Label"), images):
@@ -1878,7 +1881,7 @@ def write_indoor(root, rngs, scenes):
 
 
 def write_satellite(root, rngs, scenes, S=48):
-    """SSL4EO-S12's raw tree, and Label/."""
+    """Writes satellite scenes as SSL4EO-S12's raw tree, and their labels into Label/."""
     for i, rng in enumerate(rngs):
         seasons, label, classes = draw_satellite_scene(rng, S)
         for day, bands in zip(("0320T101", "0621T102", "0922T103", "1221T104"), seasons):
@@ -1892,7 +1895,8 @@ def write_satellite(root, rngs, scenes, S=48):
 
 
 def write_aerial(root, rngs, scenes, S=48):
-    """GeoNRW's tree: 16 scenes make a tile; those that are not for training lie in a test city."""
+    """Writes aerial scenes as GeoNRW's tree: 16 scenes make a tile.  The first `scenes` scenes lie
+    in a training city, the others in a test city."""
     for start in range(0, len(rngs), 16):
         *images, classes = zip(*(draw_aerial_scene(rng, S) for rng in rngs[start:start + 16]))
         rgb, dem, seg = (np.stack(patches).reshape(4, 4, S, S, -1).swapaxes(1, 2)
@@ -1906,7 +1910,7 @@ def write_aerial(root, rngs, scenes, S=48):
 
 
 def save_new(path, image, **settings):
-    """A file in a folder that may not be there yet."""
+    """Saves an image, and makes its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, **settings)
 
@@ -1947,7 +1951,7 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
 
 
 def read_factors(root):
-    """{scene: its three classes, indices of SHAPES} of made-up scenes."""
+    """Returns {scene: its three classes, indices of SHAPES} of made-up scenes."""
     factors, path = {}, Path(root) / "factors.csv"
     with reading(path, "the classes of made-up scenes"):
         for line in read_lines(path)[1:]:

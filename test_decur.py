@@ -27,6 +27,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageColor
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms.v2 import functional as TF
 
 import data
@@ -1056,7 +1059,7 @@ def test_a_gpu_s_crops_equal_a_cpu_s(name):
 
 
 def test_crops_cover_the_areas_and_ratios_asked_for_and_half_are_flipped():
-    """Ramps in x and y show each box: its sides from the slope, its flip from the sign."""
+    """Ramps in x and y show each box: a slope gives the length of a side, its sign the flip."""
     ramps = torch.meshgrid(torch.arange(80), torch.arange(60), indexing="xy")
     ramps, draws = torch.stack(ramps).expand(400, 2, 60, 80) / 100, drawn(400)
     y = 100 * data.random_resized_crop(ramps, 10, (0.25, 0.5), draws)
@@ -1131,7 +1134,7 @@ def test_solarize_inverts_what_is_bright():
 
 @pytest.mark.parametrize("name, C", [("sar", 2), ("dem", 3), ("ms", 13)])
 def test_what_is_seen_from_above_is_augmented_as_section_4_says(name, C):
-    """SAR: no jitter, no solarize; DEM: crop and flips alone; 13 bands stay, in range."""
+    """SAR: no jitter, no solarize.  DEM: only crops and flips.  13 bands stay within [0, 1]."""
     row = MODALITIES[name]
     flat = augment(torch.full((400, C, 12, 12), 102, dtype=torch.uint8), row, 8, drawn(400, 1))
     assert flat.shape == (400, C, 8, 8) and flat.min() >= 0 and flat.max() <= 1
@@ -1149,7 +1152,7 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says(name, C):
     (-0.1, torch.float32, "-0.1 to -0.1"), (0, torch.int32, "torch.int32"),
     (0, torch.uint16, "torch.uint16")])
 def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
-    """Depth in metres as x gave 60481 once; wherever images enter."""
+    """Images are checked wherever they enter.  Depth in metres gave a loss of 60481 once."""
     x = torch.full((1, 1, 4, 4), value, dtype=dtype)
     is_refused(words, data.resize_and_normalise, x, MODALITIES["depth"], 4)
     is_refused(words, data.normalise, x, MODALITIES["depth"])
@@ -1165,7 +1168,7 @@ def test_collate_gives_two_views_of_each_modality():
 
 
 class Scenes:
-    """Of two sensors: one shows the index, the other the epoch."""
+    """A data set of two sensors: one shows the index, the other the epoch."""
     epoch, reads = None, 0
 
     def __init__(self):
@@ -2292,7 +2295,8 @@ def test_of_several_processes_the_first_makes_the_scenes(program, flags, tmp_pat
 
 @pytest.mark.parametrize("shape", data.SHAPES)
 def test_shapes_have_the_same_area(shape):
-    """Otherwise mean brightness would give the factor away; 4 in units of the shape's radius."""
+    """Otherwise the mean brightness would give the factor away.  The area is 4, in squares of the
+    shape's radius."""
     v, u = (np.mgrid[0:600, 0:600] - 299.5) / 100
     assert data.draw_shape(shape, u, v).sum() / 1e4 == pytest.approx(4, rel=0.01)
 
@@ -2302,7 +2306,8 @@ def test_shapes_have_the_same_area(shape):
     (data.draw_satellite_scene, lambda rng: data.scatter_three(rng, 48), [[1, -1, 0], [1, 0, -1]]),
     (data.draw_aerial_scene, lambda rng: data.scatter_three(rng, 48), [[1, -1, 0], [1, 0, -1]])])
 def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene, place, signs):
-    """Each sensor in each object against the ground, in its std: above (1), below (-1) or as it."""
+    """signs: whether a sensor sees an object above the ground (1), below (-1) or like it (0).
+    Contrast is measured in standard deviations of the ground."""
     shown = 0
     for seed in range(15):
         *sensors, label, classes = scene(np.random.default_rng(seed))
@@ -2324,7 +2329,8 @@ def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene, place, si
 
 
 def test_where_a_sensor_s_own_objects_stand_does_not_tell_where_the_other_s_do():
-    """Else the modalities could agree on that: columns of centres; the same third of the cells."""
+    """Otherwise the modalities could agree on the places.  Indoors the columns of both centres do
+    not correlate; from above both objects share their cells half of the time."""
     columns, same = [], []
     for seed in range(200):
         own = data.place_three(np.random.default_rng(seed), 48, 64)[0][1:]
@@ -2538,7 +2544,7 @@ def test_check_of_ones_own_pairs_tells_what_is_squeezed(tmp_path, capsys):
 
 
 def last_words(capsys, function, *args):
-    """What a script says on stderr that runs function(*args), which ends it with code 2."""
+    """Runs function(*args) as a script does, which has to end with code 2.  Returns its stderr."""
     with pytest.raises(SystemExit) as error:
         data.run_main(lambda: function(*args))
     assert error.value.code == 2
@@ -2555,7 +2561,8 @@ def last_words(capsys, function, *args):
     (pretrain, "--scenario rgbd --seed", "-1")])
 def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     for value in values.split():
-        assert f"{value}: expected" in last_words(capsys, call, program, f"{flag} {value}")
+        message = last_words(capsys, call, program, f"{flag} {value}")
+        assert f"{flag.split()[-1]}: {value}" in message
 
 
 @pytest.mark.parametrize("program, flags, words", [
@@ -2612,7 +2619,7 @@ def test_memory_that_is_full_is_one_line_with_the_flags_that_take_less(error, wo
 
 
 def test_a_reader_who_has_read_enough_is_no_error():
-    """`python data.py check ... | head`"""
+    """As in `python data.py check ... | head`."""
     program = "import data; data.run_main(lambda: [print(i) for i in range(100000)])"
     shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -1"
     result = subprocess.run(shell, shell=True, cwd=HERE, capture_output=True, text=True)
@@ -2627,7 +2634,8 @@ def test_bad_input_is_one_line_and_code_2_also_without_a_proper_stdout(monkeypat
 
 
 def test_processes_end_with_their_parent():
-    """`pack` killed: its workers notice within seconds.  Until then they hold its stdout open."""
+    """Workers notice within seconds that their parent was killed.  Until then they hold its stdout
+    open."""
     program = ("import data, time\n"
                "for _ in data.in_processes(time.sleep, [0.2] * 1000, 2, 'test'):\n"
                "    print('working', flush=True)")
@@ -2654,7 +2662,8 @@ def test_a_full_disk_is_one_line_with_the_file_which_stays_whole(tmp_path, capsy
     _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, most))
     try:
-        for write in (partial(torch.save, torch.zeros(10000)), lambda file: file.write(bytes(20000))):
+        for write in (partial(torch.save, torch.zeros(10000)),
+                      lambda file: file.write(bytes(20000))):
             assert str(path) in last_words(capsys, data.write_atomically, path, write)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -2671,13 +2680,9 @@ def test_workers_share_the_cores_that_a_process_may_use(monkeypatch):
     assert data.choose_workers() == 0          # a CPU, and MPS
 
 
-def test_where_there_is_no_terminal_progress_is_a_line_every_30_s(capsys):
-    with data.show_progress(total=4, desc="test") as bar:
-        for _ in range(4):
-            bar.start_t -= 40                   # as if so much time had passed
-            bar.last_print_t -= 40
-            bar.update()
-    assert capsys.readouterr().err.split().count("test:") == 4
+def test_without_a_terminal_a_bar_of_less_than_30_s_is_not_printed(capsys):
+    assert list(data.show_progress(range(9), "test", mininterval=0)) == list(range(9))
+    assert capsys.readouterr().err == ""
 
 
 FINE = "--task sunrgbd --toy --size 48 --batch-size 16 --epochs 2"
@@ -3704,3 +3709,113 @@ def test_readme_names_what_exists():
     assert len(names) > 30
     for module, name in names:
         assert hasattr(globals()[module], name), f"{module}.{name}"
+
+
+# ---- GPUs, without one ----
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what would make the CPU wait for the GPU.  Works within a FakeTensorMode, where
+    tensors on "cuda" are fake: they have a shape, a type and a device, but no values.
+
+    Torch itself raises where devices are mixed, and where the values of a fake tensor are asked
+    for, as by .item().  Added here: blocking copies, and masks as indices (their size is a value).
+    Tensors on the CPU stay real."""
+
+    def __torch_dispatch__(self, function, types, args=(), settings=None):
+        settings = settings or {}
+        leaves = tree_leaves((args, settings))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        devices |= {leaf.type for leaf in leaves if isinstance(leaf, torch.device)}
+        if "cuda" not in devices:
+            with unset_fake_temporarily():
+                return function(*args, **settings)
+        name = str(function)
+        if len(devices) > 1 and "copy" in name:
+            to_gpu = tensors[-1].device.type == "cpu"
+            assert to_gpu and (settings.get("non_blocking") or args[2:]), f"{name} waits"
+        if "index_put" in name:
+            assert all(tensor.dtype != torch.bool for tensor in tensors[1:]), f"{name} waits"
+        return function(*args, **settings)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that has bf16, and no values."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **settings: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    try:
+        with fake, NoWaits(), torch.autocast("cuda", torch.bfloat16):
+            x = torch.ones(2, 2, device="cuda")
+            assert (x @ x).dtype == torch.bfloat16
+    except (AssertionError, RuntimeError) as error:
+        pytest.skip(f"torch {torch.__version__} has no fake tensors on cuda: {error}")
+    with fake, NoWaits():
+        yield torch.device("cuda", 0)
+
+
+def one_step(gpu, monkeypatch, args, net, make_optimizer, batch):
+    """Returns a stand-in for pretrain.Run that gives one batch.  Its log is Run's own, at a step
+    that prints nothing.  The gradients are made up, because autograd needs a driver."""
+    net.to(gpu, non_blocking=True)
+    run = argparse.Namespace(args=args, device=gpu, world=1, rank=0, draws=drawn(4), losses=[],
+                             step=1, steps=10 ** 6, finite=torch.ones((), device=gpu) > 0,
+                             optimizer=make_optimizer(net, args), batches=lambda: [batch])
+
+    def log(loss, *others):
+        run.losses.append((loss.dtype, loss.device))
+        pretrain.Run.log(run, loss, *others)
+
+    def backward(loss):
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+
+    run.log = log
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    return run
+
+
+@pytest.mark.parametrize("name", data.AUGMENTATIONS)
+def test_augmentations_on_a_gpu_never_wait(name, gpu):
+    row = MODALITIES.get(name, MODALITIES["rgb"] | dict(name=name))
+    x = data.move_to(torch.zeros(4, len(row["bands"]), 60, 72, dtype=torch.uint8), gpu)
+    view = augment(x, row, 48, drawn(4))
+    assert (view.device, view.dtype, view.shape[2:]) == (gpu, torch.float32, (48, 48))
+
+
+@pytest.mark.parametrize("flags", ["", "--backbone mit_b0", "--method simclr"])
+def test_a_pretraining_step_on_a_gpu_never_waits(flags, gpu, monkeypatch):
+    """A ResNet with LARS, a MiT with AdamW, another method: embeddings in bf16, losses float32."""
+    args = pretrain.get_args(shlex.split(f"--scenario rgbd --toy --size 48 {flags}"))[0]
+    net = DeCUR(args.backbone, 3, 1, args.widths, pretrain.choose_views(args))
+    batch = [[torch.zeros(4, C, 60, 72, dtype=torch.uint8)] for C in (3, 1)]
+    run = one_step(gpu, monkeypatch, args, net, pretrain.make_optimizer, batch)
+
+    def model(*views):
+        z = net(*views)
+        assert {z_.dtype for z_ in z if z_ is not None} == {torch.bfloat16}
+        return z
+
+    augment1, augment2 = [partial(augment, row=MODALITIES[name], size=48, draws=run.draws)
+                          for name in ("rgb", "depth")]
+    pretrain.pretrain(run, model, augment1, augment2, 24)
+    assert run.losses == [(torch.float32, gpu)]
+
+
+@pytest.mark.parametrize("model", ["late", "fcn", "cmx"])
+def test_a_transfer_step_on_a_gpu_never_waits(model, gpu, monkeypatch):
+    args = finetune.get_args(shlex.split(f"--task sunrgbd --toy --model {model} --weights none"))[0]
+    encoders = [decur.resnet("resnet-toy", 3) for _ in range(2)]
+    target = torch.zeros(4, 64, 80, dtype=torch.int64)
+    net = finetune.FCN(encoders, 5)
+    if model == "late":
+        net = finetune.LateFusion(encoders, [E.dims[-1] for E in encoders], 5)
+        target = torch.zeros(4, 5)
+    if model == "cmx":
+        net = finetune.CMX("mit_b0", 5, (3, 3), 32)
+    batch = [torch.zeros(4, 3, 64, 80, dtype=torch.uint8)] * 2 + [target]
+    run = one_step(gpu, monkeypatch, args, net, finetune.make_transfer_optimizer, batch)
+    finetune.train(run, net, net, args, [MODALITIES["rgb"], MODALITIES["hha"]])
+    assert run.losses == [(torch.float32, gpu)]
