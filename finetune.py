@@ -688,8 +688,8 @@ def open_custom_task(args):
     pairs, lines = open_own_pairs(args)
     open_labels = open_own_table if is_table(args.target) else open_own_masks
     named, classes, kind, target_of, more = open_labels(args, pairs)
-    need(len(classes) > 1, f"--target {args.target} has {len(classes)} classes {classes}; expected "
-         f"2 or more")
+    need(len(classes) > 1, f"--target {args.target} has {len(classes)} classes {classes}. Give "
+         f"labels of 2 classes or more")
     ids = [name for name in pairs.ids if name in named]
     both = [Labelled(pairs, classes, kind, target_of, part) for part in split_names(args, ids)]
     lines.append(f"{len(ids)} of {len(pairs)} pairs have labels: {kind}, {len(classes)} classes")
@@ -723,6 +723,7 @@ def is_table(target):
 
 
 def check_names(args, named, pairs):
+    """Refuses labels of names that no pair has."""
     strangers = sorted(set(named) - set(pairs.ids))
     need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair. The "
          f"pairs have names such as {pairs.ids[0]}. Give masks of equal names, a pattern such as "
@@ -797,8 +798,8 @@ def open_own_masks(args, pairs):
     counts = count_mask_values(files)
     total = sum(pixels for pixels, _ in counts.values())
     values = sorted(value for value in counts if value >= 0 and value != args.ignore)
-    need(len(values) <= 256, f"--target {args.target} holds {len(values)} values, from {values[0]} "
-         f"to {values[-1]}; expected masks of at most 256 classes")
+    need(len(values) <= 256, f"--target {args.target} holds {len(values)} values, such as "
+         f"{values[:3]}; masks may have 256 classes at most, one value for each")
     labelled = sum(counts[value][0] for value in values)
     held = [f"{value} ({counts[value][0] / total:.2%})" for value in values]
     lines = [f"masks hold {', '.join(held)}; without a label (--ignore {args.ignore}, negative or "
