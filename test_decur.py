@@ -2901,6 +2901,15 @@ def test_a_box_takes_image_and_mask_along():
     assert torch.allclose(whole, torch.ones(1, 1, 6, 8))
 
 
+def test_the_boxes_of_a_step_move_to_the_device_at_once(monkeypatch):
+    args = argparse.Namespace(cached=False, modality=0, size=16, scale=(0.5, 1.0))
+    batch = [torch.rand(2, 3, 24, 32), torch.rand(2, 1, 24, 32), torch.zeros(2, 24, 32).long()]
+    inputs = [data.MODALITIES[name] for name in ("rgb", "depth")]
+    moved = watched(monkeypatch, finetune, "move_to")
+    finetune.prepare_batch(batch, args, inputs, "cpu", drawn(2))
+    assert len(moved) == len(batch) + 1
+
+
 def test_the_boxes_of_cmx_are_its_six_scales():
     top, left, h, w, mirrored = finetune.draw_cmx_boxes(400, 48, 64, drawn(400))
     assert {round(48 / v, 4) for v in h[:, 0].tolist()} == {0.5, 0.75, 1, 1.25, 1.5, 1.75}
