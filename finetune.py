@@ -944,10 +944,10 @@ def describe_training(args, data, counts, n):
     """Returns lines: how many samples are trained on, and what is wrong with them."""
     lines = [f"trained on {n} of {len(data)} training samples"]
     lines += warn_of_missing_classes(data.classes, counts.tolist(), f"{n} samples trained on")
-    for source in args.pretraining:
-        if source.get("stopped"):
-            lines.append(f"warning: the pretraining behind {source['file']} was stopped "
-                         f"{source['stopped']}")
+    stopped = {source["file"]: source.get("stopped") for source in args.pretraining}
+    for file, where in stopped.items():
+        if where:
+            lines.append(f"warning: the pretraining behind {file} was stopped {where}")
     return lines
 
 
@@ -1069,6 +1069,10 @@ def name_pretraining(source):
         name = "w/o intra"
     elif settings["method"] == "decur" and settings["common"] == 1:
         name = "w/o decoup."
+    if settings.get("modality"):
+        name += ", one modality"
+    if settings.get("stopped"):
+        name += f", stopped {settings['stopped']}"
     return name, settings
 
 

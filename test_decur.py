@@ -3346,6 +3346,7 @@ def test_runs_that_differ_only_by_their_seeds_are_one_line(tmp_path, capsys):
     ("", [f"{RGB_DEM} --common 1"] * 2, "w/o decoup."),
     ("", [RGB_DEM, f"{RGB_DEM} --method barlowtwins"], "DeCUR and Barlow Twins"),
     ("", [f"{RGB_DEM} --epochs 5"] * 2, "pretraining epochs 5"),
+    ("", [f"{RGB_DEM} --method barlowtwins --modality 1"] * 2, "Barlow Twins .*one modality"),
     ("", [], r"x\.pth"),
     ("--epochs 5", [RGB_DEM] * 2, " epochs 5"),
     ("--test-split val", [RGB_DEM] * 2, "test_split val")])
