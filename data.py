@@ -1,47 +1,52 @@
 """From files to batches: readers, normalisers, HHA, data sets, augmentations, made-up scenes.
 
-SAR-optical, SSL4EO-S12 v1.0 (not v1.1, which is zarr and has other values); one GeoTIFF a band:
+    python data.py prepare --scenario X     turns what was downloaded into one form, once
+    python data.py check --scenario X       reads that form and says what the network will see
+    python data.py toy --scenario X         writes made-up scenes
 
+The other scripts read that form:
+
+    data/sar-optical/packed/ids.txt season0.npy .. season3.npy      a location a row, bytes
+    data/bigearthnet/packed/<split>/ids.txt season0.npy labels.npy  a patch a row
+    data/rgb-dem/cropped/rgb/ dem/ seg/ train.txt test.txt          equal names; seg: 0 none, 1..10
+    data/rgbd/RGB/ HHA/ Label/ train.txt test.txt                   equal names; Label: 0 none
+    data/rgbd/RGB/ Depth/                  in place of HHA/; 16 bit, --depth-unit steps a metre
+    tiles/1/ 2/ label/ train.txt test.txt  --scenario custom --data1 tiles/1 --data2 tiles/2
+
+`prepare` starts from what is published:
+
+    SSL4EO-S12 v1.0 (not v1.1, which is zarr and has other values); one GeoTIFF a band:
     data/sar-optical/s1/<id>/<season>/VV.tif VH.tif             float32 dB, S x S pixels, S = 264
     data/sar-optical/s2c/<id>/<season>/B1.tif ... B12.tif       uint16, x 10000; S, S/2 or S/6 wide
-    data/sar-optical/packed/ids.txt season?.npy                 made by `data.py pack`: read instead
 
-RGB-DEM, GeoNRW, and with the masks its transfer task:
-
-    data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32 m; 0 none, 1..10
-    data/rgb-dem/cropped/<city>/<x>_<y>_<k>_rgb.png ...         made by `data.py crop`: read instead
-
-RGB-depth, the raw SUN RGB-D tree with hha/ from `data.py hha`, or the folder form of CMX:
-
-    data/rgbd/SUNRGBD/<sensor>/.../<frame>/image/ depth/ depth_bfx/ intrinsics.txt hha/
-    data/rgbd/labels/img-000001.png ...     optional: labels of test.txt's frames, then train.txt's
-
-    data/rgbd/RGB/<stem>.jpg        colour, jpg or png
-    data/rgbd/Depth/<stem>.png      16 bit, --depth-unit steps a metre; 0 and 65535 are no reading
-    data/rgbd/HHA/<stem>.png        or, in its place, HHA (Gupta et al., 2014), jpg or png
-    data/rgbd/Label/<stem>.png      optional: classes for finetune.py, 0 is unlabelled
-    data/rgbd/intrinsics.txt        for `data.py hha`: fx 0 cx  0 fy cy  0 0 1, written by hand
-    data/rgbd/RawDepth/<stem>.png   for `data.py hha`, optional: Depth/ with the holes it had
-    data/rgbd/train.txt test.txt    of either, optional: a frame or a stem a line
-
-Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
-224): all sensors lie within 4 % of that 4:3, and half of its area is more than S x S pixels.
-
-Transfer, BigEarthNet-MM v1.0:
-
+    BigEarthNet-MM v1.0, --task bigearthnet:
     data/bigearthnet/BigEarthNet-S1-v1.0/<S1 name>/<S1 name>_VV.tif _VH.tif _labels_metadata.json
     data/bigearthnet/BigEarthNet-v1.0/<S2 name>/<S2 name>_B01.tif ... _B12.tif _labels_metadata.json
     data/bigearthnet/train.csv val.csv test.csv     S2 name,S1 name a line, or S2 names alone
 
-One's own pairs (--scenario custom --data1 DIR --data2 DIR): png, jpg, tif or npy, equal stems; or
-patterns, such as --data1 'chips/*_S1.tif' --data2 'chips/*_S2.tif': the stars stand for the name.
+    GeoNRW:
+    data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32 m; classes
 
-A data set gives (views1, views2) for an index: lists of one CxHxW tensor, of which both augmented
-views are made, or of two, one for each view.  uint8, or float32 in [0, 1].  A transfer task gives
-(x1, x2, target).  `python data.py` alone lists the commands: check, pack, crop, hha, toy.
+    SUN RGB-D, raw; labels/ numbers the frames of test.txt, then those of train.txt:
+    data/rgbd/SUNRGBD/<sensor>/.../<frame>/image/ depth/ depth_bfx/ intrinsics.txt
+    data/rgbd/labels/img-000001.png train.txt test.txt          all three are optional
+
+    RGB-depth frames in folders, as CMX has them (NYUv2: --task nyuv2, data/nyuv2):
+    data/rgbd/RGB/<name>.jpg Depth/<name>.png Label/<name>.png train.txt test.txt
+    data/rgbd/RawDepth/<name>.png   optional: Depth/ with the holes it had
+    data/rgbd/intrinsics.txt        the camera, written by hand: fx 0 cx  0 fy cy  0 0 1
+
+    One's own scenes of any size: two folders of png, jpg, tif or npy with equal names; or patterns
+    in quotes, such as --data1 'chips/*_S1.tif' --data2 'chips/*_S2.tif', whose stars stand for the
+    name.  Images of one size need no `prepare`.
+
+A data set gives (views1, views2) for an index.  Each is a list: of one CxHxW tensor (both augmented
+views are made from it) or of two (one for each view); uint8, or float32 in [0, 1].  A transfer task
+gives (x1, x2, target).  SSL4EO-S12 may also be read raw, without `prepare`: this is slower.
 """
 import argparse
 import contextlib
+import errno
 import functools
 import glob
 import json
@@ -49,6 +54,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -62,6 +68,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                             # Windows: two runs of prepare are not kept apart
+    fcntl = None
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
 
@@ -376,104 +387,140 @@ def upsample(x, r):
     return x.add_(0.501).byte().numpy()
 
 
-def stack_bands(blocks):
-    """8-bit bands at 10, 20 and 60 m -> S1 2xSxS and S2 13xSxS in band order, all at 10 m."""
-    ms = np.empty((13, *blocks[0].shape[1:]), np.uint8)
-    ms[[1, 2, 3, 7]] = blocks[0][2:]
-    ms[[4, 5, 6, 8, 11, 12]] = upsample(blocks[1], 2)
-    ms[[0, 9, 10]] = upsample(blocks[2], 6)
-    return torch.tensor(blocks[0][:2]), torch.from_numpy(ms)
+def stack_bands(row):
+    """Takes a packed row apart -> S1 2xSxS and S2 13xSxS uint8, all bands at 10 m, in their order."""
+    S = round((len(row) * 12 / 91) ** 0.5)      # a row has S^2 (6 + 6/4 + 3/36) bytes
+    parts = np.split(row, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
+    at10, at20, at60 = (part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS))
+    ms = np.empty((13, S, S), np.uint8)
+    ms[[1, 2, 3, 7]] = at10[2:]
+    ms[[4, 5, 6, 8, 11, 12]] = upsample(at20, 2)
+    ms[[0, 9, 10]] = upsample(at60, 6)
+    return torch.tensor(at10[:2]), torch.from_numpy(ms)
 
 
-class SSL4EO:
-    """SSL4EO-S12 v1.0, raw or packed.  Gives two views of each modality, of a random season each:
-    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]), uint8, S = 264.  split: "all", or the name of a list."""
-    modalities = ("sar", "ms")
-    inputs = MODALITIES["sar"], MODALITIES["ms"]
-
-    def __init__(self, root, split="all", seed=0, strict=True):
-        self.root, self.seed, self.epoch, self.lonely = Path(root), seed, 0, []
-        packed = self.root if (self.root / "ids.txt").is_file() else self.root / "packed"
-        self.packed = packed if (packed / "ids.txt").is_file() else None
-        if self.packed:
-            self.ids = read_lines(packed / "ids.txt")
-            sizes = {open_season(packed, season, len(self.ids)).shape for season in range(4)}
-            need(len(sizes) == 1, f"{packed} has seasons of the sizes {sizes}; expected one size; "
-                 f"delete it and pack again")
-        else:                                   # 97 ids have no folder; some copies' are shorter
-            need((self.root / "s1").is_dir() or not any(self.root.glob("**/*.zarr.zip")),
-                 f"{root} holds SSL4EO-S12 v1.1, of other values; expected v1.0; {TREE}")
-            s1, s2 = (set(list_folders(self.root / name, r"\d{6,7}")) for name in ("s1", "s2c"))
-            self.ids, self.lonely = sorted(s1 & s2), sorted(s1 ^ s2)
-            refuse(strict, self.lonely, root, "only one of s1 and s2c")
-        self.row = {name: row for row, name in enumerate(self.ids)}
-        if split != "all":
-            self.ids = read_list(self.root / f"{split}.txt", self.row)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def bands(self, i, season):
-        """(band, 1xHxW) of a season, 0 to 3 in the order of the dates."""
-        for folder, bands in (("s1", S1), ("s2c", S2)):
-            where = self.root / folder / self.ids[i]
-            # by their dates: by name, S1's would be sorted by satellite first
-            names = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
-            need(len(names) == 4, f"{where} holds {len(names)} seasons, expected 4; download them")
-            for band in bands:
-                yield band, read_band(where / names[season] / f"{band}.tif")
-
-    def season(self, i, season):
-        """A season in 8 bits at native size: 6xSxS (10 m), 6xS/2xS/2 (20 m), 3xS/6xS/6 (60 m)."""
-        if self.packed:                         # a row is S^2 (6 + 6/4 + 3/36) bytes: views of them
-            row = open_season(self.packed, season, len(self.row))[self.row[self.ids[i]]]
-            S = round((len(row) * 12 / 91) ** 0.5)
-            parts = np.split(row, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
-            return [part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS)]
-        return in_blocks(dict(self.bands(i, season)), self.ids[i], SSL4EO_S1)
-
-    def raw(self, i):
-        """(name, CxHxW) of the four seasons as they lie on disk."""
-        for season in range(4):
-            if self.packed:
-                yield from zip(("10 m", "20 m", "60 m"), self.season(i, season))
-            else:
-                bands = dict(self.bands(i, season))
-                in_blocks(bands, self.ids[i], SSL4EO_S1)  # refuses other sizes
-                yield from bands.items()
-
-    def __getitem__(self, i):
-        # Paper: "one random season is selected to generate each augmented view".  Here: drawn for
-        # each view and shared by the modalities, so that the pair in Cm shows one moment; the
-        # authors drew them independently.
-        seasons = np.random.default_rng((self.seed, self.epoch, i)).integers(4, size=2).tolist()
-        pairs = {season: stack_bands(self.season(i, season)) for season in set(seasons)}
-        x1, x2 = zip(*(pairs[season] for season in seasons))
-        return list(x1), list(x2)
-
-
-def in_blocks(bands, name, s1):
-    """{band: 1xHxW} as in files -> three blocks in 8 bits; each has the size of its resolution."""
-    S, blocks = bands["VV"].shape[1], []
+def pack_bands(bands, name, s1):
+    """Packs {band: 1xHxW as in the file} into a row of bytes: the bands at 10 m, at 20 m, at 60 m."""
+    S, parts = bands["VV"].shape[1], []
     for r, names in BLOCKS.items():
         for band in names:
             shape, expected = bands[band].shape[1:], (S // r, S // r)
             need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected}")
-        blocks.append(np.concatenate([to_8bit(band, bands[band], s1) for band in names]))
-    return blocks
+            parts.append(to_8bit(band, bands[band], s1).ravel())
+    return np.concatenate(parts)
+
+
+class Packed:
+    """Sentinel-1 and Sentinel-2 in rows of bytes.  Gives two views of each modality, of random
+    seasons: ([2xSxS, 2xSxS], [13xSxS, 13xSxS]) uint8; with labels (2xSxS, 13xSxS, 19 float32).
+
+    ids        the names of the samples
+    read       (name, season 0 to 3) -> the row: of a packed file, or of SSL4EO-S12's raw tree,
+               which is read through the very function that `prepare` packs with
+    labels     {name: 19 zeros and ones}, or None"""
+    modalities = ("sar", "ms")
+    inputs = MODALITIES["sar"], MODALITIES["ms"]
+    notes = ()
+
+    def __init__(self, ids, read, unpaired=(), seed=0, labels=None):
+        self.ids, self.read, self.unpaired = ids, read, list(unpaired)
+        self.seed, self.epoch, self.labels = seed, 0, labels
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        name = self.ids[i]
+        if self.labels:
+            return *stack_bands(self.read(name, 0)), torch.from_numpy(self.labels[name]).float()
+        # Paper: "one random season is selected to generate each augmented view".  Here: drawn for
+        # each view and shared by the modalities, so that the pair in Cm shows one moment; the
+        # authors drew them independently.
+        seasons = np.random.default_rng((self.seed, self.epoch, i)).integers(4, size=2).tolist()
+        pairs = {season: stack_bands(self.read(name, season)) for season in set(seasons)}
+        x1, x2 = zip(*(pairs[season] for season in seasons))
+        return list(x1), list(x2)
+
+
+def open_ssl4eo(root, split="all", seed=0, strict=True):
+    """Opens SSL4EO-S12: what `prepare` packed, or else the raw tree."""
+    packed = root if (root / "ids.txt").is_file() else root / "packed"
+    if (packed / "ids.txt").is_file():
+        rows, unpaired = find_rows(packed, 4), []
+        read = functools.partial(read_packed, packed, rows)
+    else:
+        rows, unpaired = find_locations(root)
+        need(not (strict and unpaired), f"{len(unpaired)} locations under {root} are in only one "
+             f"of s1/ and s2c/, such as {unpaired[:1]}.  Download the other folder, or remove the "
+             f"one that is there")
+        read = functools.partial(read_season, root)
+    ids = list(rows) if split == "all" else read_list(root / f"{split}.txt", rows)
+    return Packed(ids, read, unpaired, seed)
+
+
+def open_bigearthnet(root, split):
+    """Opens a split of BigEarthNet-MM as `prepare` packed it."""
+    packed = root / "packed" / split
+    need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt.  Run `python data.py prepare --task "
+         f"bigearthnet --data {root}` first, with {split}.csv under {root}")
+    rows = find_rows(packed, 1)
+    with reading(packed / "labels.npy", "packed labels"):
+        labels = np.load(packed / "labels.npy")
+        need(labels.shape[1] == len(CLASSES19) and labels.dtype == np.uint8, "of other classes")
+        labels = {name: labels[row] for name, row in rows.items()}
+    return Packed(list(rows), functools.partial(read_packed, packed, rows), labels=labels)
+
+
+def find_rows(packed, seasons):
+    """Reads ids.txt -> {name: its row}.  A line that begins with # stands for a damaged sample."""
+    lines = read_lines(packed / "ids.txt")
+    shapes = {open_season(packed / f"season{k}.npy").shape for k in range(seasons)}
+    need(len(shapes) == 1 and shapes.pop()[0] == len(lines), f"{packed}: the season files must "
+         f"have one size, and a row for each of the {len(lines)} lines of ids.txt.  Delete "
+         f"{packed} and prepare it again")
+    return {name: row for row, name in enumerate(lines) if not name.startswith("# ")}
+
+
+def read_packed(packed, rows, name, season):
+    return open_season(packed / f"season{season}.npy")[rows[name]]
 
 
 @functools.lru_cache                            # once a process: pickling it would copy the file
-def open_season(folder, season, n):
-    """The array of a packed season, a location a row: n x S^2 91/12 bytes; the file stays open."""
-    path = folder / f"season{season}.npy"
+def open_season(path):
+    """Opens a season file as an array, a sample a row: n x S^2 91/12 bytes; the file stays open."""
     with reading(path, "a packed season"):
         a = np.load(path, mmap_mode="r")
         side = (a.shape[1] * 12 / 91) ** 0.5
-    need(a.dtype == np.uint8 and len(a) == n and side > 0 and side % 6 == 0,
-         f"{path} holds {a.dtype} {a.shape}; expected bytes, a row for each of the {n} ids in "
-         f"ids.txt; delete {folder} and pack again")
+    need(a.dtype == np.uint8 and side > 0 and side % 6 == 0, f"{path} holds {a.dtype} {a.shape}; "
+         f"expected rows of bytes.  Delete {path.parent} and prepare it again")
     return a
+
+
+def find_locations(root):
+    """Finds SSL4EO-S12's locations: {name: name} of those that both sensors have, and the others.
+    97 of the 251,079 numbers have no folder, and some copies' names are shorter."""
+    need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
+         f"{root} holds SSL4EO-S12 v1.1, which has other values.  Download v1.0; {TREE}")
+    s1, s2 = (set(list_folders(root / name, r"\d{6,7}")) for name in ("s1", "s2c"))
+    return {name: name for name in sorted(s1 & s2)}, sorted(s1 ^ s2)
+
+
+def read_season(root, name, season):
+    """Reads a season of SSL4EO-S12, 0 to 3 in the order of the dates, from its raw tree -> a row."""
+    bands = {}
+    for folder, names in (("s1", S1), ("s2c", S2)):
+        where = Path(root) / folder / name
+        # by date, because names would sort S1's satellites first
+        dates = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
+        need(len(dates) == 4, f"{where} holds {len(dates)} seasons, expected 4.  Download them")
+        for band in names:
+            bands[band] = read_band(where / dates[season] / f"{band}.tif")
+    return pack_bands(bands, name, SSL4EO_S1)
+
+
+def read_seasons(root, name):
+    """Reads all four seasons of a location of SSL4EO-S12 -> four rows."""
+    return [read_season(root, name, season) for season in range(4)]
 
 
 # the official 19 classes, and which of the 43 of the json they unite (none: the one of that name)
@@ -504,226 +551,339 @@ DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airpor
              "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats")
 
 
-class BigEarthNet:
-    """BigEarthNet-MM v1.0.  Gives (2x120x120 uint8 S1, 13x120x120 uint8 S2, 19 float32 0 or 1):
-    the patches of a list, which may lack S1 names, without those in the lists of snow and cloud."""
-    modalities = ("sar", "ms")
-    inputs = MODALITIES["sar"], MODALITIES["ms"]
-
-    def __init__(self, root, split, strict=True):
-        self.root = Path(root)
-        self.folders = self.root / "BigEarthNet-S1-v1.0", self.root / "BigEarthNet-v1.0"
-        s1_names, s2_names = (set(list_folders(folder)) for folder in self.folders)
-        self.partner = self.listed_pairs(split, s1_names)
-        for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
-            if (self.root / name).is_file():
-                for s2 in read_lines(self.root / name):
-                    self.partner.pop(s2, None)
-        self.ids = [s2 for s2, s1 in self.partner.items() if s2 in s2_names and s1 in s1_names]
-        self.lonely = sorted(self.partner.keys() - set(self.ids))
-        refuse(strict, self.lonely, root, f"the list of {split} without both of their folders")
-
-    def listed_pairs(self, split, s1_names):
-        """{S2 name: S1 name} of the lines of the split's list."""
-        file = self.root / f"{split}.csv"
-        if not file.is_file():
-            file = self.root / f"bigearthnet-{split}.csv"
-        need(file.is_file(), f"no {split}.csv or {file}; {TREE}")
-        lines = [re.split(r"\s*,\s*", line) for line in read_lines(file)]
-        columns = set(map(len, lines))
-        need(len({line[0] for line in lines}) == len(lines) and columns in ({1}, {2}),
-             f"{file}: expected S2 names, or `S2 name,S1 name` in all lines, each once")
-        if columns == {2}:
-            return dict(lines)
-        link = {}                               # the json of an S1 patch alone has it: cached
-        cache = self.root / "pairs.csv"
-        with contextlib.suppress(BadInput, ValueError):  # none yet, or damaged: written anew
-            link = dict(line.split(",") for line in read_lines(cache))
-        if set(link.values()) != s1_names:      # not yet written, or patches came or went since
-            for s1 in show_progress(sorted(s1_names), "S1 patches"):
-                about = read_json(self.folders[0] / s1 / f"{s1}_labels_metadata.json", "labels")
-                link[str(about.get("corresponding_s2_patch"))] = s1
-            with contextlib.suppress(OSError):  # a folder that is only to be read
-                write_text(cache, "".join(f"{s2},{s1}\n" for s2, s1 in link.items()))
-        return {s2: link.get(s2, "?") for s2, in lines}
-
-    def __len__(self):
-        return len(self.ids)
-
-    def raw(self, i):
-        s1, s2 = self.partner[self.ids[i]], self.ids[i]
-        for band in S1:
-            yield band, read_band(self.folders[0] / s1 / f"{s1}_{band}.tif")
-        for band in S2:
-            if band != "B10":                   # Level 2A has no cirrus band
-                yield band, read_band(self.folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
-
-    def __getitem__(self, i):
-        bands = dict(self.raw(i))               # without B10, which encoders of 13 bands expect
-        bands["B10"] = np.zeros_like(bands["B1"])
-        path = self.folders[1] / self.ids[i] / f"{self.ids[i]}_labels_metadata.json"
-        names, target = read_json(path, "labels").get("labels"), torch.zeros(len(CLASSES19))
-        need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
-        for name in names:
-            need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
-            if name in CLASSES43:
-                target[CLASSES43[name]] = 1
-        return *stack_bands(in_blocks(bands, self.ids[i], BIGEARTHNET_S1)), target
+def list_patches(root, split_file, partner):
+    """Reads a split's list of BigEarthNet-MM -> {S2 name: S1 name}, without snow and clouds.
+    partner: {S2 name: S1 name} of the S1 patches' json, for lists of S2 names alone."""
+    lines = [re.split(r"\s*,\s*", line) for line in read_lines(split_file)]
+    columns = set(map(len, lines))
+    need(len({line[0] for line in lines}) == len(lines) and columns in ({1}, {2}),
+         f"{split_file}: expected S2 names, or `S2 name,S1 name` in all lines, each once")
+    pairs = dict(lines) if columns == {2} else {s2: partner().get(s2, "?") for s2, in lines}
+    for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
+        if (root / name).is_file():
+            for s2 in read_lines(root / name):
+                pairs.pop(s2, None)
+    return pairs
 
 
-# ---- GeoNRW ----
+def find_partners(folder):
+    """Reads the json of every S1 patch, which alone names its S2 patch -> {S2 name: S1 name}."""
+    partner = {}
+    for s1 in show_progress(list_folders(folder), "S1 patches"):
+        with contextlib.suppress(BadInput):     # its S2 patch will be listed without a partner
+            about = read_json(folder / s1 / f"{s1}_labels_metadata.json", "labels")
+            partner[str(about.get("corresponding_s2_patch"))] = s1
+    return partner
 
-class GeoNRW:
-    """GeoNRW, whole tiles (each gives 16 patches) or what `data.py crop` has cut: ([3xHxW uint8],
-    [3xHxW float32]), 250x250; with the number of classes (3xHxW, 3xHxW, HxW int64: 0 unlabelled).
-    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for the paper's are not listed."""
-    modalities = ("aerial", "dem")
-    inputs = MODALITIES["aerial"], MODALITIES["dem"]
-    test_cities = ("duesseldorf", "herne", "neuss")
 
-    def __init__(self, root, split="train", classes=None, strict=True):
-        need(split in ("all", "train", "test"), f"--split {split}: expected all, train or test")
-        self.root = Path(root) / "cropped" if (Path(root) / "cropped").is_dir() else Path(root)
-        self.classes, self.ids, self.lonely = classes, [], []
-        self.parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
-        for city in list_folders(self.root):
-            if split != "all" and (city in self.test_cities) != (split == "test"):
-                continue
-            tiles = {}                          # their parts
-            for name in os.listdir(self.root / city):
-                tile, _, part = name.split(".")[0].rpartition("_")
-                tiles.setdefault(tile, set()).add(part)
-            for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
-                if tiles[tile].issuperset(self.parts):
-                    whole = tile.count("_") == 1  # <x>_<y>
-                    patches = [f"{tile}_{k}" for k in range(1, 17)] if whole else [tile]
-                    self.ids += [f"{city}/{name}" for name in patches]
-                elif tiles[tile] & {"rgb", "dem"}:
-                    self.lonely.append(f"{city}/{tile}")
-        refuse(strict, self.lonely, root, f"less than all of {', '.join(sorted(self.parts))}")
+def read_patch(folders, pair):
+    """Reads a patch of BigEarthNet-MM -> its row of bytes, and its labels as 19 zeros and ones."""
+    (s2, s1), bands = pair, {}
+    for band in S1:
+        bands[band] = read_band(folders[0] / s1 / f"{s1}_{band}.tif")
+    for band in S2:
+        if band != "B10":                       # Level 2A has no cirrus band
+            bands[band] = read_band(folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
+    bands["B10"] = np.zeros_like(bands["B1"])   # which encoders of 13 bands expect
+    path = folders[1] / s2 / f"{s2}_labels_metadata.json"
+    names, target = read_json(path, "labels").get("labels"), np.zeros(len(CLASSES19), np.uint8)
+    need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
+    for name in names:
+        need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
+        if name in CLASSES43:
+            target[CLASSES43[name]] = 1
+    return [pack_bands(bands, s2, BIGEARTHNET_S1), target]
+
+
+# ---- images in folders: RGB-DEM, RGB-depth, one's own ----
+
+class Folders:
+    """Images of equal names in two folders, and masks in a third: ([x1], [x2]), or with masks
+    (x1, x2, HxW int64: 0 unlabelled).  Each x is CxHxW, uint8 or float32 in [0, 1].
+
+    files      {name: path} of modality 1, of modality 2, and of the masks if there are any
+    ids        the names of the samples;  unpaired: the names that lack a file
+    inputs     the two rows of MODALITIES: `read_input` and `encode` do as the rows' names say
+    canvases   (H, W) to which the images of a modality are resized, or None
+    sizes      (H, W) that the images of a modality must have, or None
+    classes    how many classes the masks may have"""
+
+    def __init__(self, files, ids, unpaired, inputs, canvases=(None, None), sizes=(None, None),
+                 classes=None, depth_unit=1000.0, notes=()):
+        self.files, self.ids, self.unpaired, self.inputs = files, ids, unpaired, inputs
+        self.canvases, self.sizes, self.classes = canvases, sizes, classes
+        self.depth_unit, self.notes = depth_unit, list(notes)
+        self.modalities = tuple(row["name"] for row in inputs)
 
     def __len__(self):
         return len(self.ids)
 
-    def raw(self, i):
-        """rgb 3xHxW uint8, dem 1xHxW metres and seg 1xHxW of a patch."""
-        tile, _, k = self.ids[i].rpartition("_")
-        whole = (self.root / f"{tile}_dem.tif").is_file()
-        for part in self.parts:
-            a = read_part(self.root / (tile if whole else self.ids[i]), part)
-            yield part, patch(a, int(k)) if whole else a
+    def read_raw(self, i):
+        """Reads both images in the units of their files: CxHxW, NaN where a value is missing."""
+        name, raw = self.ids[i], []
+        for files, row, size in zip(self.files, self.inputs, self.sizes):
+            a = read_input(files[name], row)
+            need(size in (None, a.shape[1:]), f"{files[name]} has {a.shape[1:]} pixels, the first "
+                 f"image of its folder {size}.  Cut all into tiles of one size: `python data.py "
+                 f"prepare --scenario custom --data1 ... --data2 ... --size 64 --out tiles`")
+            raw.append(a)
+        return raw
 
     def __getitem__(self, i):
-        name = self.ids[i]
-        rgb, dem, *seg = (a for _, a in self.raw(i))
-        need(len(rgb) == 3 and rgb.shape[1:] == dem.shape[1:], f"{name}: rgb and dem have the "
-             f"shapes {rgb.shape} and {dem.shape}; expected 3 bands, equal sizes")
-        x1 = torch.from_numpy(rgb.copy())
-        x2 = torch.from_numpy(stretch(dem, name)).expand(3, -1, -1)
-        if not seg:
+        raw = self.read_raw(i)
+        x1, x2 = (encode(a, row, canvas, self.depth_unit)
+                  for a, row, canvas in zip(raw, self.inputs, self.canvases))
+        if not self.classes:
             return [x1], [x2]
-        label = torch.from_numpy(seg[0][0].astype(np.int64))
-        check_mask(f"{name}_seg", label, rgb.shape[1:], self.classes)
-        return x1, x2, label
+        path = self.files[2][self.ids[i]]
+        mask = np.maximum(read_mask(path), 0)
+        check_mask(path, mask, raw[0].shape[1:], self.classes)
+        if self.canvases[0]:
+            mask = resample(mask[None], self.canvases[0])[0]
+        return x1, x2, torch.from_numpy(mask)
 
 
-def read_part(stem, part):
-    """rgb, dem or seg of a tile or a patch, CxHxW."""
-    if part == "seg":
-        label = read_label(f"{stem}_seg.tif")
-        need(0 <= label.min() <= label.max() < 256, f"{stem}_seg.tif holds {label.min()} to "
-             f"{label.max()}; expected classes, 0 (none) to 10")
-        return label[None].astype(np.uint8)
-    if part == "dem":
-        return read_band(f"{stem}_dem.tif")
-    jp2 = f"{stem}_rgb.jp2"                     # of a tile; a patch is a png
-    return read_image(jp2 if os.path.isfile(jp2) else f"{stem}_rgb.png")
+COLOURS = ("aerial", "rgb", "hha")              # 8 bits, three channels
+CAMERAS = ("rgb", "hha", "depth", "photo")      # one side is up: crops are half the area or more
 
 
-def patch(a, k):
-    """The k-th of 4x4 patches, 1..16, row by row: the authors' numbering.  a: CxHxW."""
-    H, W = a.shape[1] // 4, a.shape[2] // 4
-    row, column = divmod(k - 1, 4)
-    return a[:, row * H:(row + 1) * H, column * W:(column + 1) * W]
+def read_input(path, row):
+    """Reads an image as its row of MODALITIES says: CxHxW in the units of the file, NaN where a
+    value is missing.  Raises BadInput for an image of another kind."""
+    a, name = read_image(path), row["name"]
+    C, stored = len(a), stored_type(path, a)
+    if name in COLOURS:
+        need(stored == np.uint8 and C in (1, 3), f"{path} has {C} channels of {stored}; {name} "
+             f"works only with 8 bits and 3 channels, or 1 that is grey.  Scale the values to "
+             f"0..255, or use --scenario custom with another --as")
+        a = a if C == 3 else np.repeat(a, 3, 0)
+    elif name == "depth":
+        need(stored.kind in "ui" and stored.itemsize > 1 and C == 1, f"{path} has {C} channels of "
+             f"{stored}; depth works only with one channel of 16 bits, --depth-unit steps a metre")
+        a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
+    elif name == "dem":                         # nothing on Earth is below -500 m or above 9000 m
+        need(C == 1, f"{path} has {C} channels; dem works only with one, heights in metres")
+        a = a.astype(np.result_type(a, np.float32), copy=False)
+        a = np.where((a > -500) & (a < 9000), a, a.dtype.type(np.nan))
+    else:
+        need(C == len(row["bands"]), f"{path} has {C} channels; {name} works only with "
+             f"{len(row['bands'])} here: {', '.join(row['bands'])}.  Are --data1 and --data2 swapped?")
+    if "dtype" in row:
+        need(str(stored) == row["dtype"], f"{path} holds {stored}; expected {row['dtype']}, like "
+             f"the other images of this folder or like those the checkpoint was trained on.  Are "
+             f"--data1 and --data2 swapped?")
+        need(np.abs(a[np.isfinite(a)].astype(float)).max(initial=0) < 1e30,
+             f"{path} holds values beyond 1e30; expected NaN where there is no value")
+    need(a.dtype.kind != "f" or np.isfinite(a).any(),
+         f"{path} has not one valid value for {name}.  Take the sample out")
+    return a
 
 
-def stretch(dem, name):
-    """Heights 1xHxW, metres -> float32, 1st to 99th percentile of the patch to [0, 1].  Holes (NaN,
-    and sentinels: nothing on Earth is below -500 m or above 9000 m) become the mean."""
-    valid = np.isfinite(dem) & (dem > -500) & (dem < 9000)
-    need(valid.any(), f"{name} has no valid height; take the tile out")
+def stored_type(path, a):
+    """Returns the type of the numbers in a file; with a no-data tag, integers are read as floats."""
+    if a.dtype.kind == "f" and str(path).lower().endswith((".tif", ".tiff")):
+        with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
+            return tif.series[0].dtype.newbyteorder("=")
+    return a.dtype
+
+
+def encode(a, row, canvas, depth_unit):
+    """Turns what `read_input` read into what the network is given: uint8, or float32 in [0, 1].
+    A missing value becomes the normaliser's mean, which is 0 once normalised."""
+    name = row["name"]
+    if name == "depth":
+        a = encode_depth(a[0], canvas, depth_unit)[None]
+    elif name == "dem":
+        return torch.from_numpy(stretch(a)).expand(3, -1, -1)
+    elif name == "sar":
+        a = np.stack([to_8bit(band, x, SSL4EO_S1) for band, x in zip(S1, a)])
+    elif name == "ms":
+        a = np.stack([to_8bit(band, x, {}) for band, x in zip(row["bands"], a)])
+    else:
+        if row.get("raw_mean"):
+            mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
+            a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
+            a = a.clip(0, 1).astype(np.float32)
+        elif a.dtype != np.uint8:               # 8 bits, with a no-data tag
+            a = np.where(np.isfinite(a), a / 255, np.array(row["mean"])[:, None, None])
+            a = a.astype(np.float32)
+        if canvas:
+            a = resample(a, canvas)
+    return torch.from_numpy(np.ascontiguousarray(a))
+
+
+def resample(a, size):
+    """Resizes CxHxW with Pillow: 8 bits and floats bilinear, antialiased; other integers to the
+    nearest pixel, because a value such as 0 may stand for no reading."""
+    kind, how = np.float32, Image.Resampling.BILINEAR
+    if a.dtype == np.uint8:
+        kind = np.uint8
+    elif a.dtype.kind in "iu":
+        kind, how = np.int32, Image.Resampling.NEAREST
+    resized = [Image.fromarray(x.astype(kind)).resize(size[::-1], how) for x in a]
+    return np.stack([np.array(image) for image in resized]).astype(a.dtype, copy=False)
+
+
+def encode_depth(steps, canvas, depth_unit):
+    """Turns depth in steps, HxW with NaN in holes, into metres / MAX_DEPTH in [0, 1]."""
+    z = np.nan_to_num(steps) / depth_unit
+    weight = z > 0
+    if canvas:                                  # the mean of the valid pixels: holes do not bleed
+        z, weight = (resample(a[None].astype(np.float32), canvas)[0] for a in (z, weight))
+    z = z / np.maximum(weight, 1e-6) / MAX_DEPTH
+    z = np.where(weight > 0, z, MODALITIES["depth"]["mean"])
+    return z.clip(0, 1).astype(np.float32)
+
+
+def stretch(dem):
+    """Stretches heights 1xHxW, NaN in holes, from their 1st and 99th percentile to 0 and 1: float32.
+    Holes become the mean of the stretched heights."""
+    valid = np.isfinite(dem)
     low, high = np.percentile(dem[valid], (1, 99))
     x = ((np.where(valid, dem, low) - low) / max(high - low, 1e-3)).clip(0, 1)
     return np.where(valid, x, x[valid].mean()).astype(np.float32)
 
 
-# ---- RGB-depth: SUN RGB-D, NYUv2 and the folder form ----
+def open_geonrw(root, split="all", classes=None, strict=True):
+    """Opens GeoNRW as `prepare` cut it: patches of 250x250 pixels, a quarter of a tile each way.
+    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for the paper's are not listed."""
+    cropped = root / "cropped" if (root / "cropped").is_dir() else root
+    need((cropped / "rgb").is_dir(), f"no {root}/cropped.  Run `python data.py prepare --scenario "
+         f"rgb-dem --data {root}` first; {TREE}")
+    parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
+    inputs = MODALITIES["aerial"], MODALITIES["dem"]
+    found = find_triples([cropped / part for part in parts], cropped, split, strict)
+    return Folders(*found, inputs, classes=classes)
 
-class RGBD:
-    """RGB-depth frames in folder form, or the raw SUN RGB-D tree once `data.py hha` has been there:
-    ([3xHxW uint8], [1xHxW float32 depth or 3xHxW uint8 HHA]), HxW the canvas; with the number of
-    classes (x1, x2, HxW int64: 0 is unlabelled).  The paper pretrains on all 10,335 frames."""
 
-    def __init__(self, root, size, split="all", depth_unit=1000.0, classes=None, strict=True):
-        root = Path(root)
-        self.canvas, self.depth_unit, self.classes = (size * 3 // 2, size * 2), depth_unit, classes
-        second = "Depth" if (root / "Depth").is_dir() and not (root / "HHA").is_dir() else "HHA"
-        self.modalities = ("rgb", second.lower())
-        self.inputs = MODALITIES["rgb"], MODALITIES[second.lower()]
-        frames = {} if (root / "RGB").is_dir() else sunrgbd_frames(root)
-        if frames:
-            where = root, "its hha/, which `python data.py hha` writes"
-            files1 = {frame: image for frame, (image, *_) in frames.items()}
-            files2 = {frame: hha_file(image) for frame, image in files1.items()
-                      if os.path.isfile(hha_file(image))}
-            need(files2, f"{root} has no HHA yet; run `python data.py hha --data {root}` first")
+def open_rgbd(root, size, split="all", depth_unit=1000.0, classes=None, strict=True):
+    """Opens RGB-depth frames: RGB/, HHA/ or else Depth/, and Label/.  Frames of any size are
+    brought to a canvas of 3/2 S x 2 S pixels.  The paper pretrains on all 10,335 of SUN RGB-D."""
+    second = "Depth" if (root / "Depth").is_dir() and not (root / "HHA").is_dir() else "HHA"
+    raw = [name for name in ("SUNRGBD", "kv1", "kv2", "realsense", "xtion") if (root / name).is_dir()]
+    need((root / "RGB").is_dir() or not raw, f"{root} holds SUN RGB-D's {raw[0] if raw else ''}/, "
+         f"not yet RGB/ and HHA/.  Run `python data.py prepare --scenario rgbd --data {root}` first")
+    for folder in ("RGB", second):
+        need((root / folder).is_dir(), f"no {root / folder}; looked for RGB/ and for HHA/ or Depth/, "
+             f"{list_contents(root)}.  Rename or link the folders; {TREE}")
+    where = [root / "RGB", root / second]
+    if classes:
+        where.append(root / ("Label" if (root / "Label").is_dir() else "labels"))
+    inputs = MODALITIES["rgb"], MODALITIES[second.lower()]
+    found = find_triples(where, root, split, strict)
+    canvas = size * 3 // 2, size * 2
+    return Folders(*found, inputs, (canvas, canvas), classes=classes, depth_unit=depth_unit)
+
+
+def find_triples(where, lists, split, strict):
+    """Finds the files of two folders of images, and of a third of masks.  Returns the files, the
+    names that a split has, and the names that lack a file."""
+    files = [find_images(folder, IMAGES) for folder in where]
+    ids, unpaired = pair_names(*files[:2], where[:2], strict)
+    if split != "all":
+        ids = read_list(lists / f"{split}.txt", dict.fromkeys(ids))
+    if len(where) == 3:
+        missing = [name for name in ids if name not in files[2]]
+        need(not (strict and missing), f"{len(missing)} images have no mask in {where[2]}, such as "
+             f"{missing[:1]}.  Add the masks, or remove the images; `data.py check` lists all")
+        ids, unpaired = [name for name in ids if name in files[2]], unpaired + missing
+    return files, ids, unpaired
+
+
+AS = (*MODALITIES, "photo", "overhead")         # what --as1 and --as2 may declare
+SEEN = dict(photo="a camera's, one side is up", overhead="from above, flipped both ways",
+            aerial="colours from above, flipped both ways")
+
+
+def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
+    """Opens one's own pairs: two folders, or patterns with stars.  names: the file of a list, or
+    None.  Each modality is what `declared` says, or else what its first image looks like."""
+    where = [os.path.normpath(path) for path in where]
+    stars = [max(1, pattern.count("*")) for pattern in where]
+    need(where[0] != where[1] and stars[0] == stars[1], f"{where[0]} and {where[1]}: expected two "
+         f"different folders, or patterns with as many stars: these stand for equal names")
+    files = [find_images(pattern, IMAGES) for pattern in where]
+    ids, unpaired = pair_names(*files, where, strict and not names)
+    if names:
+        ids = read_list(Path(names), dict.fromkeys(ids))
+    rows, notes, sizes, canvases = [], [], [], []
+    for m, (pattern, side) in enumerate(zip(where, files)):
+        paths, given = [side[name] for name in ids], declared[m]
+        first, a = read_first(paths, strict)
+        if not given and not inputs:
+            given = "aerial" if len(a) == 3 and stored_type(first, a) == np.uint8 else "overhead"
+            notes.append(f"{pattern}: {len(a)} channels of {stored_type(first, a)}, taken for "
+                         f"{given} ({SEEN[given]}).  Give --as{m + 1} if the images are "
+                         f"{', '.join(kind for kind in AS if kind != given)}")
+        if inputs:
+            need(given in (None, inputs[m]["name"]), f"--as{m + 1} {given}: the checkpoint was "
+                 f"trained on {inputs[m]['name']}.  Leave --as{m + 1} out")
+            rows.append(inputs[m])
+        elif given in MODALITIES:
+            rows.append(MODALITIES[given] if given != "ms" else make_ms_row(len(a)))
         else:
-            where = root / "RGB", root / second
-            files1, files2 = map(find_images, where)
-        self.files = [files1, files2]
-        ids, self.lonely = pair_names(files1, files2, where, strict)
-        self.ids = ids if split == "all" else read_list(root / f"{split}.txt", dict.fromkeys(ids))
-        if classes:
-            self.files.append(label_files(root, frames))
-            missing = [name for name in self.ids if name not in self.files[2]]
-            refuse(strict, missing, root, "images without a label")
-            self.lonely += missing
-            self.ids = [name for name in self.ids if name in self.files[2]]
-
-    def __len__(self):
-        return len(self.ids)
-
-    def raw(self, i):
-        for name, files in zip((*self.modalities, "label"), self.files):
-            yield name, read_image(files[self.ids[i]])
-
-    def __getitem__(self, i):
-        file1, file2, *label = (files[self.ids[i]] for files in self.files)
-        image = open_rgb(file1)
-        x1 = on_canvas(image, self.canvas)
-        if self.modalities[1] == "hha":
-            x2 = on_canvas(open_rgb(file2), self.canvas)
-        else:
-            x2 = read_depth(file2, self.canvas, self.depth_unit)
-        if not label:
-            return [x1], [x2]
-        check_mask(label[0], read_label(label[0]), image.size[::-1], self.classes)
-        return x1, x2, torch.from_numpy(read_label(label[0], self.canvas))
+            rows.append(measure_input(given, first, a, paths, strict))
+        H, W = a.shape[1:]
+        sizes.append((H, W))
+        # as `rgbd` does; not from above, where crops are as small as a fifth of the area
+        large = reduce and rows[m]["name"] in CAMERAS and min(H, W) > 2 * size
+        side = size * 3 // 2 / min(H, W)
+        canvases.append((round(side * H), round(side * W)) if large else None)
+    return Folders(files, ids, unpaired, rows, canvases, sizes, None, depth_unit, notes)
 
 
-def open_rgb(path):
-    """A Pillow image in colours of 8 bits; grey becomes three equal channels."""
-    image = open_image(path)
-    need(image.mode in PILLOW_MODES, f"{path} is a {image.mode} image; expected colours or grey of 8 "
-         f"bits: scale it to 0..255 first, or use --scenario custom")
-    return image.convert("RGB")
+def read_first(paths, strict):
+    """Reads the first image that can be read, which says what its folder holds."""
+    for path in paths:
+        try:
+            return path, read_image(path)
+        except BadInput as error:
+            if strict:
+                raise
+            reason = error                      # `check` will list it
+    raise BadInput(f"none of {len(paths)} images can be read; the last: {reason}")
 
 
-def on_canvas(image, canvas):
-    """A Pillow image in colours -> 3xHxW uint8 on the canvas (H, W), antialiased."""
-    image = image.resize(canvas[::-1], Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def make_ms_row(C):
+    """Makes the row of MODALITIES for C bands of reflectance x 10000."""
+    if C == len(S2):
+        return MODALITIES["ms"]
+    bands = [f"band {c + 1}" for c in range(C)]
+    return MODALITIES["ms"] | dict(bands=bands, mean=(0.0,) * C, std=(1.0,) * C)
 
+
+def measure_input(name, first, a, paths, strict, most=200):
+    """Makes the row of MODALITIES for one's own images from at most 200 of them: mean and std of x
+    in [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits."""
+    row = dict(name=name, bands=[f"channel {c + 1}" for c in range(len(a))],
+               dtype=str(stored_type(first, a)))
+    n, mean, squares = (np.zeros(len(a)) for _ in range(3))  # of the deviations from the mean
+    low, high = np.full(len(a), np.inf), np.full(len(a), -np.inf)
+    for path in show_progress(spread_evenly(paths, most), "measuring"):
+        try:
+            values = read_input(path, row).reshape(len(a), -1).astype(float)
+        except BadInput:
+            if strict:
+                raise
+            continue                            # `check` will list it
+        for c, x in enumerate(values):
+            x = x[np.isfinite(x)]
+            if x.size:                          # two sets of values become one (Chan et al., 1979)
+                shift, both = x.mean() - mean[c], n[c] + x.size
+                squares[c] += ((x - x.mean()) ** 2).sum() + shift ** 2 * n[c] * x.size / both
+                mean[c] += shift * x.size / both
+                n[c], low[c], high[c] = both, min(low[c], x.min()), max(high[c], x.max())
+    std = np.sqrt(squares / np.maximum(n, 1))
+    std[low >= high] = 1                        # a constant channel, or one without a value
+    if row["dtype"] == "uint8":
+        return row | dict(range="0 to 255", mean=(mean / 255).tolist(), std=(std / 255).tolist(),
+                          raw_mean=None, raw_std=None)
+    return row | dict(range="the channel's mean -+ 3 standard deviations, clipped",
+                      mean=[0.5] * len(mean), std=[1 / 6] * len(mean),
+                      raw_mean=mean.tolist(), raw_std=std.tolist())
+
+
+# ---- files of depth and of cameras ----
 
 def read_metres(path, depth_unit):
     """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
@@ -733,35 +893,6 @@ def read_metres(path, depth_unit):
     if depth_unit is None:
         return sunrgbd_depth(steps)
     return np.where(steps < 65535, steps / depth_unit, 0)
-
-
-def read_depth(path, canvas, depth_unit):
-    """A 16-bit depth file -> 1xHxW float32, metres / MAX_DEPTH in [0, 1]; holes have the mean."""
-    z = read_metres(path, depth_unit)
-    need(z.any(), f"{path} has no valid depth (every pixel is 0 or 65535); take the frame out")
-    z, weight = (np.array(Image.fromarray(a.astype(np.float32))
-                          .resize(canvas[::-1], Image.Resampling.BILINEAR)) for a in (z, z > 0))
-    z = z / np.maximum(weight, 1e-6) / MAX_DEPTH  # the mean of the valid pixels
-    z = np.where(weight > 0, z, MODALITIES["depth"]["mean"])
-    return torch.from_numpy(z.clip(0, 1).astype(np.float32))[None]
-
-
-def sunrgbd_frames(root):
-    """SUN RGB-D's raw tree -> {frame: files (image, hole-filled depth, raw depth, camera)}."""
-    tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
-    visited, parts = set(), ("image", "depth_bfx", "depth")
-    for folder, subfolders, files in os.walk(tree, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:                     # a link leads back
-            subfolders.clear()
-        elif "image" in subfolders or "depth" in subfolders:
-            subfolders.clear()
-            need("intrinsics.txt" in files, f"no {folder}/intrinsics.txt; unpack SUNRGBD.zip again")
-            name = Path(folder).relative_to(tree).as_posix()
-            paths = [only_file(os.path.join(folder, part)) for part in parts]
-            frames[name] = (*paths, os.path.join(folder, "intrinsics.txt"))
-        visited.add(real)
-    return dict(sorted(frames.items()))
 
 
 def only_file(folder):
@@ -787,24 +918,6 @@ def read_intrinsics(path):
     return K
 
 
-def label_files(root, frames):
-    """{id: label file}.  SUN RGB-D's number the frames of test.txt and then those of train.txt."""
-    if not frames:
-        return find_images(root / ("Label" if (root / "Label").is_dir() else "labels"))
-    order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
-    files = {frame: root / f"labels/img-{k:06d}.png" for k, frame in enumerate(order, 1)}
-    return {frame: path for frame, path in files.items() if path.is_file()}
-
-
-def read_label(path, canvas=None):
-    """A label image, grey or with a palette -> HxW int64 class indices, nearest on the canvas."""
-    image = open_image(path)
-    need(image.format in ("PNG", "TIFF") and len(image.getbands()) == 1 and image.mode != "F",
-         f"{path} is a {image.mode} {image.format}; expected class indices, PNG or TIFF (JPEG "
-         f"changes them where they meet): make it again from the source")
-    if canvas:
-        image = image.resize(canvas[::-1], Image.Resampling.NEAREST)
-    return np.array(image).astype(np.int64)
 
 
 # ---- HHA: depth as disparity, height and angle with gravity ----
@@ -897,137 +1010,74 @@ def find_gravity(N):
     return g
 
 
-# ---- one's own pairs ----
-
-class Pairs:
-    """Two folders, or patterns, of images of equal names: ([C1xHxW], [C2xHxW]), all of a folder of
-    one size: uint8, or float32, mean +- 3 standard deviations being 0..1.  names: the file of a
-    list.  inputs: what `measured` gave, kept in checkpoints.  augment_as: a modality for each."""
-
-    def __init__(self, where1, where2, names=None, inputs=None, augment_as=(None, None),
-                 strict=True):
-        where = [os.path.normpath(path) for path in (where1, where2)]
-        stars = [max(1, pattern.count("*")) for pattern in where]
-        need(where[0] != where[1] and stars[0] == stars[1], f"{where1} and {where2}: expected two "
-             f"different folders, or patterns with as many stars: these stand for equal names")
-        self.files = [find_images(pattern, IMAGES) for pattern in where]
-        self.ids, self.lonely = pair_names(*self.files, where, strict and not names)
-        if names:
-            self.ids = read_list(Path(names), dict.fromkeys(self.ids))
-        paths = [list(map(files.get, self.ids)) for files in self.files]
-        if inputs:                              # images of this folder may be of another size
-            sizes = [list(read_image(path).shape[1:]) for path, *_ in paths]
-            self.inputs = [row | dict(size=size) for row, size in zip(inputs, sizes)]
-        else:
-            self.inputs = [measure_inputs(side, strict) for side in paths]
-            for row, name in zip(self.inputs, augment_as):
-                colour = row["dtype"] == "uint8" and len(row["bands"]) == 3
-                row["name"] = name or ("aerial" if colour else "overhead")
-        self.modalities = tuple(row["name"] for row in self.inputs)
-
-    def __len__(self):
-        return len(self.ids)
-
-    def raw(self, i):
-        for name, files in zip(self.modalities, self.files):
-            yield name, read_image(files[self.ids[i]])
-
-    def __getitem__(self, i):
-        sample = []
-        for files, row in zip(self.files, self.inputs):
-            a = read_like(files[self.ids[i]], row)
-            if row["raw_mean"]:
-                mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
-                a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
-                a = a.clip(0, 1).astype(np.float32)
-            sample.append([torch.from_numpy(np.ascontiguousarray(a))])
-        return tuple(sample)
-
-
-def read_like(path, row):
-    """read_image, of which channels, dtype and size have to be those of the row."""
-    a = read_image(path)
-    form, expected = (str(a.dtype), *a.shape), (row["dtype"], len(row["bands"]), *row["size"])
-    need(form == expected, f"{path} holds {form}; expected {expected}, as the first of its folder, "
-         f"or as the checkpoint knows it: are --data1 and --data2 in their order?")
-    need(np.abs(a[np.isfinite(a)].astype(float)).max(initial=0) < 1e30,
-         f"{path} holds values beyond 1e30; expected NaN where there is no value")
-    return a
-
-
-def measure_inputs(paths, strict, most=200):
-    """The row of MODALITIES for one's own images, from at most 200 of them: mean and std of x in
-    [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits."""
-    row, sums, reason = None, 0, None
-    for path in show_progress(spread_evenly(paths, most), "measuring"):
-        try:
-            a = read_like(path, row) if row else read_image(path)
-        except BadInput as error:
-            if strict:
-                raise
-            reason = error                      # `check` will list it
-            continue
-        row = row or dict(bands=[f"channel {c + 1}" for c in range(len(a))],
-                          size=list(a.shape[1:]), dtype=str(a.dtype))
-        a = a.reshape(len(a), -1).astype(float)
-        a[~np.isfinite(a)] = np.nan
-        sums += np.stack([np.isfinite(a).sum(1), np.nansum(a, 1), np.nansum(a * a, 1)])
-    need(row, f"none of {len(paths)} images can be read; the last: {reason}")
-    _, mean, square = sums / np.maximum(sums[0], 1)
-    std = np.sqrt(np.maximum(square - mean ** 2, 0))
-    std[std <= 1e-6 * np.abs(mean)] = 1         # a constant channel
-    if row["dtype"] == "uint8":
-        return row | dict(range="0 to 255", mean=(mean / 255).tolist(), std=(std / 255).tolist(),
-                          raw_mean=None, raw_std=None)
-    return row | dict(range="raw_mean -+ 3 x raw_std of the channel, clipped",
-                      mean=[0.5] * len(mean), std=[1 / 6] * len(mean),
-                      raw_mean=mean.tolist(), raw_std=std.tolist())
-
-
 # ---- files by their names ----
 
 def find_images(where, suffixes=PICTURE_SUFFIXES):
-    """The images of a folder as {stem: path}, sorted; or of a pattern with stars, whose names are
-    what the stars stand for, joined by _."""
+    """Finds the images of a folder, or of a pattern with stars.  Returns {name: path}, sorted.
+
+    The name of an image in a folder is its stem.  The name of an image of a pattern is what the
+    stars stand for, joined by _.  Hidden files are left out."""
     files, where = {}, Path(where).as_posix()
     folder, parts = where, [f"{where}/", ""]
     if "*" in where and not os.path.isdir(where):
         parts = where.split("*")
         folder = os.path.dirname(parts[0]) or "."
-    need(os.path.isdir(folder), f"no folder {folder}; expected images in it; {TREE}")
+    need(os.path.isdir(folder), f"no folder {folder}, where images were looked for; "
+         f"{list_contents(folder)}; {TREE}")
     form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
-    for path in sorted(glob.glob("*".join(map(glob.escape, parts)))):   # no hidden ones
+    for path in sorted(glob.glob("*".join(map(glob.escape, parts)))):
         if os.path.splitext(path)[1].lower() not in suffixes:
             continue
         name = "_".join(form.fullmatch(path.replace(os.sep, "/")).groups())
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
         if folder == where:
             name = os.path.splitext(name)[0]
-        need(name not in files, f"{path}, {files.get(name)}: one name; expected one file for each")
+        need(name not in files, f"{path} and {files.get(name)} have the same name {name!r}; remove "
+             f"one of the two files")
         files[name] = path
-    need(files, f"no image (of {', '.join(suffixes)}) under {where}, but {folder} has "
-         f"{sorted(os.listdir(folder))[:2]}; {TREE}")
+    need(files, f"no image under {where}, where {', '.join(suffixes)} were looked for; "
+         f"{list_contents(folder)}; {TREE}")
     return dict(sorted(files.items()))
 
 
+def list_contents(path, most=4):
+    """Says what is in a folder; if the folder does not exist, what is in the nearest one above."""
+    folder = Path(path)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    names = sorted(os.listdir(folder))
+    if not names:
+        return f"{folder} is empty"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{folder} has {', '.join(names[:most])}{more}"
+
+
 def pair_names(files1, files2, where, strict):
-    """The names that both have, and those that one has alone: refused if strict, or if all are."""
-    both, lonely = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
-    if lonely and (strict or not both):
-        first = [name for name in lonely if name in files1][:2]
-        second = [name for name in lonely if name in files2][:2]
-        raise BadInput(f"{len(lonely)} names are in only one of {where[0]} {first} and {where[1]} "
-                       f"{second}, {len(both)} in both; expected equal names: remove or rename the "
-                       f"others, or with custom give patterns like --data1 'chips/*_A.tif', whose "
-                       f"stars stand for what is equal")
-    return both, lonely
+    """Returns the names that are in both of two {name: path}, and the names that are in only one.
+
+    Refuses names that are in only one if strict is true, or if no name is in both."""
+    both, unpaired = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
+    if unpaired and (strict or not both):
+        first = [name for name in unpaired if name in files1][:2]
+        second = [name for name in unpaired if name in files2][:2]
+        raise BadInput(f"{len(unpaired)} images have no partner: under {where[0]} {first}, under "
+                       f"{where[1]} {second}; {len(both)} names are in both.  The two images of a "
+                       f"pair need equal names: rename or remove the others.  If the names differ "
+                       f"by a fixed part, give patterns, such as --data1 'chips/*_A.tif' --data2 "
+                       f"'chips/*_B.tif'; the stars stand for the equal part")
+    return both, unpaired
 
 
 # ---- readers ----
 
+TIFF_SUFFIXES = (".tif", ".tiff")
+IMAGE_TIFFS = ("MINISBLACK", "RGB", "YCBCR")    # photometric kinds
+INDEX_TIFFS = ("MINISBLACK", "PALETTE")
+
+
 @contextlib.contextmanager
-def reading(path, kind, remedy="copy or download it again"):
-    """What fails inside becomes a BadInput that names the file."""
+def reading(path, kind, remedy="copy or download it again, or take it out"):
+    """Turns every error inside into a BadInput that names the file, the reason and the remedy."""
     try:
         yield
     except BadInput:
@@ -1035,16 +1085,16 @@ def reading(path, kind, remedy="copy or download it again"):
     except Exception as error:                  # a damaged file raises nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         if isinstance(error, FileNotFoundError):
-            remedy = "give a file that exists"
-        if "imagecodecs" in str(error):         # LZW, zstd, JPEG, predictor 3
+            remedy = f"give a file that exists: {list_contents(path)}"
+        if "imagecodecs" in str(error):         # LZW of several bands, zstd, JPEG, predictor 3
             remedy = "pip install imagecodecs, or save it without compression"
-        if isinstance(error, Image.DecompressionBombError):
-            remedy = "cut it into tiles, or save it as npy"
         raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
 
 
 def open_image(path):
-    """A Pillow image, upright, with its pixels read; no other format can start a program."""
+    """Opens an image with Pillow, turns it upright and reads its pixels.
+
+    Only these four formats are tried, because others (EPS) start a program."""
     with reading(path, "an image"):
         image = Image.open(path, formats=("PNG", "JPEG", "JPEG2000", "TIFF"))
         image.load()
@@ -1052,99 +1102,180 @@ def open_image(path):
         return image
 
 
-def read_image(path):
-    """png, jpg, jp2, tif or npy -> CxHxW array in its own dtype; of RGBA, the RGB."""
+def read_image(path, indices=False):
+    """Reads png, jpg, jp2, tif or npy as a CxHxW array in its own type; of RGBA it keeps the RGB.
+
+    indices: True for masks; an image with a palette then gives its indices, not its colours."""
     suffix = os.path.splitext(path)[1].lower()
-    need(os.path.isfile(path), f"no file {path}; `python data.py check` lists what is missing")
-    if suffix in (".tif", ".tiff"):
-        return read_tiff(path)
-    if suffix == ".npy":
+    if suffix in TIFF_SUFFIXES:
+        a = read_tiff(path, INDEX_TIFFS if indices else IMAGE_TIFFS)
+    elif suffix == ".npy":
         with reading(path, "a numpy array"):
             a = np.load(path, allow_pickle=False)
     else:
         image = open_image(path)
-        # Pillow takes GeoNRW's fourth band, near infrared, for alpha: dropped, never blended in
-        a = np.array(image.convert(PILLOW_MODES.get(image.mode, image.mode)))
-    a = checked(path, a)
-    if a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
-        a = a.transpose(2, 0, 1)                # HxWxC
+        need(image.format == "PNG" or not indices, f"{path} is a {image.format} image; a mask is a "
+             f"PNG, a TIFF or an npy file, because JPEG changes the indices where two classes "
+             f"meet: make the mask again from its source")
+        if not indices:
+            # Pillow takes GeoNRW's fourth band, near infrared, for alpha, which is only dropped
+            image = image.convert(PILLOW_MODES.get(image.mode, image.mode))
+        a = np.array(image)
+    types = "uifb" if indices else "uif"
+    is_image = isinstance(a, np.ndarray) and a.dtype.kind in types and a.ndim in (2, 3) and a.size
+    need(is_image, f"{path} holds {getattr(a, 'dtype', type(a).__name__)} of the shape "
+         f"{np.shape(a)}; expected real numbers of the shape HxW, HxWxC or CxHxW")
+    if suffix not in TIFF_SUFFIXES and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
+        a = a.transpose(2, 0, 1)                # HxWxC; a TIFF says which axes it has
     return a.reshape(-1, *a.shape[-2:])
 
 
-def checked(path, a):
-    form = f"{getattr(a, 'dtype', type(a).__name__)} of {np.shape(a)}"
-    need(isinstance(a, np.ndarray) and a.dtype.kind in "uif" and a.ndim in (2, 3) and a.size > 0,
-         f"{path} holds {form}; expected real numbers, HxW, HxWxC or CxHxW")
-    return a
+def read_tiff(path, kinds):
+    """Reads a TIFF of one of these photometric kinds as CxHxW in its own type; skips overviews.
 
-
-def read_tiff(path):
-    """A TIFF of any number of bands, overviews aside -> CxHxW in its own dtype; no data is NaN."""
+    Pixels with the no-data value of the header become NaN, which makes the array float."""
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
         image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
         page, axes, shape = image.keyframe, image.axes, image.shape
         kind = page.photometric.name
-        need(not others and kind in ("MINISBLACK", "RGB", "YCBCR"), f"{path} holds "
-             f"{1 + len(others)} {kind} images; expected one, MINISBLACK or RGB: convert it")
-        # a page a row, as tifffile.imwrite writes HxWxC, looks like many low bands
+        need(not others and kind in kinds, f"{path} holds {1 + len(others)} of the kind {kind}; "
+             f"expected one image of the kind {' or '.join(kinds)}: convert the file")
+        need(len(shape) in (2, 3), f"{path} has the shape {shape}; expected HxW, or one such image "
+             f"for each band: save each time or depth to a file of its own")
+        # Written by tifffile.imwrite, HxWxC can look like many bands with few rows.
         need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]),
-             f"{path} of {shape} could be HxWxC or CxHxW; save it with its bands first")
-        a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
-        a = checked(path, a.reshape(-1, *a.shape[-2:]))
+             f"{path} of the shape {shape} could be HxWxC or CxHxW; save it with its bands first")
+        a = np.moveaxis(decode_tiff(path, image), (axes.index("Y"), axes.index("X")), (-2, -1))
+        a = a.reshape(-1, *a.shape[-2:])
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
         if kind == "RGB" and set(page.extrasamples) & {1, 2}:
-            a = a[:3]                           # without alpha, as of a png
-        if 42113 in page.tags:                  # GDAL's
+            a = a[:3]                           # alpha is dropped, as that of a png
+        if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
             a = a.astype(np.result_type(a, np.float32))
             a[np.isclose(a, nodata, rtol=1e-6, atol=0)] = np.nan
         return a
 
 
+def decode_tiff(path, series):
+    """Returns the pixels of a TIFF's series.
+
+    Without imagecodecs, tifffile cannot decode LZW, which is common in maps.  Pillow can, but it
+    reads only one band, or three of 8 bits; where it reads less, the first error stands."""
+    try:
+        return series.asarray()
+    except ValueError as error:
+        if "imagecodecs" not in str(error):
+            raise
+        with contextlib.suppress(OSError):      # Pillow cannot decode it either
+            a = np.array(Image.open(path, formats=["TIFF"]))
+            if a.shape == series.shape:
+                return a.astype(series.dtype)   # Pillow widens 16 bits with a sign to 32
+        raise
+
+
 def read_band(path):
-    """A TIFF of one band -> 1xHxW."""
-    a = read_tiff(path)
-    need(len(a) == 1, f"{path} holds {len(a)} bands; expected one: a file for each band")
+    """Reads an image of one band as 1xHxW."""
+    a = read_image(path)
+    need(len(a) == 1, f"{path} holds {len(a)} bands; expected one band: a file for each band")
     return a
 
 
+def read_mask(path):
+    """Reads a mask as HxW int64, as it is stored: an image with a palette gives its indices.
+
+    -1 is no label: the no-data value that the header declares, NaN, and every negative value."""
+    a = read_image(path, indices=True)
+    need(len(a) == 1, f"{path} has {len(a)} channels; expected one channel with the index of a "
+         f"class in each pixel: make the mask again, without colours")
+    if a.dtype.kind == "f":
+        a = np.where(np.isfinite(a), a, -1)
+    with np.errstate(invalid="ignore"):         # beyond 64 bits; refused in the next line
+        mask = a[0].astype(np.int64)
+    need((mask == a[0]).all(), f"{path} holds {a[0][mask != a[0]][:1]}; expected whole numbers, "
+         f"because they are indices of classes: make the mask again from its source")
+    return np.maximum(mask, -1)
+
+
+def read_palette(path):
+    """Returns the colours of an image with a palette as a list of (red, green, blue), else []."""
+    with contextlib.suppress(OSError), Image.open(path, formats=("PNG", "TIFF")) as image:
+        if image.mode == "P":
+            return list(map(tuple, np.reshape(image.getpalette(), (-1, 3)).tolist()))
+    return []                                   # also for npy, and for types that Pillow lacks
+
+
+def count_mask_values(files):
+    """Returns {value: (its pixels, the masks that hold it)} of masks {name: path}.
+
+    Refuses masks whose palettes give an index two colours: saved one by one with a palette of
+    their own, masks mean different classes by the same index."""
+    counts, first_use = {}, {}                  # first_use: index -> (its colour, the first file)
+    for path in show_progress(files.values(), "masks"):
+        palette = read_palette(path)
+        values, numbers = np.unique(read_mask(path), return_counts=True)
+        for value, number in zip(values.tolist(), numbers.tolist()):
+            pixels, masks = counts.get(value, (0, 0))
+            counts[value] = pixels + number, masks + 1
+            if 0 <= value < len(palette):
+                colour, file = first_use.setdefault(value, (palette[value], path))
+                need(colour == palette[value], f"index {value} has the colour {colour} in {file}, "
+                     f"but {palette[value]} in {path}, so it does not name one class; save all "
+                     f"masks with one palette, or as grey images of class indices")
+    return dict(sorted(counts.items()))
+
+
+def find_mask_warnings(counts):
+    """Says if the values of masks, as counted, look as if the masks had been resized or JPEGs.
+
+    Both blend the indices of two classes into indices between them, a few pixels of each."""
+    total = sum(pixels for pixels, _ in counts.values())
+    mask_size = total / max((masks for _, masks in counts.values()), default=1)
+    handful = max(10, mask_size / 1000)
+    rare = [value for value, (pixels, masks) in counts.items() if pixels / masks < handful]
+    if len(rare) < 3 or 2 * len(rare) <= len(counts):
+        return []
+    return [f"{len(rare)} of the {len(counts)} values in the masks, such as {rare[:3]}, occur in a "
+            f"handful of pixels of a mask: the masks were probably resized bilinearly, or saved "
+            f"as JPEG.  Make them again from their source, and resize them by the nearest pixel"]
+
+
 def read_lines(path):
-    """The lines of a list that are not empty, without spaces around them."""
+    """Reads the lines of a list, without empty lines and without spaces around a line."""
     with reading(path, "a list in utf-8"):
         lines = unicodedata.normalize("NFC", Path(path).read_text("utf-8-sig")).splitlines()
     lines = [line.strip() for line in lines if line.strip()]
-    need(lines, f"{path} is empty; expected a name a line")
+    need(lines, f"{path} is empty; expected one name per line")
     return lines
 
 
 def read_list(path, names):
-    """A list -> those of the names that its lines begin with, in its order: a line or its first
-    column is a name, or a path to it, `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`."""
-    need(os.path.isfile(path), f"no {path}; expected a list with a name a line, or use --split all")
+    """Reads a list of images.  Returns those of the names that the lines begin with, in order.
+
+    A line, or its first column, is a name or the path of an image with that name, such as
+    `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`."""
+    need(os.path.isfile(path), f"no {path}, a list with one name per line; "
+         f"{list_contents(Path(path).parent)}; write the list, or use --split all")
     lines = {}                                  # by their names
     for line in read_lines(path):
-        name = named_by(line, names) or named_by(re.split(r"[\s,]", line)[0], names)
-        need(name, f"{path}: no image has the name of the line {line!r}; expected a name a line, "
-             f"such as {next(iter(names), '')!r}")
-        need(name not in lines, f"{path} names {name} twice; expected each once")
+        name = match_name(line, names) or match_name(re.split(r"[\s,]", line)[0], names)
+        need(name, f"{path}: no image has the name of the line {line!r}; expected one name per "
+             f"line, such as {next(iter(names), '')!r}")
+        need(name not in lines, f"{path} names {name} twice; remove one of the two lines")
         lines[name] = line
     return list(lines)
 
 
-def named_by(text, names):
+def match_name(text, names):
+    """Returns the one of the names that a text is, or whose path the text is; else None."""
     frame = re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", text))
-    forms = text, frame, os.path.splitext(os.path.basename(text))[0]
+    forms = text, frame, frame.replace("/", "-"), os.path.splitext(os.path.basename(text))[0]
     return next((name for name in forms if name in names), None)
 
 
-def refuse(strict, lonely, root, where):
-    need(not (strict and lonely), f"{len(lonely)} samples under {root} stand in {where} (the "
-         f"first: {lonely[:1]}); `python data.py check` lists them; complete or remove them")
-
-
 def list_folders(folder, names=".*"):
-    """The folders in a folder whose names match, sorted."""
-    need(os.path.isdir(folder), f"no folder {folder}; {TREE}; {SCENES}")
+    """Returns the names of the folders in a folder that match a pattern, sorted."""
+    need(os.path.isdir(folder), f"no folder {folder}; {list_contents(folder)}; {TREE}; {SCENES}")
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries
                       if re.fullmatch(names, entry.name) and entry.is_dir())
@@ -1152,27 +1283,36 @@ def list_folders(folder, names=".*"):
 
 # ---- from data sets to batches ----
 
-NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # and their number of classes
+NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # tasks, and their classes
+SHARED_ROOTS = dict(geonrw="data/rgb-dem", sunrgbd="data/rgbd")     # of tasks on a scenario's data
 
 
 def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
-               **custom):
-    """The data set of a scenario, or of a transfer task: (x1, x2, target), labels up to `classes`.
-    For custom: two folders or patterns, the file of a list.  Not strict: see `refuse`, .lonely."""
+                 inputs=None, declared=(None, None), reduce=False):
+    """Opens the data set of a scenario, or of a transfer task, which gives (x1, x2, target).
+
+    root       its folder; of custom two folders or patterns
+    split      "all", or the name of a list: train and test; of custom a list's file
+    strict     refuse names that lack a file; otherwise .unpaired lists them
+    classes    how many classes the masks may have, if not the task's
+    custom:    inputs: the rows that a checkpoint kept; declared: the values of --as1 and --as2;
+               reduce: photos much larger than the crop are reduced, as those of rgbd are"""
+    depth_unit = depth_unit or 1000.0
     if name == "custom":
-        return Pairs(*root, None if split == "all" else split, strict=strict, **custom)
+        names = None if split == "all" else split
+        return open_own(root, names, inputs, declared, size, depth_unit, strict, reduce)
     root = Path(root)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
     classes = classes or NUM_CLASSES.get(name)
     if name == "sar-optical":
-        data = SSL4EO(root, split, seed, strict)
+        data = open_ssl4eo(root, split, seed, strict)
     elif name == "bigearthnet":
-        data = BigEarthNet(root, split, strict)
+        data = open_bigearthnet(root, split)
     elif name in ("rgb-dem", "geonrw"):
-        data = GeoNRW(root, split, classes, strict)
+        data = open_geonrw(root, split, classes, strict)
     else:
-        data = RGBD(root, size, split, depth_unit, classes, strict)
-    need(data.ids or data.lonely, f"no sample of {name}, split {split}, under {root}; {TREE}")
+        data = open_rgbd(root, size, split, depth_unit, classes, strict)
+    need(data.ids or data.unpaired, f"no sample of {name}, split {split}, under {root}; {TREE}")
     return data
 
 
@@ -1183,8 +1323,8 @@ class Samples:
     change with the epoch, because seasons are drawn."""
 
     def __init__(self, data, keep=False):
-        changes = getattr(data, "modalities", None) == SSL4EO.modalities
-        self.data, self.decoded, self.room = data, {}, 2 ** 30 if keep and not changes else 0
+        self.data, self.decoded = data, {}
+        self.room = 2 ** 30 if keep and not isinstance(data, Packed) else 0
 
     def __getitem__(self, index):
         self.data.epoch, i = index
@@ -1219,12 +1359,22 @@ def epoch_batches(n, batch_size, seed, epoch):
 
 
 def check_mask(path, label, image_size, num_classes):
-    """A mask HxW is as large as its image and holds 0 (unlabelled) to num_classes."""
+    """Refuses a mask HxW of another size than its image, or with labels beyond 0 to num_classes.
+
+    0 is no label.  Data sets that begin with class 0 have 255 for no label; if 0 and 255 occur
+    beside each other, 0 is a class, and writing 0 for 255 alone would take that class away."""
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
     need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
-         f"{tuple(image_size)}; expected equal sizes")
+         f"{tuple(image_size)}; make the mask again for this image")
+    remedy = "write 0 for every other value, or take the mask out"
+    if high == 255 and (label == num_classes).any():
+        remedy = "write 0 for 255"
+    elif high == 255 and low == 0:
+        remedy = "classes begin at 0 here: add 1 to the others, then write 0 for 255"
+    elif high == 255:
+        remedy = "write 0 for 255; if classes begin at 0 here, add 1 to the others first"
     need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}; "
-         f"expected 0 (unlabelled) to {num_classes}; for 255 write 0")
+         f"expected 0 (no label) to {num_classes}: {remedy}")
 
 
 # ---- what the network sees ----
@@ -1238,75 +1388,216 @@ def choose_visible(row):
 
 
 def make_visible(x, row):
-    """A normalised image CxHxW as one can look at it: HxWx3 in [0, 1].  Colours, HHA as they are;
-    else stretched from the 2nd to the 98th percentile, B4 B3 B2, three, or one as grey."""
+    """Turns a normalised image CxHxW into one to look at: HxWx3 in [0, 1].
+
+    Colours and HHA are shown as they are.  All others are stretched from the 2nd to the 98th
+    percentile."""
     mean, std = (torch.tensor(row[key]).view(-1, 1, 1) for key in ("mean", "std"))
     channels = choose_visible(row)
-    x = (x.cpu() * std + mean).numpy()[channels].transpose(1, 2, 0)  # HxWx3, or 1
+    x = (x.cpu() * std + mean).numpy()[channels].transpose(1, 2, 0)     # HxWx3, or 1
     if len(channels) == 1 or len(row["bands"]) > 3:
         low, high = np.percentile(x, (2, 98), axis=(0, 1))
         x = (x - low) / np.maximum(high - low, 1e-6)
     return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
 
 
-# what x beyond the range was clipped to, how much of it is normal, and the likely cause of more
+# Values of a modality that are clipped: what clipping makes of them in x, the share of them that is
+# normal, where they lie, and what to check if there are more, or if nearly all values are equal.
 BEYOND = {
-    "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m: is --depth-unit {{unit:g}} right?"),
-    "sar": ((0, 1), 0.25, "beyond 2 standard deviations: are the files in dB?"),
-    "ms": ((1,), 0.05, "above reflectance 1: are the files reflectance x 10000?"),
-    "custom": ((0, 1), 0.05, "beyond 3 standard deviations: is a `no data` value among them?")}
+    "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m", "is --depth-unit right?"),
+    "sar": ((0, 1), 0.25, "beyond 2 standard deviations", "are the files in dB?"),
+    "ms": ((1,), 0.05, "above reflectance 1", "are the files reflectance x 10000?"),
+    "dem": ((), 0, "", "is most of the ground flat, or are most heights missing?"),
+    "measured": ((0, 1), 0.05, "beyond 3 standard deviations",
+                 "are a few values far too large, or are these not the files that were measured?")}
+UNKNOWN_LIMITS = (), 0, "", "are the images nearly of one colour, or of more than 8 bits?"
+UNITS = {"sar": "dB", "ms": "reflectance x 10000", "dem": "m", "depth": "m", "rgb": "of 255",
+         "aerial": "of 255", "hha": "of 255"}
 
 
-def ends_of(row, band):
-    """What x = 0 and x = 1 are in the unit of the files, and the unit."""
-    modality = row["name"]
+def find_limits(row):
+    """Returns the line of BEYOND for a row of MODALITIES."""
+    return BEYOND.get("measured" if row.get("raw_mean") else row["name"], UNKNOWN_LIMITS)
+
+
+def find_ends(row, band):
+    """Returns what x = 0 and x = 1 are in the unit of the files."""
     if row.get("raw_mean"):
         mean, std = row["raw_mean"][band], row["raw_std"][band]
-        return mean - 3 * std, mean + 3 * std, ""
-    if modality == "sar":
+        return mean - 3 * std, mean + 3 * std
+    if row["name"] == "sar":
         mean, std = SSL4EO_S1[row["bands"][band]]
-        return mean - 2 * std, mean + 2 * std, "dB"
-    return {"depth": (0, MAX_DEPTH, "m"), "ms": (0, 1, "reflectance"),
-            "dem": (0, 1, "of the patch's range")}.get(modality, (0, 255, "of 255"))
+        return mean - 2 * std, mean + 2 * std
+    return {"depth": (0, MAX_DEPTH), "ms": (0, 10000)}.get(row["name"], (0, 255))
 
 
-def describe_inputs(data, indices):
-    """Of some samples, band by band, percentiles in the unit of the files, and mean and std of x in
-    [0, 1] beside the normaliser's: a table's lines, and one for each thing that looks wrong."""
-    table = [f"{'seen':20s}       1 %    median      99 %  clipped  mean   std (normaliser's)"]
-    warnings, pixels = [], ([], [])
-    for i in indices:
-        for parts, views in zip(pixels, data[i]):
-            for view in views if isinstance(views, list) else [views]:
-                x = to_unit_range(view).flatten(1)
-                parts.append(x[:, ::max(1, x.shape[1] // 2000)])  # some of them
-    for row, parts in zip(data.inputs, pixels):
-        modality, x = row["name"], torch.cat(parts, 1).double().numpy()  # CxP
-        kind = "custom" if row.get("raw_mean") else modality
-        ends, normal, cause = BEYOND.get(kind, ((), 0, "are they images of 8 bits?"))
-        cause = cause.format(unit=getattr(data, "depth_unit", 1000))
-        clipped = np.isin(x, ends)
-        for c, name in enumerate(row["bands"]):
-            zero, one, unit_name = ends_of(row, c)
-            low, half, high = zero + np.percentile(x[c], (1, 50, 99)) * (one - zero)
-            table.append(f"{modality + ' ' + name:20s} {low:9.4g} {half:9.4g} {high:9.4g} "
-                         f"{clipped[c].mean():8.1%} {x[c].mean():5.3f} {x[c].std():5.3f} "
-                         f"({row['mean'][c]:.3f} {row['std'][c]:.3f})  {unit_name}")
-        quarter, half, three = np.percentile(x, (25, 50, 75))
-        if clipped.mean() > normal:
-            warnings.append(f"{modality}: {100 * clipped.mean():.0f} % {cause}")
-        elif three - quarter < 0.002 or modality == "depth" and half < 0.03:
-            warnings.append(f"{modality}: half of the values lie from {quarter:.4f} to {three:.4f} "
-                            f"of the range: {cause.rpartition(': ')[2]}")
+def look_at(data, i, most=2000):
+    """Reads a sample.  Returns for each modality CxP values of x in [0, 1], CxP values in the unit
+    of the files (NaN: missing) and the width / height of its image.
+
+    P: at most 2,000 pixels of a view.  Packed has no files, and so neither values nor shapes."""
+    seen, stored, ratios = [], [], []
+    for views in data[i][:2]:
+        views = views if isinstance(views, list) else [views]
+        seen.append(np.concatenate([take_pixels(to_unit_range(x).numpy(), most) for x in views], 1))
+    if hasattr(data, "read_raw"):
+        for a in data.read_raw(i):
+            stored.append(take_pixels(a, most))
+            ratios.append(a.shape[2] / a.shape[1])
+    return seen, stored, ratios
+
+
+def take_pixels(a, most):
+    """Takes pixels of CxHxW evenly -> CxP, NaN for all that is not finite."""
+    step = a[0].size // most | 1                # odd, because 32 of 256 would meet 8 columns only
+    a = a.reshape(len(a), -1)[:, ::step].astype(float)
+    return np.where(np.isfinite(a), a, np.nan)
+
+
+def describe_inputs(data, indices, workers=0):
+    """Describes what the network will see of some samples.
+
+    Returns the lines of a table, one for each band: percentiles in the unit of the files, shares,
+    mean and std of x in [0, 1] beside the normaliser's; and one line for each thing that looks
+    wrong."""
+    look = functools.partial(look_at, data)
+    # A DataLoader would draw from the random numbers of a run that begins.
+    looks = in_processes(look, indices, workers, "statistics") if workers else map(look, indices)
+    seen, stored, ratios = zip(*looks)
+    table = [f"{'seen':22s}       1 %    median      99 %  missing  clipped   mean   std "
+             f"(normaliser's)  unit"]
+    warnings = []
+    for m, row in enumerate(data.inputs):
+        label, raw = row["name"], None
+        if data.inputs[0]["name"] == data.inputs[1]["name"]:
+            label += f" {m + 1}"
+        x = np.concatenate([values[m] for values in seen], 1)
+        if stored[0]:
+            raw = np.concatenate([values[m] for values in stored], 1)
+        bands = range(len(set(row["bands"])))   # a height stands in three equal channels
+        table += [describe_band(label, row, band, x, raw) for band in bands]
+        of_values = warn_of_values(label, row, x)
+        of_bands = warn_of_bands(label, row, x, raw, m + 1)
+        if row.get("raw_mean"):                 # may have any unit: the bands know the cause
+            warnings += of_bands or of_values
+        else:                                   # a wrong unit also makes bands look constant
+            warnings += of_values or of_bands
+    uneven = []
+    for i, ratio in zip(indices, ratios):
+        if ratio and abs(math.log(ratio[0] / ratio[1])) > 0.05:
+            uneven.append(data.ids[i])
+    if uneven:
+        warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
+                        f"images of different width / height.  Both are resized to one shape, so "
+                        f"one is squeezed: cut both to the same scene")
     return table, warnings
 
 
+def describe_band(label, row, band, x, raw):
+    """Returns the table's line of one band."""
+    zero, one = find_ends(row, band)
+    values, missing = zero + x[band] * (one - zero), ""
+    if raw is not None:
+        stored = raw[min(band, len(raw) - 1)]   # one channel stands for three that are equal
+        missing = f"{np.isnan(stored).mean():.1%}"
+        if row["name"] != "depth":              # files hold steps, the table metres
+            values = stored[np.isfinite(stored)]
+    low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [math.nan] * 3
+    spread = high - low or abs(half)
+    numbers = " ".join(f"{format_value(value, spread):>9s}" for value in (low, half, high))
+    clipped = np.isin(x[band], find_limits(row)[0]).mean()
+    return (f"{label + ' ' + row['bands'][band]:22s} {numbers} {missing:>8s} "
+            f"{clipped:8.1%}  {x[band].mean():5.3f} {x[band].std():5.3f} "
+            f"({row['mean'][band]:.3f} {row['std'][band]:.3f})  {UNITS.get(row['name'], '')}")
+
+
+def format_value(value, spread):
+    """Writes a number to about a thousandth of the spread of its band: 0, never -0.00018."""
+    if not 1e-4 < spread < 1e8:
+        return f"{value:.4g}"
+    decimals = max(0, 3 - math.ceil(math.log10(spread)))
+    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+
+
+def warn_of_values(label, row, x):
+    """Warns if too many values are clipped, or if nearly all are equal: a wrong unit or scale."""
+    ends, normal, where, question = find_limits(row)
+    clipped = np.isin(x, ends).mean()
+    quarter, half, three = np.percentile(x, (25, 50, 75))
+    if clipped > normal:
+        return [f"{label}: {clipped:.0%} of the values lie {where}: {question}"]
+    too_near = row["name"] == "depth" and half < 0.03
+    nearly_equal = three - quarter < 0.002 and not row.get("raw_mean")
+    if too_near or nearly_equal:
+        return [f"{label}: half of the values lie between {quarter:.4f} and {three:.4f} of the "
+                f"range 0 to 1 that the network sees: {question}"]
+    return []
+
+
+def warn_of_bands(label, row, x, raw, m):
+    """Warns of bands with one value, or none; of a value that stands apart; and of bands that the
+    network sees squeezed, because a few values lie far from all others."""
+    warnings, constant, apart, squeezed = [], [], {}, []
+    for c, band in enumerate(row["bands"]):
+        if x[c].min() == x[c].max() and band != "B10":
+            constant.append(band)               # B10, cirrus, is 0 in Level 2A and nearly 0 in 1C
+        elif raw is not None and row.get("raw_mean"):
+            values = raw[c][np.isfinite(raw[c])]
+            value, share = find_far_value(values)
+            if share:
+                apart.setdefault(value, []).append((share, band))
+            low, high = np.percentile(values, (25, 75)) if len(values) else (-1, 1)
+            if high - low < 0.27 * row["raw_std"][c]:  # 1.35 if they are normally distributed
+                squeezed.append((band, low, high, row["raw_std"][c]))
+    if constant:
+        warnings.append(f"{label}: all pixels of {join_names(constant)} have the same value")
+    for value, found in apart.items():
+        bands = join_names([band for _, band in found])
+        warnings.append(f"{label}: {max(found)[0]:.1%} of the pixels of {bands} have the value "
+                        f"{value:.10g}, which stands apart from all others.  If it means that "
+                        f"there is no data, say so: with --nodata{m} {value:.10g} in `data.py "
+                        f"prepare`, with the tag GDAL_NODATA, or with NaN in its place")
+    if squeezed and not apart:
+        _, low, high, std = squeezed[0]
+        low, high, std = (format_value(value, std) for value in (low, high, std))
+        bands = join_names([band for band, *_ in squeezed])
+        warnings.append(f"{label}: a few far values squeeze all others of {bands}: half of the "
+                        f"values lie between {low} and {high}, but the standard deviation is "
+                        f"{std}.  Take the far values out, or take the logarithm of all")
+    if raw is not None and np.isnan(raw).mean() > 0.5:
+        warnings.append(f"{label}: {np.isnan(raw).mean():.0%} of the values are missing")
+    return warnings
+
+
+def find_far_value(values):
+    """Returns the smallest or the largest value, if it repeats and stands apart, and its share.
+
+    Apart: farther from the quartiles of the others than these are from each other, with a gap to
+    the nearest of the others of at least a quarter of that.  No such value: (None, 0)."""
+    for end in (values.min(initial=np.inf), values.max(initial=-np.inf)):
+        others = values[values != end]
+        repeats = len(values) - len(others)
+        if len(others) and repeats >= max(3, 0.0005 * len(values)):
+            quarter, three = np.percentile(others, (25, 75))
+            gap = np.abs(others - end).min()
+            beyond = min(abs(quarter - end), abs(three - end))
+            if three > quarter and gap > (three - quarter) / 4 and beyond > three - quarter:
+                return end, repeats / len(values)
+    return None, 0
+
+
+def join_names(names, most=3):
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def find_warnings(data, n=16):
-    """One line for each thing that looks wrong in what the network will see, from n samples."""
+    """Returns one line for each thing that looks wrong in what the network will see."""
     return describe_inputs(data, spread_evenly(range(len(data)), n))[1]
 
 
 def spread_evenly(indices, n):
+    """Returns n of the indices, evenly spread, or all if there are fewer."""
     return [indices[i] for i in np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)]
 
 
@@ -1619,7 +1910,7 @@ def write_aerial(root, rngs, scenes, S=48):
         tifffile.imwrite(root / f"{stem}_dem.tif", dem[..., 0])
         tifffile.imwrite(root / f"{stem}_seg.tif", seg[..., 0])
         for k in range(16):
-            yield f"{stem}_{k + 1}", classes[k]
+            yield f"{stem.replace('/', '_')}_{k // 4}_{k % 4}", classes[k]
 
 
 def save_new(path, image, **settings):
@@ -1653,10 +1944,12 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
             (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in these))
         rows = "".join(f"{name},{a},{b},{c}\n" for name, (a, b, c) in written)
         (part / "factors.csv").write_text(f"id,common,unique1,unique2\n{rows}")
-        if scenario == "sar-optical":
-            pack(part, part / "packed", 1)
-        if scenario == "rgb-dem":
-            crop(part, part / "cropped", 1)
+        args = argparse.Namespace(workers=1, skip_bad=False)
+        with contextlib.redirect_stdout(None):  # which says how much disk it needs
+            if scenario == "sar-optical":
+                prepare_ssl4eo(part, part / "packed", args)
+            if scenario == "rgb-dem":
+                prepare_geonrw(part, part / "cropped", args)
         if not root.is_dir():                   # another run may have been faster
             os.replace(part, root)
 
@@ -1672,90 +1965,102 @@ def read_factors(root):
     return factors
 
 
-# ---- commands: check, pack, crop, hha, toy ----
+# ---- commands: check, prepare, toy ----
 
 def in_processes(function, jobs, workers, text):
-    """function of each job, in order: a DataLoader is a parallel map that runs little ahead."""
+    """Gives function(job) of each job, in order.  A DataLoader serves as a map over processes that
+    runs only a little ahead."""
     loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
                         num_workers=workers if workers > 1 else 0)
     return show_progress(loader, text)
 
 
-def inspect(dataset, i):
-    """Reads all of a sample.  Returns width / height of its images, for each band the number of
-    pixels without a value and of all, the shapes of its tensors, and what is wrong or None."""
-    ratios, counts, shapes, wrong = [], [], [], None
+def find_problem(dataset, i):
+    """Reads a sample.  Returns what is wrong, or None, and the shapes of its tensors."""
     try:
-        for name, a in dataset.raw(i):
-            there = np.isfinite(a) if name != "depth" else (a > 0) & (a < 65535)
-            counts.append((name, np.array([(~there).sum(), a.size])))
-            need(there.any(), f"{name} has not one finite value")
-            if name in dataset.modalities:
-                ratios.append(a.shape[-1] / a.shape[-2])
-        for x in dataset[i]:
-            shapes.append(tuple(x[0].shape if isinstance(x, list) else x.shape))
-    except Exception as error:                  # an odd file raises nearly anything; list it, too
+        sample = dataset[i]
+    except Exception as error:                  # a damaged file raises nearly anything
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        wrong = f"{dataset.ids[i]}\t{kind}{error}"
-    return ratios, counts, shapes, wrong
+        return f"{kind}{error}", None
+    return None, [tuple(x[0].shape if isinstance(x, list) else x.shape) for x in sample]
 
 
 def check(args):
-    """Reads every file: table, warnings, contact sheet, bad-ids.txt.  Returns how many are bad."""
-    source, own = args.task or args.scenario, (args.data1, args.data2)
-    need(bool(args.task) != bool(args.scenario), "check: expected --scenario or --task")
-    need((source == "custom") == all(own) == any(own) and not (all(own) and args.data),
-         "check: expected --data1 and --data2 with --scenario custom, else --data")
-    root = own if source == "custom" else args.data or f"data/{source}"
-    split = args.split or ("train" if args.task else "all")
-    custom = dict(augment_as=(args.augment1, args.augment2)) if source == "custom" else {}
-    dataset = open_dataset(source, root, args.size, split, args.depth_unit, strict=False, **custom)
+    """Reads every sample.  Prints a table, warnings and what is bad; draws a contact sheet; writes
+    bad-ids.txt.  Returns how many samples are bad."""
+    source, root = choose_source(args)
+    split, size = args.split or ("train" if args.task else "all"), args.size or 224
+    dataset = open_dataset(source, root, size, split, args.depth_unit, strict=False,
+                           declared=(args.as1, args.as2), reduce=True)
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
-    good, uneven, missing, usual = [], [], {}, None
-    bad = [f"{name}\tno partner" for name in dataset.lonely]
-    look = functools.partial(inspect, dataset)
-    results = in_processes(look, range(len(dataset)), args.workers, "check")
-    for i, (ratios, counts, shapes, wrong) in enumerate(results):
-        for name, count in counts:
-            missing[name] = missing.get(name, 0) + count
-        if len(ratios) == 2 and abs(math.log(ratios[0] / ratios[1])) > 0.05:
-            uneven.append(f"{dataset.ids[i]}: {ratios[0]:.2f} and {ratios[1]:.2f}")
-        if wrong:
-            bad.append(wrong)
-        elif usual not in (None, shapes):
-            bad.append(f"{dataset.ids[i]}\tis of {shapes}; expected {usual}, as those before")
+    for note in dataset.notes:
+        print(note)
+    good, usual = [], None
+    bad = [f"{name}\tno partner" for name in dataset.unpaired]
+    find = functools.partial(find_problem, dataset)
+    found = in_processes(find, range(len(dataset)), args.workers, "check")
+    for i, (problem, shapes) in enumerate(found):
+        usual = usual or shapes
+        if not problem and shapes != usual:
+            problem = f"is of the shapes {shapes}; expected {usual}, as those before"
+        if problem:
+            bad.append(f"{dataset.ids[i]}\t{problem}")
         else:
-            usual = shapes
             good.append(i)
     out.mkdir(parents=True, exist_ok=True)
-    table, warnings = describe_inputs(dataset, spread_evenly(good, 200)) if good else ([], [])
-    if uneven:
-        warnings.append(f"{len(uneven)} pairs differ in width / height and are squeezed to one "
-                        f"shape (the first: {uneven[0]})")
-    shares = [f"{name} {none / pixels:.1%}" for name, (none, pixels) in missing.items()]
-    print(*table, f"missing: {', '.join(shares)}", sep="\n")
-    for line in warnings:
-        print(f"warning: {line}")
     if good:
-        contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", args.size)
-        print(f"a row a pair, two augmented views of {' and two of '.join(dataset.modalities)}, as "
-              f"the network will see them: {out / 'contact-sheet.png'}")
-    partners = f"of which {len(dataset.lonely)} without a partner"
-    print(f"{len(dataset)} samples read, {len(bad)} bad, {partners}")
-    write_text(out / "bad-ids.txt", "".join(f"{line}\n" for line in bad))
-    reasons = {}                                # words without names and numbers: the first of them
-    for line in bad:
-        words = re.sub(r"\S*[/\d]\S*", "", line.split("\t", 1)[1])
-        reasons.setdefault(words, []).append(line)
-    for lines in reasons.values():
-        print(f"{len(lines):6d} such as {lines[0]}".replace("\t", ": "))
-    if bad:
-        print(f"all of them: {out / 'bad-ids.txt'}")
+        few = spread_evenly(good, 200)
+        table, warnings = describe_inputs(dataset, few, args.workers)
+        print(*table, f"statistics of {len(few)} of {len(dataset)} samples", sep="\n")
+        bad += report_masks(dataset, good, NUM_CLASSES.get(source))
+        for line in warnings:
+            print(f"warning: {line}")
+        contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
+        print(f"{out / 'contact-sheet.png'} shows what the network will see: one pair per row, two "
+              f"augmented views of {' and two of '.join(dataset.modalities)}")
+    print(f"{len(dataset)} samples read, {len(bad)} bad, of which {len(dataset.unpaired)} without "
+          f"a partner")
+    report_bad(bad, out / "bad-ids.txt")
     return len(bad)
 
 
+def report_masks(dataset, good, num_classes):
+    """Prints the share of pixels without label, the classes that never occur and what looks wrong.
+    Returns a line if the palettes of the masks contradict each other."""
+    if len(getattr(dataset, "files", ())) < 3:
+        return []
+    files = dataset.files[2]
+    try:
+        counts = count_mask_values({dataset.ids[i]: files[dataset.ids[i]] for i in good})
+    except BadInput as error:
+        return [f"masks\t{error}"]
+    pixels = sum(number for number, _ in counts.values())
+    unlabelled = sum(number for value, (number, _) in counts.items() if value < 1)
+    never = [str(value) for value in range(1, num_classes + 1) if value not in counts]
+    occur = f"all classes from 1 to {num_classes} occur"
+    if never:
+        occur = f"the classes {join_names(never, 20)} never occur"
+    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; {occur}")
+    for line in find_mask_warnings(counts):
+        print(f"warning: {line}")
+    return []
+
+
+def report_bad(bad, file):
+    """Writes lines of name, tab, reason to a file.  Prints each kind of reason and an example."""
+    write_text(file, "".join(f"{line}\n" for line in bad))
+    kinds = {}                                  # reason without names and numbers -> its lines
+    for line in bad:
+        kind = re.sub(r"\S*[/\d]\S*", "", line.split("\t", 1)[1])
+        kinds.setdefault(kind, []).append(line)
+    for lines in kinds.values():
+        print(f"{len(lines):6d} such as {lines[0]}".replace("\t", ": "))
+    if bad:
+        print(f"all of them: {file}")
+
+
 def contact_sheet(dataset, indices, path, size):
-    """A row a pair: the two augmented views of modality 1, then those of modality 2."""
+    """Draws one row per pair: two augmented views of modality 1, then two of modality 2."""
     batches = default_collate([dataset[i][:2] for i in indices])
     draws, columns = Draws(0, len(indices), slice(None)), []
     draws.restart(0)
@@ -1767,118 +2072,422 @@ def contact_sheet(dataset, indices, path, size):
     write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
 
 
+# ---- prepare: what was downloaded -> one form to train from ----
+
 @contextlib.contextmanager
-def built(out, made_of=""):
-    """The folder that becomes `out` once it is complete; a run that was stopped goes on with it, if
-    it is made of the same.  Two runs at once write the same bytes to the same places."""
-    need(not Path(out).exists(), f"{out} exists; expected a new --out, or delete it")
-    part = Path(f"{out}.part")
+def built(out, settings, size, folders=()):
+    """Yields the folder that becomes `out`, or whose `folders` move into `out`, once all is done.
+    A run that was stopped goes on with it, if its settings are the same.
+
+    settings   what decides the bytes, as text;  size: how many bytes will be written, about"""
+    part, wanted = Path(f"{out}.part"), [Path(out)]
+    if folders:
+        part, wanted = Path(out) / "prepare.part", [Path(out) / folder for folder in folders]
+    there = [path for path in wanted if path.exists()]
+    need(not there or len(there) < len(wanted) and part.is_dir(), f"{there[:1]} exists.  It is "
+         f"prepared already: delete it to prepare it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
-    record = part / "made-of.txt"
-    need(not record.is_file() or record.read_text("utf-8") == made_of, f"{part} was begun with "
-         f"other samples or settings; give those, or delete it")
-    write_text(record, made_of)
-    yield part
-    record.unlink()
+    with open(part / "lock", "w") as lock:
+        if fcntl:                               # the system frees the lock of a killed process
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"another `data.py prepare` writes {part}.  Wait for it") from None
+        record = part / "settings.txt"
+        need(not record.is_file() or record.read_text("utf-8") == settings, f"{part} was begun with "
+             f"other samples or settings.  Give the settings of that run, or delete {part}")
+        write_text(record, settings)
+        free = shutil.disk_usage(part).free
+        print(f"{out} needs about {size / 1e9:.3f} GB of disk; {free / 1e9:.1f} GB are free")
+        yield part
+    for folder in folders:
+        if (part / folder).is_dir():            # otherwise moved by a run that was stopped then
+            os.replace(part / folder, Path(out) / folder)
+    if folders:
+        shutil.rmtree(part)
+        return
     os.replace(part, out)
+    for name in ("lock", "settings.txt", "done.jsonl"):
+        (Path(out) / name).unlink(missing_ok=True)
 
 
-def pack(root, out, workers, flush_every=256):
-    """SSL4EO-S12's 60 files a location -> ids.txt and four arrays, season0.npy to season3.npy, with
-    a row a location: its 15 bands in 8 bits at native size, 0.5 MB."""
-    data = SSL4EO(root)
-    ids = "\n".join(data.ids) + "\n"
-    with built(out, ids) as part:
-        write_text(part / "ids.txt", ids)
-        done = part / "done"
-        start = int(done.read_text()) if done.is_file() else 0
-        shape = len(data), len(packed_rows(data, 0)[0])
-        maps = []
-        for season in range(4):
-            path = part / f"season{season}.npy"
-            mode = "r+" if path.is_file() else "w+"
-            maps.append(np.lib.format.open_memmap(path, mode, np.uint8, shape))
+NOTED = 256                                     # so many samples at a time are noted as done
+
+
+def attempt(work, item):
+    """Does the work of (name, job).  Returns what it gives, or why the sample is bad: one is None."""
+    try:
+        return work(item[1]), None
+    except Exception as error:                  # an odd file raises nearly anything
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+        return None, kind + " ".join(str(error).split())
+
+
+def work_through(part, jobs, work, args, bad, arrays=()):
+    """Does work(job) for those of {name: job} that no earlier run did, past those that fail.
+
+    bad        {name: reason} of samples that cannot even be tried; those that fail join them
+    arrays     where the rows go that work gives, each at the job's place; without arrays, work
+               writes files itself and gives a number
+    Returns the sum of the numbers.  BadInput if a sample is bad, unless --skip-bad is given."""
+    log, places, done = part / "done.jsonl", {name: k for k, name in enumerate(jobs)}, {}
+    if log.is_file():
+        for line in log.read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last line, of a run that was killed
+                name, number_of = json.loads(line)
+                done[name] = number_of
+    write_text(log, "".join(f"{json.dumps(item)}\n" for item in done.items()))
+    left = [item for item in jobs.items() if item[0] not in done]
+    fresh, results = [], in_processes(functools.partial(attempt, work), left, args.workers, "prepare")
+    try:
+        for (name, _), (result, reason) in zip(left, results):
+            if reason:
+                bad[name] = reason
+                continue
+            for array, row in zip(arrays, result if arrays else ()):
+                array[places[name]] = row
+            done[name] = 0 if arrays else result
+            fresh.append(name)
+            if len(fresh) == NOTED:
+                note_done(log, fresh, done, arrays)
+    finally:
+        note_done(log, fresh, done, arrays)
+    file = part / "bad-ids.txt"
+    file.unlink(missing_ok=True)
+    if bad:
+        write_text(file, "".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
+        first, reason = next(iter(bad.items()))
+        need(args.skip_bad and done, f"{len(bad)} samples cannot be prepared, such as {first}: "
+             f"{reason}.  {file} lists them all.  Mend them and give the same command, or give it "
+             f"with --skip-bad to leave them out")
+        print(f"{len(bad)} bad samples are left out; bad-ids.txt lists them")
+    return sum(done.values())
+
+
+def note_done(log, fresh, done, arrays):
+    """Notes in the log what is done, after the rows of it are on the disk."""
+    for array in arrays:
+        array.flush()
+    with open(log, "a", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps((name, done[name]))}\n" for name in fresh)
+    fresh.clear()
+
+
+def pack(out, jobs, read, files, bad, args):
+    """Packs samples into arrays of bytes, a sample a row: ids.txt and `files`.  read(job) gives a
+    row for each of the files.  A damaged sample's row is 0, and its line begins with `# `."""
+    need(jobs, f"no sample for {out}; {TREE}")
+    for item in jobs.items():                   # the first that can be read shows the sizes
+        rows, reason = attempt(read, item)
+        if rows:
+            break
+    need(rows, f"none of {len(jobs)} samples for {out} can be read; the last: {reason}")
+    sizes = list(map(len, rows))
+    with built(out, "\n".join(jobs) + "\n", len(jobs) * sum(sizes)) as part:
+        arrays = []
+        for file, size in zip(files, sizes):
+            mode = "r+" if (part / file).is_file() else "w+"
+            arrays.append(np.lib.format.open_memmap(part / file, mode, np.uint8, (len(jobs), size)))
             if hasattr(os, "posix_fallocate"):  # on a full disk a map's write is a bus error
-                with open(path, "rb+") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        make, jobs = functools.partial(packed_rows, data), range(start, len(data))
-        for i, rows in zip(jobs, in_processes(make, jobs, workers, "pack")):
-            need(len(rows[0]) == shape[1], f"{data.ids[i]} is of another size than {data.ids[0]}; "
-                 f"expected equal sizes: take it out")
-            for array, row in zip(maps, rows):
-                array[i] = row
-            if (i + 1) % flush_every == 0 or i + 1 == len(data):
-                for array in maps:
-                    array.flush()
-                write_text(done, str(i + 1))
-        done.unlink(missing_ok=True)
+                with open(part / file, "rb+") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, os.path.getsize(part / file))
+        work_through(part, jobs, functools.partial(read_equal, read, sizes), args, bad, arrays)
+        write_text(part / "ids.txt", "".join(f"# {name}\n" if name in bad else f"{name}\n"
+                                             for name in jobs))
 
 
-def packed_rows(data, i):
-    return [np.concatenate(list(map(np.ravel, data.season(i, season)))) for season in range(4)]
+def read_equal(read, sizes, job):
+    """Reads the rows of a sample, which have to be as long as those of the others."""
+    rows = read(job)
+    need(list(map(len, rows)) == sizes, f"is of another size: {list(map(len, rows))} bytes, where "
+         f"the first sample has {sizes}")
+    return rows
 
 
-def crop(root, out, workers):
-    """GeoNRW's tiles -> 16 patches each, <city>/<tile>_<k>_rgb.png, _dem.tif and _seg.tif."""
-    root = Path(root)
-    tiles = sorted({name.rpartition("_")[0] for name in GeoNRW(root, "all").ids})
-    tiles = [tile for tile in tiles if (root / f"{tile}_rgb.jp2").is_file()]
-    need(tiles, f"no whole tile (<city>/<x>_<y>_rgb.jp2) under {root}; {TREE}")
-    with built(out) as part:
-        jobs = [(root / tile, part / tile) for tile in tiles]
-        list(in_processes(crop_tile, jobs, workers, "crop"))
+def prepare_ssl4eo(root, out, args):
+    """Packs SSL4EO-S12's 60 files a location: season0.npy to season3.npy, 0.5 MB a row."""
+    jobs, unpaired = find_locations(root)
+    bad = {name: "is in only one of s1/ and s2c/" for name in unpaired}
+    files = [f"season{k}.npy" for k in range(4)]
+    pack(out, jobs, functools.partial(read_seasons, root), files, bad, args)
 
 
-def crop_tile(job):
-    tile, out = job
-    rgb = read_part(tile, "rgb")
-    for k in range(1, 17):
-        save_new(Path(f"{out}_{k}_rgb.png"), patch(rgb, k).transpose(1, 2, 0), compress_level=1)
-    for name in ("dem", "seg"):
-        if os.path.isfile(f"{tile}_{name}.tif"):
-            a = read_part(tile, name)
-            need(a.shape[1:] == rgb.shape[1:], f"{tile}: {name} of {a.shape[1:]} pixels, rgb of "
-                 f"{rgb.shape[1:]}; expected equal sizes")
-            for k in range(1, 17):
-                tifffile.imwrite(f"{out}_{k}_{name}.tif", patch(a, k)[0])
+def prepare_bigearthnet(root, out, args):
+    """Packs each split of BigEarthNet-MM that has a list: season0.npy and labels.npy."""
+    folders = root / "BigEarthNet-S1-v1.0", root / "BigEarthNet-v1.0"
+    s1_names, s2_names = (set(list_folders(folder)) for folder in folders)
+    partner = functools.lru_cache(functools.partial(find_partners, folders[0]))
+    lists = {}
+    for split in ("train", "val", "test"):
+        for file in (root / f"bigearthnet-{split}.csv", root / f"{split}.csv"):
+            if file.is_file():
+                lists[split] = file
+    need(lists, f"no train.csv, val.csv or test.csv under {root}; {TREE}")
+    for split, file in lists.items():
+        pairs = list_patches(root, file, partner)
+        bad = {s2: f"{file.name} lists it, but its S1 or its S2 folder is missing"
+               for s2, s1 in pairs.items() if s2 not in s2_names or s1 not in s1_names}
+        jobs = {s2: (s2, s1) for s2, s1 in pairs.items() if s2 not in bad}
+        read = functools.partial(read_patch, folders)
+        pack(out / split, jobs, read, ["season0.npy", "labels.npy"], bad, args)
 
 
-def write_hha(root, workers, depth_unit):
-    """HHA for every frame that has none: HHA/ in folder form, <frame>/hha/ in SUN RGB-D's tree."""
-    root = Path(root)
-    with contextlib.ExitStack() as stack:
-        if (root / "Depth").is_dir():
-            camera = read_intrinsics(root / "intrinsics.txt")
-            depth = find_images(root / "Depth")
-            raw = find_images(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
-            missing = [name for name in depth if name not in raw]
-            need(not missing, f"{len(missing)} frames of {root / 'Depth'}, first {missing[:1]}, "
-                 f"are not in RawDepth; complete it, or take RawDepth away")
-            part = stack.enter_context(built(root / "HHA", f"{depth_unit} {camera.tolist()}"))
-            jobs = [(path, raw[name], depth_unit, camera, part / f"{name}.png")
-                    for name, path in depth.items()]
-        else:
-            frames = sunrgbd_frames(root)
-            need(frames, f"no Depth/ and no SUN RGB-D frame under {root}; {TREE}")
-            jobs = [(depth, raw, None, read_intrinsics(K), hha_file(image))
-                    for image, depth, raw, K in frames.values()]
-        jobs = [job for job in jobs if not os.path.isfile(job[-1])]
-        list(in_processes(write_one_hha, jobs, workers, "hha"))
+TEST_CITIES = ("duesseldorf", "herne", "neuss")
 
 
-def hha_file(image):
-    return Path(image).parent.parent / "hha" / f"{Path(image).stem}.png"
+def prepare_geonrw(root, out, args):
+    """Cuts GeoNRW's tiles into 4x4 patches: rgb/, dem/ and seg/ of equal names, train.txt, and
+    test.txt with the three cities of the makers' test set."""
+    jobs, bad = {}, {}
+    for city in list_folders(root):
+        tiles = {}                              # their parts
+        for name in os.listdir(root / city):
+            tile, _, part = name.split(".")[0].rpartition("_")
+            tiles.setdefault(tile, set()).add(part)
+        for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
+            if tiles[tile] >= {"rgb", "dem"}:
+                jobs[f"{city}_{tile}"] = root / city / tile
+            elif tiles[tile] & {"rgb", "dem"}:
+                bad[f"{city}_{tile}"] = "has only one of rgb and dem"
+    need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}; {TREE}")
+    size = read_tile(next(iter(jobs.values())))[0].shape
+    with built(out, "", len(jobs) * size[1] * size[2] * 8) as part:
+        work_through(part, jobs, functools.partial(cut_geonrw, part), args, bad)
+        names = list_tiles(part / "rgb", jobs)
+        for split, wanted in (("train", False), ("test", True)):
+            these = [name for name in names if (name.split("_")[0] in TEST_CITIES) == wanted]
+            write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
 
 
-def write_one_hha(job):
-    depth, raw, depth_unit, camera, out = job
+def read_tile(stem):
+    """Reads a tile of GeoNRW: rgb 3xHxW, dem 1xHxW and, if there is one, seg HxW or None."""
+    rgb, dem = read_image(f"{stem}_rgb.jp2"), read_band(f"{stem}_dem.tif")
+    seg = read_mask(f"{stem}_seg.tif") if os.path.isfile(f"{stem}_seg.tif") else None
+    sizes = {a.shape[-2:] for a in (rgb, dem, seg) if a is not None}
+    need(len(rgb) == 3 and len(sizes) == 1, f"{stem}: rgb has {len(rgb)} channels, and the sizes "
+         f"are {sizes}; expected 3 channels and equal sizes")
+    need(seg is None or 0 <= seg.min() <= seg.max() < 256, f"{stem}_seg.tif holds other values "
+         f"than classes, 0 (none) to 10")
+    return rgb, dem, seg
+
+
+def cut_geonrw(part, stem):
+    rgb, dem, seg = read_tile(stem)
+    outs = part / "rgb", part / "dem", part / "seg"
+    name = f"{stem.parent.name}_{stem.name}"
+    return write_tiles(name, (rgb, dem), seg, (rgb.dtype, dem.dtype), rgb.shape[1] // 4, outs)
+
+
+def list_tiles(folder, scenes):
+    """Lists the tiles in a folder: those of the first scene row by row, then the next scene's."""
+    place = {scene: k for k, scene in enumerate(scenes)}
+    names = [os.path.splitext(name)[0] for name in os.listdir(folder)]
+    return sorted(names, key=lambda name: (place[name.rsplit("_", 2)[0]], name))
+
+
+def write_tiles(name, images, mask, types, size, outs):
+    """Cuts a scene into tiles of size x size pixels, named <scene>_<row>_<column>, without the
+    rest at its right and lower border.  Returns how many are left out: they are mostly no data."""
+    H, W = images[0].shape[1:]
+    need(min(H, W) >= size, f"{name} has {H}x{W} pixels, less than --size {size}")
+    digits, left_out = len(str(max(H, W) // size - 1)), 0
+    spare = [choose_nodata(a, kind) for a, kind in zip(images, types)]
+    for out in outs:
+        out.mkdir(exist_ok=True)
+    for row in range(H // size):
+        for column in range(W // size):
+            box = np.s_[..., row * size:(row + 1) * size, column * size:(column + 1) * size]
+            tiles = [a[box] for a in images]
+            if any(a.dtype.kind == "f" and np.isnan(a).mean() > 0.5 for a in tiles):
+                left_out += 1
+                continue
+            stem = f"{name}_{row:0{digits}d}_{column:0{digits}d}"
+            for a, out, kind, nodata in zip(tiles, outs, types, spare):
+                write_tile(out / stem, a, kind, nodata)
+            if mask is not None:
+                whole = 0 <= mask.min() and mask.max() < 256
+                write_tile(outs[2] / stem, mask[box][None], np.uint8 if whole else np.int32, None)
+    return left_out
+
+
+def choose_nodata(a, kind):
+    """Chooses a number that no valid pixel has, for integers with missing values; else None."""
+    if kind.kind == "f" or a.dtype.kind != "f" or not np.isnan(a).any():
+        return None
+    for value in range(np.iinfo(kind).max, np.iinfo(kind).min - 1, -1):
+        if not (a == value).any():
+            return value
+
+
+def write_tile(path, a, kind, nodata):
+    """Writes CxHxW in the type `kind`: 8 bits as png; else, and where values are missing, as tif:
+    floats keep NaN, and integers get GDAL's no-data tag."""
+    if kind == np.uint8 and nodata is None and len(a) in (1, 3):
+        image = np.moveaxis(a, 0, -1) if len(a) == 3 else a[0]
+        Image.fromarray(np.ascontiguousarray(image, np.uint8)).save(f"{path}.png", compress_level=1)
+        return
+    tags = [(42113, "s", 0, str(nodata), True)] if nodata is not None else []
+    a = a if nodata is None else np.where(np.isnan(a), nodata, a)
+    shape = dict(photometric="minisblack", planarconfig="separate") if len(a) > 1 else {}
+    tifffile.imwrite(f"{path}.tif", (a if len(a) > 1 else a[0]).astype(kind), extratags=tags, **shape)
+
+
+def prepare_tiles(where, args):
+    """Cuts one's own scenes into tiles: <out>/1/, 2/ and label/, and lists of whole scenes."""
+    need(args.out and args.size, "prepare --scenario custom needs --size and --out")
+    patterns = [*where, args.target] if args.target else list(where)
+    files = [find_images(pattern, IMAGES) for pattern in patterns]
+    scenes, unpaired = pair_names(*files[:2], where, strict=False)
+    missing = [name for name in scenes if name not in files[-1]]
+    bad = dict.fromkeys(unpaired, "no partner") | dict.fromkeys(missing, "no mask in --target")
+    jobs = {name: (name, [side[name] for side in files]) for name in scenes if name not in bad}
+    nodata, declared = (args.nodata1, args.nodata2), (args.as1, args.as2)
+    settings = [*patterns, args.size, nodata, declared, args.seed, args.test_share]
+    size = sum(read_first([side[name] for name in jobs], False)[1].nbytes for side in files)
+    with built(args.out, json.dumps(settings), len(jobs) * size) as part:
+        cut = functools.partial(cut_own, part, args.size, nodata, declared)
+        left_out = work_through(part, jobs, cut, args, bad)
+        names = list_tiles(part / "1", jobs)
+        scenes = sorted({name.rsplit("_", 2)[0] for name in names})
+        print(f"{len(names)} tiles of {len(scenes)} scenes; {left_out} are left out, because more "
+              f"than half of their values are missing")
+        if len(scenes) < 2:
+            print("no train.txt and test.txt: one scene cannot be split by scene")
+            return
+        order = np.random.default_rng((args.seed, len(scenes))).permutation(len(scenes))
+        n = min(max(1, round(args.test_share * len(scenes))), len(scenes) - 1)
+        tested = {scenes[k] for k in order[:n]}
+        for split, wanted in (("train", False), ("test", True)):
+            these = [name for name in names if (name.rsplit("_", 2)[0] in tested) == wanted]
+            write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
+    print(f"train.txt has the tiles of {len(scenes) - n} scenes, test.txt the tiles of {n}")
+
+
+def cut_own(part, size, nodata, declared, job):
+    """Reads a scene's images and mask, brings them to one size, and cuts them into tiles."""
+    (name, (*paths, _)), images, types = (job[0], (*job[1], None)), [], []
+    for m, path in enumerate(paths[:2]):
+        a = read_image(path)
+        kind = stored_type(path, a)
+        missing = ~np.isfinite(a)
+        if nodata[m] is not None:               # of all channels, as a black pixel is not no data
+            missing = missing | (a == nodata[m]).all(0)
+        if declared[m] == "depth":
+            missing = missing | (a == 0) | (a == 65535)
+        types.append(kind)
+        if missing.any():
+            a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
+        images.append(a)
+    H, W = images[0].shape[1:]
+    if images[1].shape[1:] != (H, W):
+        images[1] = resize_missing(images[1], types[1], (H, W))
+    mask = read_mask(paths[2]) if len(paths) == 3 else None
+    need(mask is None or mask.shape == (H, W), f"{paths[-1]} has {np.shape(mask)} pixels, "
+         f"{paths[0]} has {(H, W)}; expected masks of the size of the first image")
+    return write_tiles(name, images, mask, types, size, (part / "1", part / "2", part / "label"))
+
+
+def resize_missing(a, kind, size):
+    """Resizes CxHxW of the type `kind` with NaN where values are missing, which do not bleed."""
+    valid = np.isfinite(a)
+    if kind.kind in "iu" and kind != np.uint8:  # to the nearest, so that no value is made up
+        values = resample(np.where(valid, a, 0).astype(kind), size)
+        return np.where(resample(valid.astype(np.int32), size) > 0, values, np.nan)
+    if valid.all():
+        return resample(a, size)
+    weight = resample(valid.astype(np.float32), size)
+    values = resample(np.where(valid, a, 0).astype(np.float32), size) / np.maximum(weight, 1e-6)
+    if kind == np.uint8:
+        values = np.floor(values + 0.5)
+    return np.where(weight > 0.5, values, np.nan)
+
+
+def prepare_rgbd(root, args):
+    """Makes HHA/ beside RGB/ and Depth/; or, of the raw tree of SUN RGB-D, RGB/, HHA/ and Label/."""
+    depth_unit = args.depth_unit or 1000.0
+    if (root / "Depth").is_dir():
+        camera = read_intrinsics(root / "intrinsics.txt")
+        depth = find_images(root / "Depth")
+        raw = find_images(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
+        bad = {name: "is not in RawDepth/" for name in depth if name not in raw}
+        jobs = {name: (path, raw[name], depth_unit, camera, f"{name}.png")
+                for name, path in depth.items() if name not in bad}
+        settings, work, folders = f"{depth_unit} {camera.tolist()}", write_hha, ["HHA"]
+    else:
+        need(args.depth_unit is None, "--depth-unit works only with Depth/: SUN RGB-D has its own")
+        frames = find_frames(root)
+        need(frames, f"no Depth/ and no frame of SUN RGB-D under {root}; looked for Depth/ and "
+             f"SUNRGBD/; {list_contents(root)}; {TREE}")
+        masks = find_sunrgbd_masks(root, frames)
+        jobs = {name: (folder, masks.get(name), name) for name, folder in frames.items()}
+        settings, work, bad = "SUN RGB-D", link_frame, {}
+        folders = ["HHA", "Label", "RGB"] if masks else ["HHA", "RGB"]  # RGB/ says that all is done
+    with built(root, settings, 3 * 640 * 480 * len(jobs), folders) as part:
+        for folder in folders:
+            if not (root / folder).is_dir():
+                (part / folder).mkdir(exist_ok=True)
+        work_through(part, jobs, functools.partial(work, part), args, bad)
+
+
+def write_hha(part, job):
+    """Writes the HHA of one frame."""
+    depth, raw, depth_unit, camera, name = job
     depth_m, raw_m = read_metres(depth, depth_unit), read_metres(raw, depth_unit)
     try:
         image = Image.fromarray(hha(fill_holes(depth_m), raw_m, camera))
     except ValueError as error:
         raise BadInput(f"{depth}, {raw}: {error}") from None
-    out.parent.mkdir(exist_ok=True)
-    write_atomically(out, lambda file: image.save(file, "png"))
+    write_atomically(part / "HHA" / name, lambda file: image.save(file, "png"))
+    return 0
+
+
+def link_frame(part, job):
+    """Makes RGB/, HHA/ and Label/ of one frame of SUN RGB-D's tree."""
+    folder, mask, name = job
+    image, depth, raw = (only_file(os.path.join(folder, kind))
+                         for kind in ("image", "depth_bfx", "depth"))
+    camera = read_intrinsics(os.path.join(folder, "intrinsics.txt"))
+    open_image(image)                           # a damaged one is found here
+    write_hha(part, (depth, raw, None, camera, f"{name}.png"))
+    link(image, part / "RGB" / (name + os.path.splitext(image)[1]))
+    if mask:
+        link(mask, part / "Label" / f"{name}.png")
+    return 0
+
+
+def link(source, target):
+    """Makes a hard link, which takes no disk; a copy on a file system that has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def find_frames(root):
+    """Finds the frames of SUN RGB-D's raw tree: {name: folder}, kv1-b3dodata-img_0063 and so on."""
+    tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
+    visited = set()
+    for folder, subfolders, _ in os.walk(tree, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:                     # a link leads back
+            subfolders.clear()
+        elif "image" in subfolders or "depth" in subfolders:
+            subfolders.clear()
+            frames[Path(folder).relative_to(tree).as_posix()] = folder
+        visited.add(real)
+    return {frame.replace("/", "-"): folder for frame, folder in sorted(frames.items())}
+
+
+def find_sunrgbd_masks(root, frames):
+    """Finds {frame: mask}: labels/ numbers the frames of test.txt and then those of train.txt."""
+    if not (root / "labels").is_dir():
+        return {}
+    order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
+    files = {frame: root / f"labels/img-{k:06d}.png" for k, frame in enumerate(order, 1)}
+    return {frame: path for frame, path in files.items() if path.is_file()}
 
 
 def fill_holes(z):
@@ -1891,37 +2500,105 @@ def fill_holes(z):
     return np.where(z > 0, z, np.median(z[z > 0]) if (z > 0).any() else 0)
 
 
+def choose_source(args):
+    """Returns the scenario or the task of `check` and `prepare`, and its folder or folders.
+    BadInput where flags do not go together, or one would have no effect."""
+    name, own = args.task or args.scenario, [args.data1, args.data2]
+    need(bool(args.task) != bool(args.scenario), f"{args.command}: give --scenario or --task")
+    if name == "custom":
+        need(all(own) and not args.data, "--scenario custom needs --data1 and --data2, not --data")
+        kinds = (args.as1, args.as2)
+        need(args.depth_unit is None or "depth" in kinds, "--depth-unit works only with depth: give "
+             "--as1 depth or --as2 depth, too")
+        return name, own
+    for flag in ("data1", "data2", "as1", "as2"):
+        need(not getattr(args, flag), f"--{flag} works only with --scenario custom")
+    need(args.depth_unit is None or name in ("rgbd", "sunrgbd", "nyuv2"),
+         f"--depth-unit works only with depth: {name} has none")
+    return name, Path(args.data or SHARED_ROOTS.get(name, f"data/{name}"))
+
+
+def prepare(args):
+    """Turns what was downloaded into the one form that the other scripts read."""
+    name, root = choose_source(args)
+    own = dict(size=None, target=None, nodata1=None, nodata2=None, seed=0, test_share=0.2)
+    for flag, default in own.items():
+        need(name == "custom" or getattr(args, flag) is None,
+             f"--{flag.replace('_', '-')} works only with --scenario custom")
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+    if name == "custom":
+        return prepare_tiles(root, args)
+    need(root.is_dir(), f"no folder {root}; {TREE}; give --data")
+    if name in ("rgbd", "sunrgbd", "nyuv2"):
+        need(not args.out, f"--out does not work with {name}: HHA/ is made beside the depth")
+        return prepare_rgbd(root, args)
+    function, folder = {"sar-optical": (prepare_ssl4eo, "packed"), "rgb-dem": (prepare_geonrw, "cropped"),
+                        "bigearthnet": (prepare_bigearthnet, "packed"),
+                        "geonrw": (prepare_geonrw, "cropped")}[name]
+    return function(root, Path(args.out or root / folder), args)
+
+
+IMAGES_HELP = "a folder, or a pattern in quotes such as 'chips/*_S1Hand.tif'"
+AS_HELP = (f"what the images of --data{{0}} are: {', '.join(AS)}; default: aerial for 3 channels "
+           "of 8 bits, otherwise overhead")
+# Flags that the scripts share: argparse's settings.  Defaults are None: what is given can be told.
+DATA_FLAGS = {
+    "data": dict(type=expand_path, metavar="DIR",
+                 help="folder of the data; default: data/ and the name of the scenario or task"),
+    **{f"data{m}": dict(type=expand_path, metavar="FILES", nargs="+", action=OnePattern,
+                        help=f"with custom: images of modality {m}, {IMAGES_HELP}") for m in (1, 2)},
+    **{f"as{m}": dict(choices=AS, metavar="KIND", help=AS_HELP.format(m)) for m in (1, 2)},
+    "depth-unit": dict(type=number(float, 1e-3, 1e9), metavar="STEPS",
+                       help="steps of a depth file per metre; default: 1000"),
+    "split": dict(type=expand_path, help="name of a list such as train, or with custom a list's "
+                                         "file; default: all, of a task train"),
+    "size": dict(type=number(int, 16, 4096), help="width of the crops in pixels; default: 224"),
+    "workers": dict(type=number(int, 0), help="processes that read files, for each process"),
+}
+
+
+def add_flags(group, flags, names):
+    """Adds --name to a parser or a group, for each of the names (a string with spaces)."""
+    for name in names.split():
+        group.add_argument(f"--{name}", **flags[name])
+
+
+FLAGS = DATA_FLAGS | {
+    "size": dict(type=number(int, 8, 4096), help="of check the width of the contact sheet's crops, "
+                 "default: 224; of prepare, with custom, the width of the tiles"),
+    "scenario": dict(choices=[*TOY_WRITERS, "custom"], help="whose data"),
+    "task": dict(choices=NUM_CLASSES, help="a transfer task's data, instead of a scenario's"),
+    "out": dict(type=expand_path, metavar="DIR", help="folder to write; default: where the scripts "
+                "look for it; of check runs/check-..."),
+    "workers": dict(type=number(int, 0), default=count_cores(),
+                    help="processes that read files; default: one per core"),
+    "target": dict(type=expand_path, metavar="FILES", help="with custom: masks to cut as well, a "
+                   "folder or a pattern in quotes"),
+    **{f"nodata{m}": dict(type=float, metavar="VALUE", help=f"with custom: what stands for no value "
+                          f"in all channels of --data{m}, beside NaN and what a TIFF declares")
+       for m in (1, 2)},
+    "test-share": dict(type=number(float, 0, 1), metavar="SHARE",
+                       help="with custom: share of the scenes in test.txt; default: 0.2"),
+    "seed": dict(type=number(int, 0), help="with custom: which scenes are in test.txt; default: 0"),
+    "skip-bad": dict(action="store_true", help="leave damaged samples out; default: do not finish "
+                     "until they are mended"),
+}
+COMMANDS = {
+    "prepare": ("scenario task data data1 data2 as1 as2 target size nodata1 nodata2 test-share seed "
+                "depth-unit out skip-bad workers", "turn what was downloaded into the form that the "
+                "other scripts read; stopped, it goes on"),
+    "check": ("scenario task data data1 data2 as1 as2 split size depth-unit out workers",
+              "read all samples and say what the network will see; exit code 1 if one is bad"),
+    "toy": ("scenario out", "write the made-up scenes of a scenario")}
+
+
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    folder = dict(metavar="DIR", type=expand_path)
-    own = dict(metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
-               help="of custom: a folder, or a pattern in quotes such as 'chips/*_S1Hand.tif'")
-    augment = dict(choices=AUGMENTATIONS, help="of custom: draw the views as of this modality")
-    flags = {
-        "--scenario": dict(choices=[*TOY_WRITERS, "custom"]),
-        "--task": dict(choices=NUM_CLASSES, help="a transfer task instead of a scenario"),
-        "--data": dict(folder, help="default: the scenario's or the task's, in data/"),
-        "--data1": own,
-        "--data2": own,
-        "--augment1": augment,
-        "--augment2": augment,
-        "--split": dict(type=expand_path, help="default: all; of a task train; of custom a list"),
-        "--size": dict(type=number(int, 8, 4096), default=224, help="crop of the contact sheet"),
-        "--depth-unit": dict(type=number(float, 1e-3, 1e9), default=1000.0,
-                             help="steps of a depth file a metre; default: 1000"),
-        "--out": dict(folder, help="default: where it is looked for; of check runs/check-..."),
-        "--workers": dict(type=number(int, 0), default=count_cores(), help="default: one a core")}
-    for command, data, names, text in (
-            ("check", None, " ".join(flags), "read every file; exit code 1 if any is bad"),
-            ("pack", "data/sar-optical", "--data --out --workers", "SSL4EO-S12 into four arrays"),
-            ("crop", "data/rgb-dem", "--data --out --workers", "GeoNRW's tiles into patches"),
-            ("hha", "data/rgbd", "--data --depth-unit --workers", "HHA for frames without it"),
-            ("toy", None, "--scenario --out", "the made-up scenes of a scenario")):
+    for command, (names, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        for name in names.split():
-            sub.add_argument(name, **flags[name])
-        sub.set_defaults(data=data)
+        add_flags(sub, FLAGS, names)
     return parser.parse_args(argv)
 
 
@@ -1929,16 +2606,12 @@ def main(argv=None):
     args = get_args(argv)
     if args.command == "check":
         sys.exit(1 if check(args) else 0)
-    if args.command == "pack":
-        pack(args.data, args.out or f"{args.data}/packed", args.workers)
-    if args.command == "crop":
-        crop(args.data, args.out or f"{args.data}/cropped", args.workers)
-    if args.command == "hha":
-        write_hha(args.data, args.workers, args.depth_unit)
+    if args.command == "prepare":
+        prepare(args)
     if args.command == "toy":
-        need(args.scenario in TOY_WRITERS, f"toy: expected --scenario, one of {', '.join(TOY_WRITERS)}")
+        need(args.scenario in TOY_WRITERS, f"toy needs --scenario {' or '.join(TOY_WRITERS)}")
         out = Path(args.out or f"data/toy-{args.scenario}")
-        need(not out.exists(), f"{out} exists; expected a new --out")
+        need(not out.exists(), f"{out} exists; give another --out")
         make_toy(args.scenario, out)
 
 

@@ -1,25 +1,25 @@
 """DeCUR: Decoupling Common and Unique Representations for Multimodal Self-supervision.
 
-The method itself, to be read beside Sec. 3 and Algorithm 1 of the paper (arXiv:2309.05300, v1).
-Nothing here knows of data sets, arguments or processes.
+This file is the method itself.  Read it beside Sec. 3 and Algorithm 1 of the paper
+(arXiv:2309.05300, v1).  Nothing in this file knows of data sets, arguments or processes.
 
-    Eq. 1-6, Algorithm 1    on_diag off_diag BN loss_c loss_u decur_loss  (torch alone: copy them)
-    the same, without KxK   decur_loss_gram                               (cheaper while N << K)
-    for the log             diagonals bounds
-    Tables 1-3, compared    barlow_twins_loss vicreg_loss simclr_loss clip_loss
-    Fig. 2, App. B          resnet mit projector DeCUR                         (E1, P1, E2, P2)
-    starting from weights   read_weights load_encoder
+    Eq. 1-6, Algorithm 1      on_diag off_diag BN loss_c loss_u decur_loss  (they need only torch)
+    equal, but without KxK    decur_loss_gram                               (cheaper while N << K)
+    numbers for the log       diagonals bounds
+    methods of Tables 1-3     barlow_twins_loss vicreg_loss simclr_loss clip_loss
+    networks, Fig. 2          resnet mit projector DeCUR                    (E1, P1, E2, P2)
+    start from weights        read_weights load_encoder
 
     paper                       here             shape
     X'_M1, X''_M1  (x1.1 x1.2)  x11, x12         NxC1xHxW        two augmented views of modality 1
     X'_M2, X''_M2  (x2.1 x2.2)  x21, x22         NxC2xHxW        two augmented views of modality 2
-    f1, f2                      f1, f2           NxCxHxW -> NxK  an encoder E, a projector P each
+    f1, f2                      f1, f2           NxCxHxW -> NxK  each an encoder E, a projector P
     Z'_M1, ...     (z1.1 ...)   z11 z12 z21 z22  NxK             embeddings
     C_M1, C_M2     (C1, C2)     C1, C2           KxK             intra-modal correlation, Eq. 1
     C              (Cm)         Cm               KxK             cross-modal correlation, Eq. 1
-    C_c, C_u       (Cc, Cu)     Cc, Cu           KcxKc, KuxKu    its common and its unique block
+    C_c, C_u       (Cc, Cu)     Cc, Cu           KcxKc, KuxKu    common and unique block of Cm
     lambda_M1 M2 c u            lmb1 lmb2 lmbc lmbu              trade-offs of Eq. 2-5
-    N, K, K_c, K_u              N, K, Kc, Ku                     global batch; dimensions: K = Kc+Ku
+    N, K, K_c, K_u              N, K, Kc, Ku                     size of the batch; dimensions
 
 `python decur.py` times both forms of the loss at the paper's N and K.
 """
@@ -35,7 +35,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import stochastic_depth
 
 
-# ---- Algorithm 1: copy from here; it needs `import torch` and nothing else ----
+# ---- Algorithm 1: copy from here; these functions need only `import torch` ----
 
 def on_diag(C):
     return C.diagonal()                         # K
@@ -44,26 +44,29 @@ def on_diag(C):
 def off_diag(C):
     K = len(C)                                  # every (K+1)-th element is on the diagonal
     if K == 0:
-        return C                                # 0x0: an ablation left the block empty
+        return C                                # 0x0, because an ablation left the block empty
     return C.flatten()[1:].view(K - 1, K + 1)[:, :-1]  # (K-1)xK
 
 
 def BN(z):
-    """Batch normalisation without affine part: mean 0, variance 1 over the batch.  z: NxK.
+    """Normalises each dimension over the batch to mean 0 and variance 1.  z: NxK.
 
-    The biased variance, as in nn.BatchNorm1d: only so is z.T @ z / N the correlation of Eq. 1."""
+    The variance is the biased one, as in nn.BatchNorm1d: only then is z.T @ z / N the correlation
+    of Eq. 1.  There is no affine part."""
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
 
 
 def loss_c(C, lmb):
-    """Eq. 2, 4, 5: diagonal to 1, the rest to 0.  C: KxK in [-1, 1].  Returns a scalar >= 0."""
+    """Eq. 2, 4, 5: pulls the diagonal to 1 and the rest to 0.  C: KxK, in [-1, 1].  Returns a
+    scalar >= 0."""
     l_on = (on_diag(C) - 1).pow(2).sum()        # invariance
     l_off = off_diag(C).pow(2).sum()            # redundancy reduction
     return l_on + lmb * l_off
 
 
 def loss_u(C, lmb):
-    """Eq. 3, cross-modal unique: everything to 0.  C: KuxKu in [-1, 1].  Returns a scalar >= 0."""
+    """Eq. 3, cross-modal unique: pulls everything to 0.  C: KuxKu, in [-1, 1].  Returns a
+    scalar >= 0."""
     l_on = on_diag(C).pow(2).sum()              # decorrelation of the modalities
     l_off = off_diag(C).pow(2).sum()            # redundancy reduction
     return l_on + lmb * l_off
@@ -71,15 +74,16 @@ def loss_u(C, lmb):
 
 def decur_loss(z11, z12, z21, z22, Kc,
                lmb1=0.0051, lmb2=0.0051, lmbc=0.0051, lmbu=0.0051, intra=True):
-    """The DeCUR loss, Eq. 6, as Algorithm 1 prints it.
+    """Computes the DeCUR loss, Eq. 6, as Algorithm 1 prints it.
 
     z11, z12   NxK   embeddings of two views of modality 1, not normalised, float32 or float64
-    z21, z22   NxK   the same of modality 2; N is the global batch: gather over the processes first
+    z21, z22   NxK   embeddings of two views of modality 2
     Kc               the first Kc dimensions are common, the other K - Kc unique, 0 <= Kc <= K
     intra            False leaves L1 and L2 out (Table 4, "w/o intra"); Kc = K is "w/o decoup."
 
-    Call it outside autocast.  Returns the loss and, for the log, its terms L1 L2 Lc Lu, detached: 0
-    where an ablation leaves nothing.  Raises ValueError if Kc is not within 0..K."""
+    N is the global batch: gather the embeddings of all processes first.  Call it outside autocast.
+    Returns the loss and, for the log, its terms L1 L2 Lc Lu, detached; a term that an ablation
+    leaves out is 0.  Raises ValueError if Kc is not within 0..K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
         raise ValueError(f"Kc = {Kc} common dimensions of K = {K}; expected 0 <= Kc <= K")
@@ -93,7 +97,7 @@ def decur_loss(z11, z12, z21, z22, Kc,
         L2 = loss_c(C2, lmb2)                   # Eq. 5  intra-modal M2
     Cm = z11.T @ z21 / N                        # KxK
     Cc = Cm[:Kc, :Kc]                           # KcxKc
-    Cu = Cm[Kc:, Kc:]                           # KuxKu  (common-by-unique blocks: in no term)
+    Cu = Cm[Kc:, Kc:]                           # KuxKu  (the common-by-unique blocks are unused)
     Lc = loss_c(Cc, lmbc)                       # Eq. 2  cross-modal common
     Lu = loss_u(Cu, lmbu)                       # Eq. 3  cross-modal unique
     terms = dict(L1=L1.detach(), L2=L2.detach(), Lc=Lc.detach(), Lu=Lu.detach())
@@ -103,13 +107,15 @@ def decur_loss(z11, z12, z21, z22, Kc,
 
 def decur_loss_gram(z11, z12, z21, z22, Kc,
                     lmb1=0.0051, lmb2=0.0051, lmbc=0.0051, lmbu=0.0051, intra=True):
-    """`decur_loss` but for rounding, gradients too, without ever forming a KxK matrix.
+    """Computes `decur_loss`, equal but for rounding, gradients too, without forming a KxK matrix.
 
     For C = Za.T @ Zb / N,  sum_ij C_ij^2 = tr(Zb.T Za Za.T Zb) / N^2 = <Za Za.T, Zb Zb.T> / N^2, an
-    inner product of NxN Gram matrices.  Less the diagonal's squares, the off-diagonal is left.  Six
-    Gram matrices serve all four terms: that of all dimensions is the sum of the two blocks'.  Time
-    O(N^2 K), memory O(NK) against O(N K^2), O(K^2).  On one CPU core it is 20 times as fast at
-    N 256, K 8192, 1.6 times at N = K / 2, 0.9 times at N = 3/4 K."""
+    inner product of NxN Gram matrices.  Subtracting the squares of the diagonal leaves the sum over
+    the off-diagonal.  Six Gram matrices serve all four terms, because the Gram matrix of all
+    dimensions is the sum of those of the common and of the unique dimensions.
+
+    Time is O(N^2 K) instead of O(N K^2), memory O(NK) instead of O(K^2).  On one CPU core this form
+    is about 20 times as fast at N 256, K 8192, 1.6 times at N = K / 2, 0.9 times at N = 3/4 K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
         raise ValueError(f"Kc = {Kc} common dimensions of K = {K}; expected 0 <= Kc <= K")
@@ -135,7 +141,8 @@ def gram(z):
 
 
 def loss_gram(c, target, Ga, Gb, lmb):
-    """`loss_c` (target 1) or `loss_u` (0) from the diagonal c: K, and both Gram matrices: NxN."""
+    """Computes `loss_c` (target 1) or `loss_u` (target 0).  c: K, the diagonal of C.  Ga, Gb: NxN,
+    the Gram matrices of both embeddings."""
     l_on = (c - target).pow(2).sum()
     l_off = (Ga * Gb).sum() - c.pow(2).sum()
     return l_on + lmb * l_off
@@ -143,8 +150,11 @@ def loss_gram(c, target, Ga, Gb, lmb):
 
 @torch.no_grad()
 def diagonals(z11, z12, z21, z22, Kc):
-    """Mean diagonals C1 C2 Cc Cu in [-1, 1], for the log: they tell more than the loss, whose scale
-    goes with N and K.  z: NxK, or None for a view that is not encoded.  Empty ones are left out."""
+    """Returns the mean diagonals of C1 C2 Cc Cu, in [-1, 1], for the log.  They tell more than the
+    loss does, because the scale of the loss depends on N and K.
+
+    z11, z12, z21, z22    NxK; z12 and z22 may be None: then there are no C1 and C2
+    Kc                    the number of common dimensions; an empty Cc or Cu is left out"""
     means = {}
     if z12 is not None and z22 is not None:
         means["C1"] = (BN(z11) * BN(z12)).mean(0).mean()
@@ -158,11 +168,12 @@ def diagonals(z11, z12, z21, z22, Kc):
 
 
 def chance_and_floor(N, k, lmb=0.0051, unique=False):
-    """`loss_c` (or `loss_u`) of k dimensions by chance, and the least that a batch of N allows.
+    """Returns two values of `loss_c` (or `loss_u`) for k dimensions: what independent embeddings
+    give by chance, and a floor that no batch of N goes below.
 
     Chance: C_ij of independent embeddings has mean 0 and variance 1 / (N-1), so the diagonal gives
     k + k / (N-1).  Floor: the rank of C is at most N-1, so by Cauchy-Schwarz sum_ij C_ij^2 >=
-    (tr C)^2 / (N-1); minimise over tr C.  Returns two floats."""
+    (tr C)^2 / (N-1), and the floor is the minimum over tr C."""
     if unique:
         return (k + lmb * k * (k - 1)) / (N - 1), 0.0
     a = lmb * (k / (N - 1) - 1)
@@ -170,7 +181,8 @@ def chance_and_floor(N, k, lmb=0.0051, unique=False):
 
 
 def bounds(N, K, Kc, intra=True):
-    """{term: value} of Eq. 6 by chance, and at the least: two dicts, 0 where a term is ablated."""
+    """Returns two dicts {term: value}: the terms of Eq. 6 by chance, and their floors.  A term that
+    an ablation leaves out is 0."""
     L1 = L2 = chance_and_floor(N, K if intra else 0)
     Lc, Lu = chance_and_floor(N, Kc), chance_and_floor(N, K - Kc, unique=True)
     both = dict(L1=L1, L2=L2, Lc=Lc, Lu=Lu)
@@ -179,25 +191,28 @@ def bounds(N, K, Kc, intra=True):
     return chance, floor
 
 
-# ---- Tables 1-3: what DeCUR is compared with ----
-# Functions of embeddings not yet normalised, NxK, float32 or float64, N the global batch, outside
-# autocast.  zA, zB: z11 and z21, for Barlow Twins within one modality z11 and z12.  Each returns a
-# scalar.  Barlow Twins and VICReg ask for DeCUR's own projector, SimCLR and CLIP for smaller ones.
+# ---- Tables 1-3: the methods that DeCUR is compared with ----
+# Each function takes embeddings that are not normalised, NxK, float32 or float64, of the global
+# batch, outside autocast, and returns a scalar.  zA and zB are z11 and z21; for Barlow Twins within
+# one modality they are z11 and z12.  Barlow Twins and VICReg have DeCUR's projector; SimCLR and
+# CLIP have smaller ones.
 
 def barlow_twins_loss(zA, zB, lmb=0.0051):
-    """Barlow Twins (Zbontar et al., 2021), Eq. 1-2; lambda as DeCUR.  Table 4: w/o intra&decoup."""
+    """Computes Barlow Twins' loss (Zbontar et al., 2021), Eq. 1-2, with DeCUR's lambda.  Table 4
+    calls it "w/o intra&decoup."."""
     N, K = zA.shape
     zA, zB = BN(zA), BN(zB)                     # NxK
-    if 3 * N > 2 * K:                           # then the KxK matrix is the cheaper one
+    if 3 * N > 2 * K:                           # then the KxK matrix is cheaper
         return loss_c(zA.T @ zB / N, lmb)
     return loss_gram((zA * zB).mean(0), 1, gram(zA), gram(zB), lmb)
 
 
 def vicreg_loss(zA, zB, lmb=25, mu=25, nu=1):
-    """VICReg (Bardes et al., 2022), Eq. 1-6 and its Algorithm 1; weights of its Sec. 4.2.
+    """Computes VICReg's loss (Bardes et al., 2022), Eq. 1-6, with the weights of its Sec. 4.2.
 
-    Its Eq. 5 sums squared distances over the dimensions, its Algorithm 1 takes the mean: here the
-    mean, for which the weights were chosen.  Its published code also halves v."""
+    VICReg's Eq. 5 sums squared distances over the dimensions, its Algorithm 1 takes their mean.
+    Here: the mean, because the weights were chosen for it.  VICReg's published code also halves v.
+    """
     N, K = zA.shape
     s = (zA - zB).pow(2).mean()                                     # Eq. 5  invariance
     v = c = 0
@@ -210,9 +225,9 @@ def vicreg_loss(zA, zB, lmb=25, mu=25, nu=1):
 
 
 def simclr_loss(zA, zB, tau=0.1):
-    """NT-Xent over the 2N embeddings, SimCLR (Chen et al., 2020a), Eq. 1.
+    """Computes SimCLR's loss (Chen et al., 2020a), Eq. 1: NT-Xent over the 2N embeddings.
 
-    tau 0.1: the best in its Table 5.  Its projector (Sec. 2.3) is 2048-128."""
+    tau 0.1 is the best in SimCLR's Table 5.  SimCLR's projector (Sec. 2.3) is 2048-128."""
     N = len(zA)
     z = F.normalize(torch.cat((zA, zB)))                            # 2NxK  rows of length 1
     similarity = (z @ z.T / tau).fill_diagonal_(-torch.inf)         # 2Nx2N  k != i
@@ -221,10 +236,10 @@ def simclr_loss(zA, zB, tau=0.1):
 
 
 def clip_loss(zA, zB, tau=0.07):
-    """Symmetric cross-entropy over the N pairs, CLIP (Radford et al., 2021), Fig. 3.
+    """Computes CLIP's loss (Radford et al., 2021), Fig. 3: symmetric cross-entropy over N pairs.
 
-    tau 0.07: where CLIP starts (Sec. 2.5); it learns tau from there, here it stays.  Its projector
-    is linear (Sec. 2.3), for a ResNet-50 to 1024 dimensions (Table 19)."""
+    CLIP's tau starts at 0.07 (Sec. 2.5) and is learned; here tau stays 0.07.  CLIP's projector is
+    linear (Sec. 2.3); for a ResNet-50 it has 1024 dimensions (Table 19)."""
     logits = F.normalize(zA) @ F.normalize(zB).T / tau              # NxN
     pair = torch.arange(len(zA), device=zA.device)
     return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
@@ -232,18 +247,20 @@ def clip_loss(zA, zB, tau=0.07):
 
 # ---- Fig. 2: encoders E1, E2 and projectors P1, P2 ----
 
-RESNETS = {                                     # block, blocks a stage, width of the first stage
+RESNETS = {                                     # block, blocks per stage, width of the first stage
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
-    "resnet-toy": (BasicBlock, (1, 1, 1, 1), 16),  # stride 8 instead of 32: 32 pixels leave 4x4
+    # stride 8 instead of 32, so that an image of 32 pixels leaves a map of 4x4
+    "resnet-toy": (BasicBlock, (1, 1, 1, 1), 16),
 }
 
 
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet for any number of input channels, no classifier, names unchanged.
+    """torchvision's ResNet for any number of input channels, without the classifier.  Parameters
+    have torchvision's names.
 
-    Call: NxCxHxW -> Nxd, the pooled feature.  `stages`: four maps, of H/4 to H/32, resnet-toy's
-    of H/2 to H/8."""
+    Call: NxCxHxW -> Nxd, the pooled feature.  `stages` gives four maps, of H/4 to H/32; those of
+    resnet-toy are of H/2 to H/8."""
 
     def __init__(self, name, channels):
         block, depths, width = RESNETS[name]
@@ -259,7 +276,7 @@ class ResNet(torchvision.models.ResNet):
             kernel = 3 if name == "resnet-toy" else 7
             self.conv1 = nn.Conv2d(channels, width, kernel, 2, padding=kernel // 2, bias=False)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):   # torchvision's way, for the replaced layers too
+            if isinstance(module, nn.Conv2d):   # as torchvision starts, for replaced layers too
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.channels = channels
         self.dims = [width * block.expansion << s for s in range(4)]
@@ -277,14 +294,16 @@ class ResNet(torchvision.models.ResNet):
 
 
 def resnet(name, channels):
-    """Sec. 4: "ResNet-50 for all scenarios".  name: a key of RESNETS.  Random weights."""
+    """Returns a ResNet with random weights.  name: a key of RESNETS.  Sec. 4: "ResNet-50 ... for
+    all scenarios"."""
     return ResNet(name, channels)
 
 
-# SegFormer's encoders (Xie et al., 2021), "MiT", with the published parameter names.  Maps: NxHxWxC
-# inside.  Layer norms have eps 1e-6, but 1e-5 after patch embeddings and reductions, as published.
+# SegFormer's encoders (Xie et al., 2021), "MiT", with the published parameter names.  Inside, maps
+# are NxHxWxC.  As published, layer norms have eps 1e-6, but 1e-5 after patch embeddings and after
+# reductions.  Equations and tables below are SegFormer's.
 
-MITS = {                                        # widths and depths of the four stages: its Table 6
+MITS = {                                        # widths and depths of the four stages, Table 6
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
     "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
     "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
@@ -299,7 +318,8 @@ def convolve(conv, x):
 
 
 class Attention(nn.Module):
-    """Multi-head attention on keys and values of a map R times smaller per axis, its Eq. 1-2."""
+    """Multi-head attention, Eq. 1-2.  Keys and values are of a map that is R times smaller per
+    axis."""
 
     def __init__(self, C, heads, R):
         super().__init__()
@@ -326,7 +346,8 @@ class Attention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """Linear, 3x3 depthwise convolution (it tells where tokens are), GELU, Linear, its Eq. 3."""
+    """Linear, 3x3 depthwise convolution, GELU, Linear, Eq. 3.  The convolution encodes where tokens
+    are."""
 
     def __init__(self, C):
         super().__init__()
@@ -348,7 +369,7 @@ class Block(nn.Module):
         self.mlp = MixFFN(C)
         self.drop = drop
 
-    def forward(self, x):                       # drop path: a sample skips a branch at rate `drop`
+    def forward(self, x):                       # drop path: a sample skips a branch with p = drop
         x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop, "row", self.training)
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop, "row", self.training)
 
@@ -365,13 +386,14 @@ def start_as_segformer(net):
 
 
 class MiT(nn.Module):
-    """SegFormer's encoder for any input channels.  Call and `stages` as for `ResNet`, normed."""
+    """SegFormer's encoder for any number of input channels.  Call and `stages` as of `ResNet`; the
+    maps have passed a layer norm."""
 
     def __init__(self, name, channels):
         super().__init__()
         self.channels = channels
         self.dims, depths = MITS[name]
-        drops = [0.1 * n / (sum(depths) - 1) for n in range(sum(depths))]  # by depth in the net
+        drops = [0.1 * n / (sum(depths) - 1) for n in range(sum(depths))]  # grow with the depth
         widths = (channels, *self.dims)
         stages = zip(self.dims, depths, (1, 2, 5, 8), (8, 4, 2, 1))
         for s, (C, depth, heads, R) in enumerate(stages):
@@ -384,7 +406,7 @@ class MiT(nn.Module):
             setattr(self, f"block{s + 1}", nn.Sequential(*blocks))
             setattr(self, f"norm{s + 1}", nn.LayerNorm(C, eps=1e-6))
         start_as_segformer(self)
-        self.to(memory_format=torch.channels_last)  # as the maps are inside, and so the gradients
+        self.to(memory_format=torch.channels_last)  # as the maps inside, so gradients fit as well
 
     def stage(self, s, x):                      # s: 1 to 4
         embed = getattr(self, f"patch_embed{s}")
@@ -396,7 +418,7 @@ class MiT(nn.Module):
     def stages(self, x):
         maps = []
         for s in (1, 2, 3, 4):
-            x = self.stage(s, x)                # each stage takes the normed map of the one before
+            x = self.stage(s, x)                # a stage takes the normed map of the stage before
             maps.append(x)
         return maps
 
@@ -405,15 +427,20 @@ class MiT(nn.Module):
 
 
 def mit(name, channels):
-    """Sec. 4: "additional segformers"; App. B: B2 and B5.  name: a key of MITS.  Random weights."""
+    """Returns a MiT with random weights.  name: a key of MITS.  Sec. 4: "additional segformers";
+    App. B: B2 and B5."""
     return MiT(name, channels)
 
 
 def projector(d, widths):
-    """Sec. 4, App. B: Linear, BatchNorm and ReLU for each width, for the last only Linear.
+    """Returns the projector of Sec. 4 and App. B: Linear, BatchNorm and ReLU for each width, but
+    only Linear for the last width.
 
-    Paper: silent on biases.  Here: none, as in Barlow Twins; batch norm takes them out again.
-    d: of the encoder.  widths: (8192, 8192, 8192) in the paper; () is no projector (Fig. 3b)."""
+    d         the dimensions of the encoder's feature
+    widths    (8192, 8192, 8192) in the paper; () gives no projector (Fig. 3b)
+
+    Paper: does not mention biases.  Here: none, as in Barlow Twins, because batch norm would remove
+    them again."""
     layers = []
     for width in widths:
         layers += [nn.Linear(d, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
@@ -425,8 +452,8 @@ class DeCUR(nn.Module):
     """Two branches that share no parameter, Fig. 2.  f1, f2: NxCxHxW -> NxK, each an encoder E and
     a projector P.
 
-    views   which of the four are encoded: what DeCUR is compared with asks for two.  z of the rest
-            is None, and a modality without views has no branch."""
+    views    which of x11 x12 x21 x22 are encoded: DeCUR needs all four, the other methods two.  The
+             z of other views is None.  A modality without views has no branch."""
 
     def __init__(self, backbone, channels1, channels2, widths, views=(True, True, True, True)):
         super().__init__()
@@ -434,7 +461,7 @@ class DeCUR(nn.Module):
         self.f1 = branch(backbone, channels1, widths) if any(views[:2]) else None
         self.f2 = branch(backbone, channels2, widths) if any(views[2:]) else None
 
-    def forward(self, x11, x12, x21, x22):      # NxK each, not yet normalised
+    def forward(self, x11, x12, x21, x22):      # -> NxK each, not normalised
         z11 = self.f1(x11) if self.views[0] else None
         z12 = self.f1(x12) if self.views[1] else None
         z21 = self.f2(x21) if self.views[2] else None
@@ -449,95 +476,106 @@ def branch(backbone, channels, widths):
     return f
 
 
-# ---- starting from published weights, or one's own ----
+# ---- start from weights: published ones, or one's own ----
 
+WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # prefixes that DDP, compile, ... add
 BRANCHES = (("f1.E.", "backbone_1."), ("f2.E.", "backbone_2."))  # ours, the authors'
-NOT_ENCODER = ("f1.P.", "f2.P.", "projector", "bn.")                  # what else a file of both holds
-CLASSIFIER = {"fc.weight", "fc.bias", "head.weight", "head.bias"}
+NOT_ENCODER = ("f1.P.", "f2.P.", "projector", "bn.")  # other keys in files with both encoders
+CLASSIFIER = ("fc.weight", "fc.bias", "head.weight", "head.bias")
 
 
 def read_weights(file, backbone):
-    """A list of the state dicts in `file`: of one encoder, or of both modalities' in their order.
+    """Returns a list of the state dicts in `file`: of one encoder, or of modality 1 and of 2.
 
-    file   checkpoint.pt or encoder?.pth of this project, a state dict of torchvision, of SegFormer,
-           of the DeCUR authors; or "imagenet" for torchvision's own of `backbone`, downloaded once
-    Raises ValueError where a file holds more than finite tensors by name: it could run code."""
+    file    checkpoint.pt or encoder?.pth of this project; a state dict of torchvision, SegFormer or
+            the DeCUR authors; or "imagenet": torchvision's own weights of `backbone`, which are
+            downloaded once
+    Raises ValueError if the file is damaged, or holds more than tensors and plain values."""
     if file == "imagenet":
-        return [imagenet_weights(backbone)]
+        return [load_imagenet(backbone)]
+    if str(file).endswith(".safetensors"):
+        raise ValueError(f"{file} must be converted first: python -c \"import torch, "
+                         f"safetensors.torch as s; torch.save(s.load_file('{file}'), 'w.pth')\"")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError):
-        raise ValueError(f"{file} is damaged, or no file of tensors and plain values alone: "
-                         f"it could run code") from None
-    for key in ("model", "state_dict"):
+        raise ValueError(f"{file} is damaged, or holds more than tensors and plain values. Such a "
+                         f"file could run code, so it is not loaded. Give another file") from None
+    for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and key in state:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{file} holds no state dict: expected tensors by their parameters' names")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+        raise ValueError(f"{file} has no state dict. Give a file of tensors by parameter names")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or not value.isfinite().all():
-            raise ValueError(f"{file}: {key} is not a tensor of finite numbers; take another file")
-    beside = (*BRANCHES[0], *BRANCHES[1], *NOT_ENCODER)
-    rest = {key: value for key, value in state.items() if not key.startswith(beside)}
+            raise ValueError(f"{file}: {key} is no tensor of finite numbers. The first keys are "
+                             f"{' '.join(list(state)[:4])}. Give a file of an encoder's weights")
+    return split_branches(strip_wrappers(state))
+
+
+def strip_wrappers(state):
+    """Removes the prefixes of WRAPPERS that all keys share."""
+    for prefix in WRAPPERS:
+        if state and all(key.startswith(prefix) for key in state):
+            return strip_wrappers({key.removeprefix(prefix): t for key, t in state.items()})
+    return state
+
+
+def split_branches(state):
+    """Returns the state dict of each encoder.  Keys that belong to no branch go to all encoders, so
+    that `load_encoder` refuses unknown keys."""
+    known = (*BRANCHES[0], *BRANCHES[1], *NOT_ENCODER)
+    rest = {key: t for key, t in state.items() if not key.startswith(known)}
     encoders = []
-    for prefixes in BRANCHES:
-        encoder = {}
-        for prefix in prefixes:
-            own = [key for key in state if key.startswith(prefix)]
-            encoder |= {key.removeprefix(prefix): state[key] for key in own}
+    for ours, authors in BRANCHES:
+        encoder = {key.removeprefix(ours).removeprefix(authors): t for key, t in state.items()
+                   if key.startswith((ours, authors))}
         if encoder:
             encoders.append(encoder | rest)
     return encoders or [rest]
 
 
-def imagenet_weights(backbone):
+def load_imagenet(backbone):
     if backbone not in torchvision.models.list_models():
-        raise ValueError(f"torchvision has no ImageNet weights for {backbone}: give a file instead")
+        raise ValueError(f"torchvision has no ImageNet weights of {backbone}. Give a file instead")
     weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except OSError as error:
-        raise ValueError(f"no {weights.url} ({error}): "
-                         f"fetch it where there is a network, give the file") from None
+        raise ValueError(f"{weights.url} cannot be downloaded ({error}). Download the file where "
+                         f"there is a network, and give it") from None
 
 
 def load_encoder(E, state, bgr=False):
-    """Load a state dict of `read_weights` into the encoder E.  Returns a line that says so.
+    """Loads a state dict of `read_weights` into the encoder E.  Returns a line that says so.
 
-    bgr    the weights know images as blue, green, red: reverse the first convolution's input
-    Raises ValueError, E untouched, unless all keys of E match and only a classifier is left over.
-    """
-    own = E.state_dict()
-    first = next(iter(own))                     # the first convolution's weight: CxC_inxkxk
-    if first in state and state[first].ndim == 4 and state[first].shape[1] != E.channels:
-        raise ValueError(f"{first} takes {state[first].shape[1]} input channels, "
-                         f"this encoder {E.channels}")
+    bgr    the weights were trained on blue, green, red: reverse the first convolution's input
+    Raises ValueError unless the keys are exactly those of E; a classifier may stand beside them."""
     if bgr and E.channels != 3:
-        raise ValueError(f"BGR weights for an encoder of {E.channels} input channels: expected 3")
-    common = [key for key in own if key in state]
-    counters = [key for key in own if key.endswith("num_batches_tracked")]  # new in torch 0.4.1
-    reshaped = [key for key in common if own[key].shape != state[key].shape]
-    missing = [key for key in own if key not in state and key not in counters]
-    unexpected = [key for key in state if key not in own and key not in CLASSIFIER]
-    for words, keys in (("of another shape", reshaped), ("missing", missing),
-                        ("unexpected", unexpected)):
-        if keys:
-            raise ValueError(f"{len(keys)} of {len(own)} keys {words}: {' '.join(keys[:4])}; "
-                             f"expected all, and only a classifier beside: another backbone?")
-    weights = {key: state[key] for key in common}
+        raise ValueError(f"BGR weights need an encoder of 3 input channels, not {E.channels}")
+    own = E.state_dict()
+    weights = {key: t for key, t in state.items() if key not in CLASSIFIER}
+    for key in own:
+        if key.endswith("num_batches_tracked"):  # files from before torch 0.4.1 lack these counters
+            weights.setdefault(key, own[key])
+    try:
+        E.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit ({' '.join(str(error).split())[:300]}). Their "
+                         f"first keys are {' '.join(list(state)[:4])}. Are they of the same "
+                         f"backbone, with the same input channels?") from None
     if bgr:
-        weights[first] = weights[first].flip(1)
-    E.load_state_dict(weights, strict=False)
-    return f"{len(common)} of {len(own)} keys matched{', BGR turned to RGB' if bgr else ''}"
+        first = next(E.parameters()).data       # the first convolution's weight: C'xCxkxk
+        first.copy_(first.flip(1))
+    return f"{len(own)} of {len(own)} keys matched{', BGR turned to RGB' if bgr else ''}"
 
 
 # ---- python decur.py: both forms of the loss, side by side ----
 
 def time_loss(loss, z, Kc):
-    """Of one forward and backward pass, the best of three; and the loss."""
+    """Returns the seconds of a forward and backward pass, the best of three, and the loss."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -550,17 +588,18 @@ def time_loss(loss, z, Kc):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description="Time of Algorithm 1's loss and of its Gram form, forward and backward.",
+        description="Times both forms of the loss, Algorithm 1's and Gram's: forward and backward.",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="the global one")
-    parser.add_argument("--dims", type=int, default=8192, metavar="K", help="of the embedding")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N",
+                        help="samples of the global batch")
+    parser.add_argument("--dims", type=int, default=8192, metavar="K", help="of an embedding")
     args = parser.parse_args(argv)
     if args.batch_size < 2 or args.dims < 2:
-        parser.error("expected --batch-size and --dims of 2 or more")
+        parser.error("--batch-size and --dims must be 2 or more")
     N, K, Kc = args.batch_size, args.dims, round(0.875 * args.dims)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    shared = torch.randn(N, K, device=device)   # correlated, so that no term is trivial
+    shared = torch.randn(N, K, device=device)   # makes the views correlated, so no term is trivial
     z = [(shared + torch.randn(N, K, device=device)).requires_grad_() for _ in range(4)]
     print(f"N {N}  K {K}  Kc {Kc}  float32  {device}  torch {torch.__version__}")
     slow, loss = time_loss(decur_loss, z, Kc)

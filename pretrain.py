@@ -3,11 +3,15 @@
     python pretrain.py --scenario rgbd --toy                     made-up scenes, minutes on a CPU
     python pretrain.py --scenario rgbd                           CPU, MPS or one GPU; data/rgbd
     torchrun --nproc_per_node=4 pretrain.py --scenario rgbd      many GPUs (paper: 4 A100, 6 hours)
-    python pretrain.py --scenario rgbd --method barlowtwins      what DeCUR is compared with
+    python pretrain.py --scenario rgbd --method barlowtwins      a method of Tables 1-3
 
-Writes into --out: checkpoint.pt (all that --resume needs), encoder1.pth and encoder2.pth (names of
-torchvision or SegFormer, no classifier) with a .json beside each that says what it wants to see,
-log.jsonl, args.json (the settings).
+Writes into --out:
+    checkpoint.pt                   all that --resume needs
+    encoder1.pth, encoder2.pth      the encoders without projectors; parameters have the names of
+                                    torchvision's ResNet or of SegFormer
+    encoder1.json, encoder2.json    what each encoder was trained on, and the settings of the run
+    log.jsonl                       a line per logged step; the last line of a step is the valid one
+    args.json                       the settings, the command line, the machine
 """
 import argparse
 import hashlib
@@ -17,21 +21,23 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (AUGMENTATIONS, BadInput, Draws, OnePattern, Samples, augment,
-                  move_views, choose_workers, epoch_batches, expand_path, run_main, find_warnings,
-                  leave_group, make_toy, mix_seeds, need, number, open_dataset, read_json, reading,
+from data import (AUGMENTATIONS, DATA_FLAGS, BadInput, Draws, Samples, add_flags, augment,
+                  choose_workers, epoch_batches, expand_path, find_warnings, leave_group, make_toy,
+                  mix_seeds, move_views, need, number, open_dataset, read_json, reading, run_main,
                   write_atomically, write_text)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, bounds, clip_loss, decur_loss,
                    decur_loss_gram, diagonals, load_encoder, read_weights, simclr_loss, vicreg_loss)
@@ -40,44 +46,47 @@ SCENARIOS = {                                   # Sec. 4, Model architecture | O
     "sar-optical": dict(common=0.875, epochs=100, batch_size=256),
     "rgb-dem": dict(common=0.75, epochs=100, batch_size=256, split="train"),
     "rgbd": dict(common=0.75, epochs=200, batch_size=128),
-    "custom": dict(common=0.8, epochs=100, batch_size=256),  # 80 %: Sec. 6's "general percentage"
+    # Sec. 8: "a general percentage of around 80%"
+    "custom": dict(common=0.8, epochs=100, batch_size=256),
 }
-ALL = dict(size=224, backbone="resnet50", projector="8192-8192-8192")  # Sec. 4
+NETWORK = dict(size=224, backbone="resnet50", projector="8192-8192-8192")  # Sec. 4
 LARS_RATES = dict(lr=0.2, lr_bias=0.0048, weight_decay=1e-6)  # App. B; not scaled with the batch
-# Of segformers; App. B does not say the decay.  None on biases and norms.
-ADAMW = [(dict(lr=1e-4, lr_bias=1e-4), "paper, App. B"), (dict(weight_decay=0.01), "as CMX")]
-# Tables 1-3, what DeCUR is compared with: none has unique dimensions; projectors of their own.
+# SegFormers train with AdamW.  App. B gives its learning rate, but no weight decay: CMX's is taken.
+# Biases and norms are not decayed.
+ADAMW_RATES = [(dict(lr=1e-4, lr_bias=1e-4), "paper, App. B"), (dict(weight_decay=0.01), "as CMX")]
+# The methods that Tables 1-3 compare DeCUR with.  They have no unique dimensions.
 LOSSES = dict(barlowtwins=barlow_twins_loss, vicreg=vicreg_loss, simclr=simclr_loss, clip=clip_loss)
 METHODS = {
     "decur": dict(),
-    "barlowtwins": dict(common=1.0),            # -SAR and -RGB with --modality
+    "barlowtwins": dict(common=1.0),            # with --modality: the tables' -SAR and -RGB
     "vicreg": dict(common=1.0),
     "simclr": dict(common=1.0, projector="2048-128"),  # SimCLR, Sec. 2.3
     "clip": dict(common=1.0, projector="1024"),  # CLIP, Sec. 2.3 and Table 19
 }
-# --toy: small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm a step
-# (eta / (1 - momentum) is 1 / 100): a thousand steps want more than the paper's tens of thousands.
-# K is above N, as in the paper, but not far: the scenes share few features, and k dimensions that
-# agree on r of them end at a diagonal of 1 / (1 + lambda (k / r - 1)).
+# --toy is small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm per
+# step, because eta / (1 - momentum) is 1 / 100.  A toy run has about 1,000 steps, the paper's runs
+# have tens of thousands, so a toy run needs a higher rate.  K is above N, as in the paper, but not
+# far above, because the scenes share few features: if k dimensions agree on only r features, the
+# diagonal ends at 1 / (1 + lambda (k / r - 1)).
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", batch_size=128, lr=2.0,
            split="train")
-TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # with fewer, probes miss factors
-REST = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
+TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # after fewer, probes miss factors
+OTHER_DEFAULTS = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
 
 
 def pretrain(run, model, augment1, augment2, Kc):
-    """Algorithm 1.  Learning rates, log, checkpoints and --resume are `Run`'s, below."""
+    """Algorithm 1.  `Run`, below, does what surrounds a step: learning rates, log, checkpoints."""
     for x1, x2 in run.batches():                                    # load a batch of pairs
-        # a batch for each view: two seasons, or the same twice
+        # x1 is a pair of batches, one for each view: of two seasons, or the same batch twice
         x1, x2 = move_views(x1, run.device), move_views(x2, run.device)
         # two augmented views for each modality
         x11, x12 = augment1(x1[0]), augment1(x1[1])                 # nxC1xSxS, n of this process
         x21, x22 = augment2(x2[0]), augment2(x2[1])                 # nxC2xSxS
-        # compute embeddings and normalize: BN is in the losses
+        # compute embeddings and normalize: the losses begin with BN
         with mixed_precision(run.device):
             z11, z12, z21, z22 = model(x11, x12, x21, x22)          # nxK
         z11, z12, z21, z22 = map(gather, (z11, z12, z21, z22))      # NxK, the global batch, float32
-        # cross-correlation matrices, calculate losses: Eq. 1-6, or a row of Tables 1-3
+        # cross-correlation matrices, calculate losses: Algorithm 1's own lines are decur.decur_loss
         loss, terms = compute_loss(run.args, Kc, z11, z12, z21, z22)
         # optimization
         run.optimizer.zero_grad()
@@ -87,17 +96,23 @@ def pretrain(run, model, augment1, augment2, Kc):
 
 
 def compute_loss(args, Kc, z11, z12, z21, z22):
-    """The loss of --method, and DeCUR's terms.  z: NxK; None for a view that is not encoded."""
+    """Returns the loss of --method, and the terms of DeCUR's loss (Eq. 6).
+
+    z11, z12, z21, z22    NxK, or None for a view that is not encoded
+
+    With the paper's sizes (N 256, K 8192) DeCUR's loss is computed by `decur_loss_gram`: it equals
+    `decur_loss`, but has no cross-correlation matrices and costs a twentieth."""
     if args.method == "decur":
         N, K = z11.shape
-        form = decur_loss_gram if 3 * N <= 2 * K else decur_loss    # equal; the cheaper of the two
+        form = decur_loss_gram if 3 * N <= 2 * K else decur_loss    # the cheaper of two equal forms
         return form(z11, z12, z21, z22, Kc, intra=not args.no_intra)
-    zA, zB = [z for z in (z11, z12, z21, z22) if z is not None]     # z11, z21; one modality: both
+    zA, zB = [z for z in (z11, z12, z21, z22) if z is not None]     # NxK, the two encoded views
     return LOSSES[args.method](zA, zB), {}
 
 
 def measure_embeddings(args, Kc, z11, z12, z21, z22):
-    """For the log: DeCUR's mean diagonals, and the mean standard deviation of each embedding."""
+    """Returns numbers for the log: the mean standard deviation of the embeddings of each modality
+    and, for DeCUR, the mean diagonals of its correlation matrices."""
     numbers = diagonals(z11, z12, z21, z22, Kc) if args.method == "decur" else {}
     for name, z in (("std1", z11), ("std2", z21)):
         if z is not None:
@@ -106,22 +121,24 @@ def measure_embeddings(args, Kc, z11, z12, z21, z22):
 
 
 def choose_views(args):
-    """Which of x11 x12 x21 x22 are encoded.  All four are made: each method sees the same."""
+    """Returns which of x11 x12 x21 x22 are encoded.  All four are made in any case, so that every
+    method sees the same augmented views."""
     if args.modality:                           # two views of one modality
         return [args.modality == 1, args.modality == 1, args.modality == 2, args.modality == 2]
     if args.method == "decur" and not args.no_intra:
         return [True, True, True, True]
-    return [True, False, True, False]           # the second views stand in intra-modal terms alone
+    return [True, False, True, False]           # only intra-modal terms need the second views
 
 
-# ---- optimisation, App. B ----
+# ---- optimization, App. B ----
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017) with momentum, as in Barlow Twins.
 
-    groups: parameters, or groups of them that may have an lr of their own.  Those of fewer than two
-    dimensions (biases, batch norm) take a plain momentum step: no weight decay, no adaptation.  A
-    step uses the gradients up: they are scaled in place."""
+    groups    parameters, or groups of parameters with a learning rate for each group
+
+    Parameters of fewer than two dimensions (biases, batch norm) take a plain momentum step, without
+    weight decay and adaptation.  step() scales the gradients in place, so they are used up."""
 
     def __init__(self, groups, lr=0.2, weight_decay=1e-6, momentum=0.9, eta=0.001):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
@@ -133,11 +150,12 @@ class LARS(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 g = p.grad
-                if p.ndim > 1:                  # in place: memory bounds the speed
+                if p.ndim > 1:                  # in place, because memory bounds the speed
                     g.add_(p, alpha=group["weight_decay"])
                     p_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * p_norm / g_norm
-                    g.mul_(torch.where((p_norm > 0) & (g_norm > 0), trust, 1))  # norm 0 moves, too
+                    # a weight of norm 0 moves, too
+                    g.mul_(torch.where((p_norm > 0) & (g_norm > 0), trust, 1))
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 m = self.state[p]["momentum"].mul_(group["momentum"]).add_(g)
@@ -145,11 +163,12 @@ class LARS(torch.optim.Optimizer):
 
 
 def cosine(step, steps):
-    """Decay from 1 at step 0 to 0 at step `steps`, no warm-up (App. B)."""
+    """Returns the share of the learning rate: from 1 at step 0 to 0 at the last, no warm-up."""
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def make_optimizer(net, args):
+    """Returns LARS, for a SegFormer AdamW.  Biases and norms have their own rate and no decay."""
     weights = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]           # biases and norms
     groups = [dict(params=weights, lr=args.lr, weight_decay=args.weight_decay),
@@ -161,206 +180,103 @@ def make_optimizer(net, args):
 
 def main(argv=None):
     args, sources = get_args(argv)
-    place = read_environment()
-    rank, world, device = place
+    rank, world, device = process = read_environment()
+    checkpoint = find_checkpoint(args.out, args.resume)             # or None
+    step = checkpoint["step"] if checkpoint else 0
 
-    # ---- data; the loader's workers start before any process talks to another ----
+    # ---- data; the loader's workers start before the processes meet ----
     if args.toy:
         make_toy(args.scenario, args.data, rank=rank)
-    data = open_pretraining_data(args)
+    data = open_pretraining_data(args, sources, checkpoint)
     check_batch(args.batch_size, len(data), world, least=2)
-    steps = args.epochs * (len(data) // args.batch_size)
-    channels = [views[0].shape[0] for views in data[0]]
-    run = Run(args, data, np.arange(len(data)), steps, cosine, place)
+    steps_per_epoch = len(data) // args.batch_size
+    steps = args.epochs * steps_per_epoch
+    loader = make_loader(args, data, np.arange(len(data)), step, steps, process)
+    join(args.out, step, process)
 
-    # ---- model and optimiser ----
-    torch.manual_seed(args.seed)
-    net = DeCUR(args.backbone, *channels, args.widths, choose_views(args))
-    net.to(memory_format=torch.channels_last)
-    branches = [f for f in (net.f1, net.f2) if f is not None]
-    encoded = [row for row, f in zip(data.inputs, (net.f1, net.f2)) if f is not None]
-    K = args.widths[-1] if args.widths else branches[0].E.dims[-1]
+    # ---- model and optimizer ----
+    channels = [views[0].shape[0] for views in data[0]]
+    net, encoders = make_network(args, channels)
+    rows = {m: data.inputs[m - 1] for m in encoders}                # what each encoder sees
+    K = args.widths[-1] if args.widths else max(E.dims[-1] for E in encoders.values())
     Kc = round(args.common * K)
-    if args.weights and run.step == 0:
-        run.print(*start_from(args.weights, [f.E for f in branches], args, encoded))
+    lines = describe_run(args, data, net, Kc, K)
+    if args.weights and not checkpoint:
+        lines += start_from(args.weights, list(encoders.values()), args, list(rows.values()))
     model = distribute(net, world, device)
+    optimizer = make_optimizer(net, args)
+    settings = collect_settings(
+        args, K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
+        inputs=list(data.inputs))
+    if checkpoint:
+        restore(checkpoint, args.out, net, optimizer, settings,
+                ", or train on from its encoders with --weights {file} and a new --out")
 
     # ---- run ----
-    about = dict(K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
-                 inputs=list(data.inputs))
-    run.begin(net, make_optimizer(net, args), about)
-    if args.scenario != "rgbd":
-        del sources["depth_unit"]
-    run.introduce(sources, data, describe_run(args, data, net, Kc, K))
+    if rank == 0:
+        make_run_folder(args, settings, process)
+    run = Run(args, settings, net, optimizer, loader, step, steps, steps_per_epoch, cosine, process)
+    run.introduce(sources, lines, find_warnings(data))
     augment1, augment2 = [partial(augment, row=row, size=args.size, draws=run.draws)
                           for row in data.inputs]
     pretrain(run, model, augment1, augment2, Kc)
     if rank == 0 and not run.stopped:
-        for m, (row, f) in enumerate(zip(encoded, branches), args.modality or 1):
-            export(args.out / f"encoder{m}.pth", f.E, row, run.settings)
+        for m, E in encoders.items():
+            export(args.out / f"encoder{m}.pth", E, rows[m], settings)
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     leave()
-    return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
+    return 128 + run.stopped if run.stopped else 0  # a shell's exit code for a signal
 
 
-# ---- what stands around a loop, here and in finetune.py ----
-
-class Run:
-    """Batches from where the run stood, learning rates, log, checkpoints, signals, --resume.
-
-    args     seed, batch_size (the global one), workers, out, resume, save_every (minutes)
-    data     a data set; indices: those of its samples that are trained on
-    steps    of the whole run; rate(step, steps): the learning rate as a fraction of its base
-    place    what `read_environment` returned
-    Checkpoints: every save_every minutes, at a signal, at the end."""
-
-    def __init__(self, args, data, indices, steps, rate, place):
-        self.args, self.steps, self.rate = args, steps, rate
-        self.rank, self.world, self.device = place
-        N = args.batch_size
-        rows = slice(self.rank * N // self.world, (self.rank + 1) * N // self.world)
-        self.draws = Draws(args.seed, N, rows)
-        self.checkpoint = find_checkpoint(args)
-        self.step = self.checkpoint["step"] if self.checkpoint else 0
-        self.steps_per_epoch = max(1, len(indices) // N)
-        self.signalled = self.stopped = 0       # or the signal's number
-        self.waited = 0.0                       # seconds for batches, since the last line
-        sampler = batch_order(indices, N, args.seed, rows, self.step, steps)
-        self.loader = iter(DataLoader(
-            Samples(data, keep=args.workers == 0), batch_sampler=sampler, num_workers=args.workers,
-            worker_init_fn=leave_group, pin_memory=self.device.type == "cuda"))
-        join(self.world)
-
-    def begin(self, net, optimizer, about):
-        """Load the checkpoint to go on from, if there is one; make the folder.  BadInput where the
-        settings, or `about` what is run, are not that checkpoint's, or the processes disagree."""
-        self.net, self.optimizer = net, optimizer
-        settings = {name: value for name, value in vars(self.args).items() if name not in RUN_ONLY}
-        self.settings = settings | about
-        self.base_lr = [group["lr"] for group in optimizer.param_groups]
-        if self.checkpoint:
-            file = self.args.out / "checkpoint.pt"
-            check_equal(self.settings, self.checkpoint["settings"], self.settings, "--resume",
-                       f"{file}; give the settings of that run, or a new --out")
-            with reading(file, "a checkpoint of this run"):
-                net.load_state_dict(self.checkpoint["model"])
-                optimizer.load_state_dict(self.checkpoint["optimizer"])
-            self.checkpoint = None
-        most, least = max_over_processes(self.step, self.device), -max_over_processes(-self.step, self.device)
-        need(most == least, f"{self.args.out} is at step {most} for one process, at {least} for "
-             f"another; expected an --out that all of them see")
-        self.batch = next(self.loader, None)    # if it cannot be read, there is no folder yet
-        if self.rank == 0:
-            record = dict(self.settings, data=self.args.data, argv=sys.argv, processes=self.world,
-                          device=str(self.device), torch=str(torch.__version__))
-            open_folder(self.args.out, record, self.step, self.args.resume)
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.listen(self.stop)
-
-    def batches(self):
-        """Every batch of this process.  After `yield` stands what follows the caller's step."""
-        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
-                        disable=self.rank > 0 or None)
-        self.saved = self.logged = time.time()
-        self.logged_step = self.step
-        while self.step < self.steps and not self.stopped:
-            start = time.time()
-            batch = self.batch or next(self.loader)
-            self.batch = None
-            self.waited += time.time() - start
-            self.draws.restart(self.step)                           # the augmentations'
-            torch.manual_seed(mix_seeds(self.args.seed, self.step, 1 + self.rank))  # drop path, dropout
-            for group, lr in zip(self.optimizer.param_groups, self.base_lr):
-                group["lr"] = lr * self.rate(self.step, self.steps)
-            yield batch
-            self.step += 1
-            self.bar.update()
-            if self.world == 1 or self.step % 10 == 0:              # all leave at the same step
-                self.stopped = max_over_processes(self.signalled, self.device)
-            minutes = (time.time() - self.saved) / 60
-            if self.stopped or self.step == self.steps or minutes > self.args.save_every:
-                self.save()
-        self.bar.close()
-        self.listen(signal.SIG_DFL)             # all is saved: a signal may end it at once
-        if self.stopped:
-            self.print(f"stopped after step {self.step} of {self.steps} and saved; "
-                       f"to go on, give the same command with --resume")
-
-    def log(self, loss, terms=None, numbers_of=dict):
-        """A line every 50 steps; of a short run, about 50.  terms: scalars, the loss is their sum;
-        numbers_of(): more.  They, and whether each loss was finite, are looked at only then."""
-        self.finite &= loss.isfinite()
-        step, every = self.step + 1, min(50, max(1, self.steps // 50))
-        if step % every and step not in (1, self.steps):
-            return
-        line = dict(epoch=self.step // self.steps_per_epoch + 1, step=step, loss=loss.item())
-        for name, value in {**(terms or {}), **numbers_of()}.items():
-            line[name] = value.item()
-        if not self.finite:
-            sys.exit(f"the loss is {loss.item()} by step {step} ({format_losses(line)}); what was "
-                     f"saved before stays; look at the data, or take a smaller --lr or --lr-bias")
-        if self.rank > 0:
-            return
-        seconds = max(time.time() - self.logged, 1e-9)
-        pairs = (step - self.logged_step) * self.args.batch_size
-        line |= dict(lr=self.optimizer.param_groups[0]["lr"], pairs_per_s=pairs / seconds,
-                     data=self.waited / seconds)
-        self.logged, self.logged_step, self.waited = time.time(), step, 0.0
-        self.print(f"epoch {line['epoch']:03d} step {step:06d}/{self.steps:06d}  "
-                   f"{format_losses(line)}  lr {line['lr']:.4g}  {line['pairs_per_s']:.0f} pairs/s  "
-                   f"data {line['data']:.0%}")
-        with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def introduce(self, sources, data, lines):
-        """What runs: the command, each setting with its source, more lines, what looks wrong."""
-        self.print(" ".join(sys.argv))
-        for name, source in sources.items():
-            self.print(f"  {name.replace('_', '-'):14s} {getattr(self.args, name)!s:16s} {source}")
-        self.print(f"{self.steps} steps on {self.world} x {self.device.type}; torch "
-                   f"{torch.__version__}", *lines)
-        for words in find_warnings(data):
-            self.print(f"warning: {words}")
-        if self.args.resume:
-            self.print(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
-
-    def save(self):
-        if self.rank > 0:
-            return
-        if not all(p.isfinite().all() for p in self.net.parameters()):
-            sys.exit(f"a weight is not finite after step {self.step}; what was saved before stays; "
-                     f"a smaller --lr or --lr-bias may help")
-        checkpoint = dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
-                          step=self.step, settings=self.settings, torch=str(torch.__version__))
-        write_atomically(self.args.out / "checkpoint.pt", partial(torch.save, checkpoint))
-        self.saved = time.time()
-
-    def print(self, *lines):
-        """Print on the first process, above the bar.  Where nobody reads any more, stop."""
-        if self.rank > 0:
-            return
-        try:
-            for line in lines:
-                tqdm.write(line, file=sys.stdout)
-        except BrokenPipeError:
-            sys.stdout = open(os.devnull, "w")
-            self.signalled = 13                 # SIGPIPE, which Windows lacks
-
-    def listen(self, handler):
-        """SIGTERM, Ctrl-C, a closed terminal and Slurm's warning end the step and save."""
-        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            if hasattr(signal, name):           # Windows has two of them
-                signal.signal(getattr(signal, name), handler)
-
-    def stop(self, signum, frame):
-        self.signalled = signum
-        signal.signal(signum, signal.SIG_DFL)   # a second one kills
+def make_network(args, channels):
+    """Returns the network of --method, and its encoders by the number of their modality."""
+    torch.manual_seed(args.seed)
+    net = DeCUR(args.backbone, *channels, args.widths, choose_views(args))
+    net.to(memory_format=torch.channels_last)
+    return net, {m: f.E for m, f in ((1, net.f1), (2, net.f2)) if f is not None}
 
 
-def batch_order(indices, N, seed, rows, step, steps):
-    """This process's `rows` of each batch from `step` on: lists of (epoch, index)."""
+# ---- before the loop, here and in finetune.py: find, load, join, restore, make the folder ----
+
+# These settings may differ at --resume.
+RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
+            "toy", "save_images", "table", "pretraining")
+
+
+def find_checkpoint(out, resume):
+    """Loads the checkpoint.pt of the run to go on from; returns None if there is none.
+
+    Raises BadInput if `out` holds a run and `resume` is false."""
+    file = out / "checkpoint.pt"
+    holds_run = file.exists() or (out / "log.jsonl").exists()
+    need(resume or not holds_run, f"--out {out} holds a run. Give a new --out, or go on from that "
+         f"run with --resume")
+    return load_checkpoint(file) if file.exists() else None
+
+
+def make_loader(args, data, indices, step, steps, process):
+    """Starts the workers.  Returns an iterator of this process's batches, from `step` to `steps`.
+
+    Reads the first batch before --out is made, so that a run that cannot read leaves no folder."""
+    rank, world, device = process
+    rows = choose_rows(args.batch_size, rank, world)
+    loader = iter(DataLoader(
+        Samples(data, keep=args.workers == 0), num_workers=args.workers,
+        batch_sampler=order_batches(indices, args.batch_size, args.seed, rows, step, steps),
+        worker_init_fn=leave_group, pin_memory=device.type == "cuda"))
+    first = next(loader, None)                  # None if all steps are done
+    return chain(iter([first]), loader)         # an iterator, because chain would keep a list
+
+
+def choose_rows(N, rank, world):
+    """Returns the slice of a global batch of N that the process `rank` of `world` takes."""
+    return slice(rank * N // world, (rank + 1) * N // world)
+
+
+def order_batches(indices, N, seed, rows, step, steps):
+    """Yields a list of (epoch, index) per batch: the `rows` of each global batch from `step` on."""
     while step < steps:
         epoch, done = divmod(step, len(indices) // N)
         batches = epoch_batches(len(indices), N, seed, epoch)[done:done + steps - step, rows]
@@ -369,72 +285,226 @@ def batch_order(indices, N, seed, rows, step, steps):
         step += len(batches)
 
 
-def find_checkpoint(args):
-    """The checkpoint to go on from, or None.  Without --resume an --out with a run is refused."""
-    file = args.out / "checkpoint.pt"
-    before = [path for path in (file, args.out / "log.jsonl") if path.exists()]
-    need(args.resume or not before, f"--out {args.out} holds a run; expected a new --out, or "
-         f"--resume to go on from it")
-    return load_checkpoint(file) if file.exists() else None
+def collect_settings(args, **about):
+    """Returns the settings that a checkpoint keeps; `about` adds facts about data and model."""
+    settings = {name: value for name, value in vars(args).items() if name not in RUN_ONLY}
+    return settings | about
 
 
-def check_equal(settings, before, names, flag, where):
-    """where: what has the other settings, and the remedy."""
+def restore(checkpoint, out, net, optimizer, settings, remedy=""):
+    """Loads the states of the checkpoint that find_checkpoint(out) returned.
+
+    Raises BadInput if the checkpoint's settings differ; `remedy` is added to that message."""
+    file = out / "checkpoint.pt"
+    check_equal(settings, checkpoint["settings"], settings, "--resume", f"{file}. Give the "
+                f"settings of that run, or a new --out{remedy.format(file=file)}")
+    base_lr = [group["lr"] for group in optimizer.param_groups]
+    with reading(file, "a checkpoint of this run"):
+        net.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, lr in zip(optimizer.param_groups, base_lr):
+        group["lr"] = lr                        # the checkpoint has the rate of its last step
+
+
+def check_equal(settings, others, names, flag, where):
+    """Raises BadInput if one of the named settings differs from `others`.
+
+    where    says what has the other settings, and what to do"""
     for name in names:
-        words = f"{settings[name]}, but {before.get(name)}"
-        if len(words) > 200:                    # statistics of the images
-            words = "not what it is"
-        need(before.get(name) == settings[name], f"{flag}: {name} is {words} in {where}")
+        difference = f"is {settings[name]}, but {others.get(name)}"
+        if len(difference) > 200:               # statistics of the images
+            difference = "differs"
+        need(others.get(name) == settings[name], f"{flag}: {name} {difference} in {where}")
 
 
-def open_folder(out, record, step, resume):
-    """The run's folder: args.json, and log.jsonl without what is damaged or came after `step`."""
-    log_file, lines = out / "log.jsonl", []
-    if step and log_file.exists():
-        for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step:
-                    lines.append(f"{line}\n")
-    make_folder(out)
+def make_run_folder(args, settings, process):
+    """Makes --out with args.json and, unless --resume finds one, an empty log.jsonl."""
+    make_folder(args.out)
     try:
-        open(log_file, "a" if resume else "x").close()
+        open(args.out / "log.jsonl", "a" if args.resume else "x").close()
     except FileExistsError:
-        raise BadInput(f"--out {out}: another run has just begun there; give a new one") from None
-    write_text(out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
-    write_text(log_file, "".join(lines))
+        raise BadInput(f"--out {args.out}: another run has just begun there. Give a new "
+                       f"--out") from None
+    _, world, device = process
+    record = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
+                  torch=str(torch.__version__))
+    write_text(args.out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
 
 
 def make_folder(out):
+    """Makes the folder --out.  Raises BadInput if that is impossible."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {out} cannot be made ({error.strerror}); give another") from None
+        raise BadInput(f"--out {out} cannot be made ({error.strerror}). Give another") from None
+
+
+# ---- around each step, here and in finetune.py ----
+
+class Run:
+    """Yields batches; does what surrounds a step: learning rates, log, checkpoints, signals.
+
+    args               seed, batch_size (of all processes), out, resume, save_every (minutes)
+    settings           the settings that checkpoints keep, from `collect_settings`
+    loader             an iterator of batches from `step` on, from `make_loader`
+    step, steps        the number of steps that are done, and of all steps
+    steps_per_epoch    for the log
+    rate               rate(step, steps) is the learning rate as a share of its base
+    process            rank, world and device, from `read_environment`
+
+    Saves a checkpoint every save_every minutes, at a signal, and at the end."""
+
+    def __init__(self, args, settings, net, optimizer, loader, step, steps, steps_per_epoch, rate,
+                 process):
+        self.args, self.settings, self.net, self.optimizer = args, settings, net, optimizer
+        self.loader, self.step, self.steps, self.rate = loader, step, steps, rate
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.rank, self.world, self.device = process
+        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.draws = Draws(args.seed, args.batch_size,
+                           choose_rows(args.batch_size, self.rank, self.world))
+        self.signalled = 0                      # the number of a signal that has arrived, or 0
+        self.stopped = 0                        # the same, once all processes know of it
+        self.waited = 0.0                       # seconds of waiting for batches since the last line
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+    def introduce(self, sources, lines, warnings):
+        """Prints the command, each setting with its source, `lines`, and the warnings."""
+        self.print(" ".join(sys.argv))
+        for name, source in sources.items():
+            self.print(f"  {name.replace('_', '-'):14s} {getattr(self.args, name)!s:16s} {source}")
+        backend = f" ({dist.get_backend()})" if dist.is_initialized() else ""
+        self.print(f"{self.steps} steps on {self.world} x {self.device.type}{backend}; torch "
+                   f"{torch.__version__}", *lines)
+        for warning in warnings:
+            self.print(f"warning: {warning}")
+        if self.step > 0:
+            self.print(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
+        elif self.args.resume:
+            self.print(f"--resume: no checkpoint.pt in {self.args.out}, so this run begins anew")
+
+    def batches(self):
+        """Yields every batch of this process.  The caller has done its step when it asks again."""
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
+                        disable=self.rank > 0 or None)
+        self.saved = self.logged = time.time()
+        self.logged_step = self.step
+        self.listen(self.stop)
+        while self.step < self.steps and not self.stopped:
+            start = time.time()
+            batch = next(self.loader)
+            self.waited += time.time() - start
+            self.draws.restart(self.step)       # seeds the augmentations
+            # seeds drop path and dropout
+            torch.manual_seed(mix_seeds(self.args.seed, self.step, 1 + self.rank))
+            for group, lr in zip(self.optimizer.param_groups, self.base_lr):
+                group["lr"] = lr * self.rate(self.step, self.steps)
+            yield batch
+            self.step += 1
+            self.bar.update()
+            if self.world == 1 or self.step % 10 == 0:  # all processes stop after the same step
+                self.stopped = max_over_processes(self.signalled, self.device)
+            minutes = (time.time() - self.saved) / 60
+            if self.stopped or self.step == self.steps or minutes > self.args.save_every:
+                self.save()
+        self.bar.close()
+        self.listen(signal.SIG_DFL)             # all is saved, so a signal may end the process
+        if self.stopped:
+            self.print(f"stopped after step {self.step} of {self.steps} and saved. To go on, give "
+                       f"the same command with --resume")
+
+    def log(self, loss, terms=None, measure=dict):
+        """Logs every 50th step; in a run of fewer than 2,500 steps about 50 steps in all.
+
+        terms        the scalars whose sum is the loss
+        measure()    returns further values by name
+
+        Values are copied from the GPU only for lines that are logged.  If a loss since the last
+        line was not finite, the run ends."""
+        self.finite &= loss.isfinite()
+        step, every = self.step + 1, min(50, max(1, self.steps // 50))
+        if step % every and step not in (1, self.steps):
+            return
+        line = dict(epoch=self.step // self.steps_per_epoch + 1, step=step, loss=loss.item())
+        for name, value in {**(terms or {}), **measure()}.items():
+            line[name] = value.item()
+        if not self.finite:
+            sys.exit(f"the loss is {loss.item()} by step {step} ({format_losses(line)}). The last "
+                     f"checkpoint stays. Look at the data, or give a smaller --lr or --lr-bias")
+        if self.rank > 0:
+            return
+        seconds = max(time.time() - self.logged, 1e-9)
+        pairs = (step - self.logged_step) * self.args.batch_size
+        line |= dict(lr=self.optimizer.param_groups[0]["lr"], pairs_per_s=pairs / seconds,
+                     data=self.waited / seconds)
+        self.logged, self.logged_step, self.waited = time.time(), step, 0.0
+        self.print(f"epoch {line['epoch']:03d} step {step:06d}/{self.steps:06d}  "
+                   f"{format_losses(line)}  lr {line['lr']:.4g}  "
+                   f"{line['pairs_per_s']:.0f} pairs/s  data {line['data']:.0%}")
+        with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self):
+        """Writes checkpoint.pt.  Ends the run if a weight is not finite."""
+        if self.rank > 0:
+            return
+        if not all(p.isfinite().all() for p in self.net.parameters()):
+            sys.exit(f"a weight is not finite after step {self.step}. The last checkpoint stays. "
+                     f"Give a smaller --lr or --lr-bias")
+        checkpoint = dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+                          step=self.step, settings=self.settings, torch=str(torch.__version__))
+        write_atomically(self.args.out / "checkpoint.pt", partial(torch.save, checkpoint))
+        self.saved = time.time()
+
+    def print(self, *lines):
+        """Prints on the first process, above the bar.  If nobody reads stdout, the run stops."""
+        if self.rank > 0:
+            return
+        try:
+            for line in lines:
+                tqdm.write(line, file=sys.stdout)
+        except BrokenPipeError:                 # ends the run after a save, as a signal does
+            sys.stdout = open(os.devnull, "w")
+            self.signalled = 13                 # SIGPIPE, a name that Windows lacks
+
+    def listen(self, handler):
+        """Sets the handler of SIGTERM, Ctrl-C, a closed terminal, and Slurm's warning."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            if hasattr(signal, name):           # Windows has only the first two
+                signal.signal(getattr(signal, name), handler)
+
+    def stop(self, signum, frame):
+        """Notes the signal, so that the run saves and ends after this step."""
+        self.signalled = signum
+        signal.signal(signum, signal.SIG_DFL)   # the same signal again ends the process at once
 
 
 def format_losses(line):
-    """The loss with its terms, diagonals and standard deviations: what of them a line has."""
+    """Returns the loss as text, with the terms, diagonals and deviations that `line` has."""
     terms = [f"{name} {line[name]:.1f}" for name in ("L1", "L2", "Lc", "Lu") if name in line]
     means = [f"{name} {line[name]:.2f}" for name in ("C1", "C2", "Cc", "Cu") if name in line]
     stds = [f"{line[name]:.2f}" for name in ("std1", "std2") if name in line]
-    words = f"loss {line['loss']:.4f}"          # of other methods: SimCLR's is below 7
+    text = f"loss {line['loss']:.4f}"           # four digits, because SimCLR's loss is below 7
     if terms:
-        words = f"loss {line['loss']:.1f} = {' + '.join(terms)}"
+        text = f"loss {line['loss']:.1f} = {' + '.join(terms)}"
     if means:
-        words += f"  diag {' '.join(means)}"
+        text += f"  diag {' '.join(means)}"
     if stds:
-        words += f"  std {' '.join(stds)}"
-    return words
+        text += f"  std {' '.join(stds)}"
+    return text
 
 
 # ---- processes ----
 
 class Gather(torch.autograd.Function):
-    """nxK of each of W processes -> NxK on each, in the order of ranks; differentiable.
+    """Joins the nxK of each of W processes to the global batch, NxK, in the order of ranks.
 
-    Each computes the whole loss, so each has the gradient of all N rows; DDP averages over the W:
-    one's own rows W times make it exactly that of one process.  (An in-place all_reduce of C,
-    outside autograd, gives 1/W of it.)  A sum of rows that are zero elsewhere: gloo documents no
-    all_gather for CUDA tensors."""
+    Every process computes the loss of all N rows, and DistributedDataParallel divides gradients by
+    W.  So `backward` returns the gradient of this process's rows times W, and the average is the
+    gradient of one process.  (An in-place all_reduce of C, outside autograd, would give 1/W of it.)
+
+    The join is a sum of matrices that are zero in the other processes' rows, because gloo does not
+    document all_gather for CUDA tensors."""
 
     @staticmethod
     def forward(ctx, z):
@@ -451,7 +521,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(z):
-    """The global batch, NxK, from the processes' nxK, in float32 or float64.  None stays None."""
+    """Returns the global batch, NxK in float32 or float64.  z: nxK of this process, or None."""
     if z is None:
         return None
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -461,17 +531,18 @@ def gather(z):
 
 
 def read_environment():
-    """Rank, world size and device of this process, by torchrun's environment; without it, one."""
+    """Returns rank, world size and device of this process.  Without torchrun there is only one."""
     numbers = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
-        need(text.isdecimal(), f"{name}={text} in the environment; expected a number: torchrun's")
+        need(text.isdecimal(), f"{name}={text} in the environment is no number. Start by torchrun, "
+             f"or unset {name}")
         numbers.append(int(text))
     rank, world, local = numbers
-    need(rank < world, f"RANK={rank} and WORLD_SIZE={world} in the environment; expected those of "
-         f"torchrun, or neither")
+    need(rank < world, f"RANK={rank} and WORLD_SIZE={world} in the environment contradict each "
+         f"other. Start by torchrun, or unset both")
     if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True   # all shapes of a run are fixed
+        torch.backends.cudnn.benchmark = True   # pays, because all shapes of a run are fixed
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and world == 1:
@@ -481,42 +552,66 @@ def read_environment():
     return rank, world, device
 
 
-def join(world):
-    """Processes meet.  By gloo on CPUs, and where several share a GPU."""
+def join(out, step, process):
+    """Connects the processes.  Raises BadInput unless all processes go on from the same step."""
+    rank, world, device = process
     if world > 1 and not dist.is_initialized():
-        need("MASTER_ADDR" in os.environ, f"WORLD_SIZE={world}, but no MASTER_ADDR in the "
-             f"environment; expected all that torchrun sets, or nothing")
-        own_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        need("MASTER_ADDR" in os.environ, f"WORLD_SIZE={world}, but the environment has no "
+             f"MASTER_ADDR. Start by torchrun, or unset WORLD_SIZE")
+        store, _, _ = next(rendezvous("env://"))
+        store.set(f"device{rank}", name_device(device))
+        devices = [store.get(f"device{other}").decode() for other in range(world)]
+        dist.init_process_group(choose_backend(devices), store=store, rank=rank, world_size=world)
+    most, least = max_over_processes(step, device), -max_over_processes(-step, device)
+    need(most == least, f"--out {out} is at step {most} for one process and at step {least} for "
+         f"another. Give an --out that all processes see, such as one on a shared disk")
+
+
+def name_device(device):
+    """Returns the uuid of a GPU, because its number may differ between processes; of another device
+    its kind."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_properties(device).uuid)
+    return device.type
+
+
+def choose_backend(devices):
+    """Returns "nccl" if each process has a GPU to itself, otherwise "gloo".  devices: names."""
+    shared = len(set(devices)) < len(devices)
+    return "gloo" if shared or "cpu" in devices else "nccl"
 
 
 def leave():
+    """Disconnects the processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def distribute(net, world, device):
-    """net on its device, with synchronised batch norms, and the model that averages gradients."""
+    """Moves net to its device.  Returns the model that averages gradients over the processes."""
     net.to(device)
     if world == 1:
         return net
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     elif dist.get_rank() == 0:
-        print(f"warning: on {world} CPU processes torch cannot synchronise batch normalisation; "
-              f"each uses its own samples there (the loss is of all)")
+        print(f"warning: torch cannot synchronise batch normalisation over {world} CPU processes, "
+              f"so each process normalises its own samples. The loss is of all samples")
+    # batch statistics of random networks differ between processes, and no buffer is broadcast later
+    for buffer in net.buffers():
+        dist.broadcast(buffer, 0)
     return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def mixed_precision(device):
-    """Autocast to bf16 on GPUs that have it (Ampere and later); elsewhere nothing is cast."""
+    """Returns autocast to bf16 on GPUs that have bf16 (Ampere and later), otherwise no cast."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()
 
 
 def max_over_processes(value, device):
-    """The largest integer that a process gives, on all of them; 1 if it is True on one."""
+    """Returns the largest of the processes' integers, on all processes."""
     if not dist.is_initialized():
         return int(value)
     value = torch.tensor(int(value), device=device)
@@ -525,130 +620,174 @@ def max_over_processes(value, device):
 
 
 def sum_over_processes(t):
-    """Over the processes, in place."""
+    """Sums a tensor over the processes, in place, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
 
 
 def check_batch(N, n, world, least=1):
-    """N: --batch-size, the global one; n: samples; least: that each process has to have."""
-    need(N % world == 0, f"--batch-size {N} is not a multiple of {world} processes; "
-         f"try {max(least, N // world) * world}")
+    """Raises BadInput unless N, the --batch-size of all processes, divides evenly among them, gives
+    each at least `least` samples, and is at most n, the number of samples."""
+    need(N % world == 0, f"--batch-size {N} is not a multiple of {world} processes. Give "
+         f"{max(least, N // world) * world}")
     need(N // world >= least, f"--batch-size {N} leaves {N // world} sample to each of {world} "
-         f"processes, too few for batch normalisation; at least {least * world}")
-    need(N <= n, f"--batch-size {N} is more than the {n} samples; at most {n}")
+         f"processes, too few for batch normalisation. Give {least * world} or more")
+    need(N <= n, f"--batch-size {N} is more than the {n} samples. Give {n} or less")
 
 
 # ---- checkpoints and weights ----
 
 def load_checkpoint(path):
-    """Raises BadInput for a file that is truncated, or holds more than tensors and plain values."""
+    """Loads a checkpoint.pt.  Raises BadInput if the file is damaged or not of this project."""
     with reading(path, "a whole checkpoint.pt of tensors and plain values",
                  "give another, or at --resume a new --out"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         kinds = [type(checkpoint.get(name)) for name in ("settings", "step")]
-        need(kinds == [dict, int], f"{path} is no checkpoint of this project; expected a "
-             f"checkpoint.pt that pretrain.py or finetune.py wrote; give another")
+        need(kinds == [dict, int], f"{path} is no checkpoint of this project. Give a checkpoint.pt "
+             f"that pretrain.py or finetune.py wrote")
         return checkpoint
 
 
 def read_settings(checkpoint):
-    """The settings of a pretraining, and whether it was `stopped` before its end, or None."""
-    settings, step = complete(checkpoint["settings"]), checkpoint["step"]
+    """Returns the settings of a pretraining; `stopped` says where it was stopped, or is None.
+
+    Raises KeyError if the checkpoint is not of a pretraining."""
+    settings, step = checkpoint["settings"], checkpoint["step"]
     steps = settings["epochs"] * (settings["pairs"] // settings["batch_size"])
     return settings | dict(stopped=f"at step {step} of {steps}" if step < steps else None)
 
 
-def complete(settings):
-    """The settings of a pretraining, or ValueError: what they lack, or what is of another type."""
-    kinds = dict(scenario=str, method=str, backbone=str, widths=list, K=int, Kc=int,
-                 modalities=list, channels=list, inputs=list, epochs=int, pairs=int, batch_size=int,
-                 size=int, split=str, depth_unit=(int, float), seed=int, common=(int, float),
-                 no_intra=bool)
-    for name, kind in kinds.items():
-        if not isinstance(settings.get(name), kind):
-            raise ValueError(f"{name} is {settings.get(name)}")
-    return settings
-
-
 def export(path, E, row, settings):
-    """The encoder alone, as plain tensors, and a .json: what it wants to see, how it came to be."""
+    """Writes the encoder as plain tensors and, beside it, a .json: what the encoder was trained on
+    (a row of data.MODALITIES), and the settings of the run."""
     state = {name: t.cpu().contiguous() for name, t in E.state_dict().items()}
     write_atomically(path, partial(torch.save, state))
-    about = dict(modality=row["name"], input="values in [0, 1], then (x - mean) / std",
-                 sees=row, backbone=settings["backbone"],
-                 method=settings["method"], sha256=hash_file(path), settings=settings)
+    about = dict(modality=row["name"], input="values in [0, 1], then (x - mean) / std", sees=row,
+                 backbone=settings["backbone"], method=settings["method"], settings=settings)
     write_text(path.with_suffix(".json"), json.dumps(about, indent=1, default=str))
 
 
 def hash_file(path):
+    """Returns the sha256 of a file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def start_from(files, encoders, args, inputs):
-    """Load --weights into the encoders, or raise BadInput unless each key fits.  Returns lines."""
-    states = []
+def start_from(files, encoders, args, rows):
+    """Loads --weights into the encoders.  Returns lines to print: for each encoder its file, with
+    the pretraining behind the file, and a warning if the encoder was trained on other inputs.
+
+    rows    what each encoder sees here, as in data.MODALITIES
+    Raises BadInput unless there are weights for each encoder and every key fits."""
+    need(not args.bgr or any(E.channels == 3 for E in encoders), "--bgr has no effect, because no "
+         "encoder sees 3 channels. Leave it out")
     try:
-        for file in files:
-            _, seen = read_pretraining(file)
-            need(not (seen and args.bgr), f"--bgr: expected it with weights of others; {file} saw "
-                 f"{inputs[0]['bands'][0]} first")
-            for m, state in enumerate(read_weights(file, args.backbone)):
-                states.append((file, state, seen[m] if m < len(seen) else None))
+        states = read_states(files, args)
         if args.modality and len(states) == 2:
             states = [states[args.modality - 1]]
         if files == ["imagenet"]:
             states = states * len(encoders)
         if len(states) != len(encoders):
-            raise ValueError(f"encoders: {len(states)}, expected {len(encoders)}; give a file with "
-                             f"both, or one for each modality")
+            raise ValueError(f"the files hold {len(states)} encoders, but {len(encoders)} are "
+                             f"needed. Give one file with both encoders, or a file for each")
         lines = []
-        for E, sees, (file, state, seen) in zip(encoders, inputs, states):
-            lines.append(f"{file}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
-            if seen and any(seen.get(name) != plain_values(sees[name]) for name in sees):
-                lines.append(f"warning: {file} was trained on {describe_input(seen)}; here it sees "
-                             f"{describe_input(sees)}")
+        for E, row, (source, state, seen) in zip(encoders, rows, states):
+            lines.append(f"{source}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
+            if seen and differ(seen, row):
+                lines.append(f"warning: {source} was trained on {describe_input(seen)}. Here it "
+                             f"sees {describe_input(row)}")
         return lines
     except (OSError, ValueError) as error:
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
+def read_states(files, args):
+    """Returns (source, state dict, row or None) for each encoder in the files.  source: the file
+    and, if this project wrote the file, its pretraining."""
+    states = []
+    for file in files:
+        settings, rows = read_pretraining(file)
+        need(not (settings and args.bgr), f"--bgr is for weights trained on BGR images. {file} was "
+             f"trained by this project, on RGB images. Leave --bgr out")
+        source = f"{file} ({describe_pretraining(settings)})" if settings else file
+        for m, state in enumerate(read_weights(file, args.backbone)):
+            states.append((source, state, rows[m] if m < len(rows) else None))
+    return states
+
+
+def describe_pretraining(settings):
+    """Returns in words what tells a pretraining from another one."""
+    without = ", without intra-modal terms" if settings["no_intra"] else ""
+    return (f"{settings['method']} on {settings['scenario']}, common {settings['common']}{without},"
+            f" {settings['epochs']} epochs, seed {settings['seed']}")
+
+
+def read_pretrainings(files):
+    """Returns the settings behind each of the files; {} for a file of another project."""
+    return [read_pretraining(file)[0] for file in files]
+
+
 def read_pretraining(file):
-    """Of a weights file of this project: the settings behind it, and a row of MODALITIES for each
-    encoder in it, what that was trained on.  {} and [] where they are not known."""
+    """Returns the settings behind a weights file of this project and, for each encoder in it, the
+    row of MODALITIES that the encoder was trained on; ({}, []) for a file of another project."""
     path, beside = Path(file), Path(file).with_suffix(".json")
     if path.suffix == ".pth" and beside.is_file():
-        about = read_json(beside, "what pretrain.py wrote beside an encoder")
-        need(about.get("sha256") in (None, hash_file(path)), f"{path} is not the file that "
-             f"{beside.name} was written for (another sha256); copy both again")
-        with reading(beside, "what pretrain.py wrote beside an encoder"):
+        written = "what pretrain.py wrote beside an encoder"
+        about = read_json(beside, written)
+        with reading(beside, written):
+            check_pretraining(beside, about["settings"])
             describe_input(about["sees"])
-            return complete(about["settings"]), [about["sees"]]
+            return about["settings"], [about["sees"]]
     try:
         settings = read_settings(load_checkpoint(path))
-    except (BadInput, ValueError):              # of others; `read_weights` refuses what is damaged
+    except (BadInput, KeyError, TypeError):     # `read_weights` refuses a file that is damaged
         return {}, []
-    return settings, plain_values(settings["inputs"])
+    check_pretraining(path, settings)
+    m = settings["modality"]                    # of a pretraining of one modality, or None
+    return settings, settings["inputs"][m - 1:m] if m else settings["inputs"]
 
 
-def plain_values(value):
-    return json.loads(json.dumps(value))        # tuples as lists, as a file has them
+def check_pretraining(file, settings):
+    """Raises BadInput if the settings of a pretraining lack one that the other scripts need."""
+    for name in ("scenario", "method", "backbone", "widths", "K", "Kc", "common", "no_intra",
+                 "modality", "size", "seed", "epochs", "modalities", "inputs"):
+        need(name in settings, f"{file} has no setting {name}. Give a file of this version of "
+             f"pretrain.py")
+
+
+def differ(seen, row):
+    """Returns whether two rows of MODALITIES stand for different inputs.  Bands without known names
+    (`channel 1`) agree with bands of any names."""
+    named = not any(bands[0].startswith("channel") for bands in (seen["bands"], row["bands"]))
+    if named and list(seen["bands"]) != list(row["bands"]):
+        return True
+    return describe_scale(seen) != describe_scale(row)
 
 
 def describe_input(row):
-    mean = " ".join(f"{x:.4g}" for x in row["mean"])
-    std = " ".join(f"{x:.4g}" for x in row["std"])
-    return f"{' '.join(row['bands'])} ({row['range']}; mean {mean}, std {std})"
+    return f"{' '.join(row['bands'])} ({describe_scale(row)})"
+
+
+def describe_scale(row):
+    """Returns as text what x in [0, 1] stands for, and the mean and std that x is normalised by."""
+    scale = row["range"]
+    if row.get("raw_mean"):                     # of a normaliser that was measured, per band
+        scale = f"{join_numbers(row['raw_mean'])} -+ 3 x {join_numbers(row['raw_std'])}, clipped"
+    return f"{scale}; mean {join_numbers(row['mean'])}, std {join_numbers(row['std'])}"
+
+
+def join_numbers(numbers):
+    return " ".join(f"{number:.4g}" for number in numbers)
 
 
 @torch.no_grad()
 def measure_statistics(net, batches):
-    """Of a random network's batch norms: the mean over the batches, lists of its inputs.  With the
-    mean 0 and variance 1 that they start with a ResNet-50's features would be in the thousands."""
+    """Sets the statistics of a random network's batch norms to their mean over the batches, which
+    are lists of the network's inputs.  With the mean 0 and variance 1 that batch norms start with,
+    the features of a ResNet-50 would be in the thousands."""
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            module.momentum = None              # no moving average
+            module.momentum = None              # a plain mean instead of a moving average
     net.train()
     for x in batches:
         net(*x)
@@ -656,54 +795,89 @@ def measure_statistics(net, batches):
 
 # ---- data and command line ----
 
-# May differ at --resume, here and in finetune.py.
-RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
-            "toy", "save_images", "table", "pretraining")
+# The flags of this script, of which finetune.py has most, too.  A setting without a default here
+# gets the default of `list_defaults`.
+FLAGS = DATA_FLAGS | {
+    "scenario": dict(required=True, choices=SCENARIOS, help="two modalities with their settings"),
+    "toy": dict(action="store_true", help="made-up scenes in data/toy-..., and small settings"),
+    "workers": DATA_FLAGS["workers"] | dict(default=choose_workers()),
+    "method": dict(choices=METHODS, default="decur", help="method of Tables 1-3; default: decur"),
+    "modality": dict(type=int, choices=(1, 2), help="barlowtwins: two views of this modality only"),
+    "backbone": dict(choices=[*RESNETS, *MITS], help="encoder; default: resnet50"),
+    "weights": dict(type=expand_path, nargs="+", metavar="FILE", help="weights to start from: one "
+                    "file for both encoders, a file for each, or imagenet; default: random"),
+    "bgr": dict(action="store_true", help="--weights saw BGR images, as the DeCUR authors' did"),
+    "projector": dict(metavar="WIDTHS", help="widths of layers, or none; default: 8192-8192-8192"),
+    "common": dict(type=number(float, 0, 1), help="share of dimensions that are common; default: "
+                   "0.75, sar-optical 0.875, custom 0.8"),
+    "no-intra": dict(action="store_true", help="leave L1 and L2 out: Table 4, w/o intra"),
+    "epochs": dict(type=number(int, 1), help="passes over the data; default: 100, rgbd 200"),
+    "batch-size": dict(type=number(int, 2), help="samples per step, of all processes together; "
+                       "default: 256, rgbd 128"),
+    "lr": dict(type=number(float, 1e-12, 1e6),
+               help="learning rate of the weights; default: 0.2, mit 1e-4"),
+    "lr-bias": dict(type=number(float, 1e-12, 1e6),
+                    help="learning rate of biases and norms; default: 0.0048, mit 1e-4"),
+    "weight-decay": dict(type=number(float, 0, 1),
+                         help="weight decay, not of biases and norms; default: 1e-6, mit 0.01"),
+    "seed": dict(type=number(int, 0, 2 ** 63 - 1), help="seed of all that is random; default: 0"),
+    "out": dict(type=expand_path, metavar="DIR",
+                help="folder of the run; default: runs/SCENARIO-METHOD"),
+    "resume": dict(action="store_true", help="go on from the checkpoint in --out, if there is one"),
+    "save-every": dict(type=number(float, 1e-6), metavar="MINUTES",
+                       help="time between two checkpoints; default: 10"),
+}
 
 
-def open_pretraining_data(args):
-    """The data set; of one's own pairs at --resume with the statistics that were measured then."""
-    custom = {}
-    if args.scenario == "custom":
-        before = find_checkpoint(args)
-        custom = dict(augment_as=(args.augment1, args.augment2),
-                      inputs=before["settings"]["inputs"] if before else None)
-    return open_dataset(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
-                      **custom)
+def open_pretraining_data(args, sources, checkpoint):
+    """Opens the data set; a run that goes on keeps the statistics that it measured at its start."""
+    inputs = None
+    if checkpoint and args.scenario == "custom":
+        inputs = checkpoint["settings"].get("inputs")
+    data = open_dataset(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
+                        inputs=inputs, declared=(args.as1, args.as2), reduce=True)
+    need("depth" in data.modalities or sources.get("depth_unit") != "command line",
+         f"--depth-unit has no effect on {' and '.join(data.modalities)}. Leave it out")
+    return data
 
 
 def describe_run(args, data, net, Kc, K):
-    """Lines: data, how they are augmented, sizes, the loss by chance and at the least."""
+    """Returns lines about the data, the augmentations, the size of the networks and, for DeCUR, the
+    loss of independent embeddings and the least loss that is possible."""
     root = " and ".join(args.data) if isinstance(args.data, list) else args.data
     lines = [f"{len(data)} pairs of {' and '.join(data.modalities)} from {root}"]
-    for modality in data.modalities:
-        lines.append(f"augmentations of {modality}: {AUGMENTATIONS[modality]}")
+    lines += getattr(data, "notes", [])
+    for name in data.modalities:
+        lines.append(f"augmentations of {name}: {AUGMENTATIONS[name]}")
     for f in net.children():
         encoder = sum(p.numel() for p in f.E.parameters()) / 1e6
         projector = sum(p.numel() for p in f.P.parameters()) / 1e6
         lines.append(f"parameters: encoder {encoder:.2f} M, projector {projector:.2f} M")
     if args.method == "decur":
         lines.append(f"N {args.batch_size}  K {K}  Kc {Kc}")
-        names = "chance (independent embeddings)", "floor (no batch goes below)"
-        for words, terms in zip(names, bounds(args.batch_size, K, Kc, not args.no_intra)):
-            lines.append(f"  {words:32s} {format_losses(dict(loss=sum(terms.values()), **terms))}")
+        chance, floor = bounds(args.batch_size, K, Kc, not args.no_intra)
+        for name, terms in (("chance (independent embeddings)", chance),
+                            ("floor (no batch goes below)", floor)):
+            lines.append(f"  {name:32s} {format_losses(dict(loss=sum(terms.values()), **terms))}")
     return lines
 
 
-def defaults(scenario, method, backbone, toy):
-    """[(settings, their source)]: the first that names a setting is its default."""
+def list_defaults(scenario, method, backbone, toy):
+    """Returns [(settings, their source)].  The first that names a setting gives its default."""
     tables = [(METHODS[method], f"--method {method}")]
     if backbone in MITS:
-        tables += ADAMW
+        tables += ADAMW_RATES
     if toy:
         tables += [(TOY | dict(epochs=TOY_EPOCHS.get(scenario)), "--toy")]
-    return tables + [(SCENARIOS[scenario], "here" if scenario == "custom" else "paper, Sec. 4"),
-                     (ALL, "paper, Sec. 4"), (LARS_RATES, "paper, App. B"), (REST, "default")]
+    tables += [(SCENARIOS[scenario], "here" if scenario == "custom" else "paper, Sec. 4")]
+    return tables + [(NETWORK, "paper, Sec. 4"), (LARS_RATES, "paper, App. B"),
+                     (OTHER_DEFAULTS, "default")]
 
 
 def fill_in(args, tables):
-    """The first table that names a setting gives its default.  Returns {name: source} to print, and
-    {name: value} of what was given otherwise."""
+    """Sets each setting that was not given: the first table that names a setting has its default.
+
+    Returns {name: source} of all settings, and {name: value} of those given differently."""
     sources, changed = {}, {}
     for table, source in tables:
         for name, value in table.items():
@@ -719,71 +893,52 @@ def fill_in(args, tables):
 
 
 def get_args(argv=None):
-    """The settings, each resolved to a value and its source.  Returns (args, {name: source})."""
+    """Returns the settings, and {name: source} of those that have a default."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="DeCUR pretraining (Algorithm "
                                      "1). A setting that is not given is the paper's.")
-    add = parser.add_argument
-    add("--scenario", required=True, choices=SCENARIOS, help="two modalities, their settings")
-    add("--toy", action="store_true", help="small settings, made-up scenes in data/toy-SCENARIO")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", type=expand_path, metavar="DIR", help="default: data/SCENARIO")
-    for m in (1, 2):
-        add(f"--data{m}", metavar="FILES", type=expand_path, nargs="+", action=OnePattern,
-            help="with custom: a folder, or a pattern 'chips/*_S1.tif', whose * is a pair's name")
-        add(f"--augment{m}", choices=AUGMENTATIONS, help="with custom: augment as this modality")
-    add("--split", type=expand_path, help="pairs to use: all, train, test, of custom a file of names; "
-        "default: all, rgb-dem and --toy train")
-    add("--depth-unit", type=number(float, 1e-3, 1e9), help="depth steps a metre; default: 1000")
-    add("--size", type=number(int, 16, 4096), help="crop in pixels; default: 224")
-    add("--workers", type=number(int, 0), default=choose_workers(),
-        help="that read files; default: on CUDA up to 8, else 0")
-    add = parser.add_argument_group("model").add_argument
-    add("--method", choices=METHODS, default="decur", help="Tables 1-3; default: decur")
-    add("--modality", type=int, choices=(1, 2), help="barlowtwins of two views of this one alone")
-    add("--backbone", choices=[*RESNETS, *MITS], help="default: resnet50; a mit trains with AdamW")
-    add("--weights", type=expand_path, nargs="+", metavar="FILE", help="of both, of each, or imagenet")
-    add("--bgr", action="store_true", help="--weights saw BGR images, as the DeCUR authors' did")
-    add("--projector", metavar="WIDTHS", help="widths like 8192-8192-8192, or none (Fig. 3b)")
-    add("--common", type=number(float, 0, 1), help="fraction of common dimensions; 1: w/o decoup.")
-    add("--no-intra", action="store_true", help="without L1 and L2: w/o intra (Table 4)")
-    add = parser.add_argument_group("optimisation and run").add_argument
-    add("--epochs", type=number(int, 1), help="default: 100, rgbd 200")
-    add("--batch-size", type=number(int, 2), help="the global one; default: 256, rgbd 128")
-    add("--lr", type=number(float, 1e-12, 1e6), help="of the weights; default: 0.2, mit 1e-4")
-    add("--lr-bias", type=number(float, 1e-12, 1e6), help="of the rest; default: 0.0048, mit 1e-4")
-    add("--weight-decay", type=number(float, 0, 1), help="of the weights; default: 1e-6, mit 0.01")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of everything random; default: 0")
-    add("--out", type=expand_path, help="default: runs/SCENARIO-METHOD, with --toy runs/toy-...")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    add("--save-every", type=number(float, 1e-6), metavar="MINUTES", help="default: 10")
+    add_flags(parser, FLAGS, "scenario toy")
+    for title, names in (
+            ("data", "data data1 data2 as1 as2 split depth-unit size workers"),
+            ("model", "method modality backbone weights bgr projector common no-intra"),
+            ("optimization and run", "epochs batch-size lr lr-bias weight-decay seed out resume "
+                                     "save-every")):
+        add_flags(parser.add_argument_group(title), FLAGS, names)
     args = parser.parse_args(argv)
-    sources, _ = fill_in(args, defaults(args.scenario, args.method, args.backbone, args.toy))
-    check_flags(args)
+    sources, _ = fill_in(args, list_defaults(args.scenario, args.method, args.backbone, args.toy))
+    check_flags(args, sources)
+    widths = [] if args.projector == "none" else args.projector.split("-")
+    need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
+         f"--projector {args.projector} is no list of widths. Give widths like 8192-8192-8192, or "
+         f"none")
+    args.widths = [int(width) for width in widths]
+    toy = "toy-" if args.toy else ""
+    if args.scenario == "custom":
+        args.data = [args.data1, args.data2]
+    args.data = args.data or f"data/{toy}{args.scenario}"
+    args.out = Path(args.out or f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
     return args, sources
 
 
-def check_flags(args):
-    """What no single flag can tell; and the places."""
+def check_flags(args, sources):
+    """Raises BadInput for flags that do not go together, or that would have no effect."""
     custom, decur, mit = args.scenario == "custom", args.method == "decur", args.backbone in MITS
     need(not custom or args.data1 and args.data2 and not args.data and not args.toy,
-         "--scenario custom: expected --data1 and --data2, and neither --data nor --toy")
-    for name in ("data1", "data2", "augment1", "augment2"):
-        need(custom or not getattr(args, name), f"--{name}: expected it with --scenario custom")
-    need(decur or args.common == 1, f"--common {args.common}: expected 1 with --method "
-         f"{args.method}, which has no unique dimensions")
-    need(decur or not args.no_intra, "--no-intra: expected it with --method decur")
+         "--scenario custom needs --data1 and --data2, and takes neither --data nor --toy")
+    for name in ("data1", "data2", "as1", "as2"):
+        need(custom or not getattr(args, name), f"--{name} works only with --scenario custom")
+    if args.scenario != "rgbd" and "depth" not in (args.as1, args.as2):
+        need(sources.pop("depth_unit") == "default",
+             "--depth-unit works only with depth: with --scenario rgbd, --as1 depth or --as2 depth")
+    need(decur or args.common == 1, f"--common {args.common} works only with --method decur. "
+         f"--method {args.method} has no unique dimensions")
+    need(decur or not args.no_intra, "--no-intra works only with --method decur")
     need(args.method == "barlowtwins" or not args.modality,
-         f"--modality {args.modality}: expected it with --method barlowtwins alone")
-    need(not args.bgr or args.weights and args.scenario != "sar-optical",
-         "--bgr: expected it with --weights for RGB images")
-    need(args.size >= 32 or not mit, f"--size {args.size}: expected 32 or more for a mit")
-    widths = [] if args.projector == "none" else args.projector.split("-")
-    need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
-         f"--projector {args.projector}: expected widths like 8192-8192-8192, or none")
-    args.widths = [int(width) for width in widths]
-    toy = "toy-" if args.toy else ""
-    args.data = [args.data1, args.data2] if custom else args.data or f"data/{toy}{args.scenario}"
-    args.out = Path(args.out or f"runs/{toy}{args.scenario}-{args.method}{args.modality or ''}")
+         f"--modality {args.modality} works only with --method barlowtwins")
+    need(args.weights or not args.bgr, "--bgr works only with --weights")
+    need(args.scenario != "sar-optical" or not args.bgr,
+         "--bgr does not work with --scenario sar-optical, which has no RGB images")
+    need(args.size >= 32 or not mit, f"--size {args.size} is too small for {args.backbone}. Give "
+         f"32 or more")
 
 
 if __name__ == "__main__":
