@@ -952,7 +952,7 @@ def test_every_file_of_weights_is_asked_for_its_pretraining(runs, tmp_path):
     shutil.copy(runs / "decur-0" / "encoder2.pth", tmp_path)
     (tmp_path / "encoder2.json").write_text(json.dumps(settings))
     files = [str(runs / "decur-0" / "encoder1.pth"), str(tmp_path / "encoder2.pth")]
-    methods = [settings["method"] for settings in pretrain.read_pretrainings(files)]
+    methods = [pretrain.read_pretraining(file)[0]["method"] for file in files]
     assert methods == ["decur", "barlowtwins"]
     args = argparse.Namespace(backbone="resnet-toy", modality=None, bgr=False)
     encoders = decur.resnet("resnet-toy", 3), decur.resnet("resnet-toy", 1)
