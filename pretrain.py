@@ -795,7 +795,7 @@ def measure_statistics(net, batches):
 FLAGS = DATA_FLAGS | {
     "scenario": dict(required=True, choices=SCENARIOS, help="two modalities with their settings"),
     "toy": dict(action="store_true", help="made-up scenes in data/toy-..., and small settings"),
-    "split": DATA_FLAGS["split"] | dict(help="pairs to train on: all, train, test, or with custom a "
+    "split": DATA_FLAGS["split"] | dict(help="pairs to train on: all, train, test, with custom a "
                                         "file of names; default: all, rgb-dem and --toy train"),
     "workers": DATA_FLAGS["workers"] | dict(default=choose_workers(), help="processes that read "
                                             "files; default: on CUDA up to 8 per GPU, else 0"),
@@ -845,7 +845,7 @@ def describe_run(args, data, net, Kc, K):
     root = " and ".join(args.data) if isinstance(args.data, list) else args.data
     lines = [f"{len(data)} pairs of {' and '.join(data.modalities)} from {root}"]
     lines += data.notes
-    for name in data.modalities:
+    for name in dict.fromkeys(data.modalities):  # both may be the same modality
         lines.append(f"augmentations of {name}: {AUGMENTATIONS[name]}")
     for f in net.children():
         encoder = sum(p.numel() for p in f.E.parameters()) / 1e6
