@@ -2091,10 +2091,10 @@ def built(out, settings, size, folders=()):
          f"Delete it to prepare it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
     with open(part / "lock", "w") as lock:
-        if fcntl:                               # the system frees the lock of a killed process
+        if fcntl:                               # the lock ends with this process, even if killed
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 raise BadInput(f"another `data.py prepare` writes {part}.  Wait for it") from None
         record = part / "settings.txt"
         need(not record.is_file() or record.read_text("utf-8") == settings, f"{part} was begun "
@@ -2315,7 +2315,7 @@ def write_tiles(name, images, mask, types, size, outs):
     need(min(H, W) >= size, f"{name} has {H}x{W} pixels, less than --size {size}")
     digits, left_out = len(str(max(H, W) // size - 1)), 0
     spare = [choose_nodata(a, kind) for a, kind in zip(images, types)]
-    for out in outs:
+    for out in outs if mask is not None else outs[:2]:
         out.mkdir(exist_ok=True)
     for row in range(H // size):
         for column in range(W // size):

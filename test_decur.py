@@ -1558,11 +1558,19 @@ def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
 
 
 def test_of_two_prepares_at_once_the_second_is_refused(tmp_path):
+    """The lock ends with its process, even if this is killed."""
     pytest.importorskip("fcntl")
-    with data.built(tmp_path / "out", "a", 1):
-        with pytest.raises(BadInput, match="out.part"), data.built(tmp_path / "out", "a", 1):
-            pass
-    assert os.listdir(tmp_path / "out") == []
+    out = tmp_path / "out"
+    program = (f"import data, time\nwith data.built({str(out)!r}, 'a', 1):\n"
+               f"    time.sleep(100)")
+    first = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE)
+    assert b"out needs about" in first.stdout.readline()
+    is_refused("out.part", data.built(out, "a", 1).__enter__)
+    first.kill()
+    first.communicate()
+    with data.built(out, "a", 1):
+        pass
+    assert os.listdir(out) == []
 
 
 def test_prepare_says_how_much_disk_it_will_need(tmp_path, capsys):
