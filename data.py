@@ -6,43 +6,44 @@
 
 The other scripts read that form:
 
-    data/sar-optical/packed/ids.txt season0.npy .. season3.npy      a location a row, bytes
-    data/bigearthnet/packed/<split>/ids.txt season0.npy labels.npy  a patch a row
-    data/rgb-dem/cropped/rgb/ dem/ seg/ train.txt test.txt          equal names; seg: 0 none, 1..10
-    data/rgbd/RGB/ HHA/ Label/ train.txt test.txt                   equal names; Label: 0 none
-    data/rgbd/RGB/ Depth/                  in place of HHA/; 16 bit, --depth-unit steps a metre
-    tiles/1/ 2/ label/ train.txt test.txt  --scenario custom --data1 tiles/1 --data2 tiles/2
+    data/sar-optical/packed/ids.txt season0.npy .. season3.npy      one row of bytes per location
+    data/bigearthnet/packed/<split>/ids.txt season0.npy labels.npy  one row of bytes per patch
+    data/rgb-dem/cropped/rgb/ dem/ seg/ train.txt test.txt  equal names; masks: 0 unlabelled, 1..10
+    data/rgbd/RGB/ HHA/ Label/ train.txt test.txt           equal names; masks: 0 unlabelled, 1..37
+    data/rgbd/RGB/ Depth/                   without HHA/; 16 bit, --depth-unit steps per metre
+    tiles/1/ 2/ label/ train.txt test.txt   --scenario custom --data1 tiles/1 --data2 tiles/2
 
 `prepare` starts from what is published:
 
-    SSL4EO-S12 v1.0 (not v1.1, which is zarr and has other values); one GeoTIFF a band:
+    SSL4EO-S12 v1.0 (v1.1 does not work: it is zarr and has other values); one GeoTIFF per band:
     data/sar-optical/s1/<id>/<season>/VV.tif VH.tif             float32 dB, S x S pixels, S = 264
     data/sar-optical/s2c/<id>/<season>/B1.tif ... B12.tif       uint16, x 10000; S, S/2 or S/6 wide
 
-    BigEarthNet-MM v1.0, --task bigearthnet:
+    BigEarthNet-MM v1.0, --task bigearthnet; a line of a list is `S2 name,S1 name`, or an S2 name:
     data/bigearthnet/BigEarthNet-S1-v1.0/<S1 name>/<S1 name>_VV.tif _VH.tif _labels_metadata.json
     data/bigearthnet/BigEarthNet-v1.0/<S2 name>/<S2 name>_B01.tif ... _B12.tif _labels_metadata.json
-    data/bigearthnet/train.csv val.csv test.csv     S2 name,S1 name a line, or S2 names alone
+    data/bigearthnet/train.csv val.csv test.csv
 
     GeoNRW:
-    data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32 m; classes
+    data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32, metres; classes
 
-    SUN RGB-D, raw; labels/ numbers the frames of test.txt, then those of train.txt:
+    SUN RGB-D's raw tree; labels/ is optional and numbers first test.txt's frames, then train.txt's:
     data/rgbd/SUNRGBD/<sensor>/.../<frame>/image/ depth/ depth_bfx/ intrinsics.txt
-    data/rgbd/labels/img-000001.png train.txt test.txt          all three are optional
+    data/rgbd/labels/img-000001.png ...
+    data/rgbd/train.txt test.txt    optional: one frame per line
 
     RGB-depth frames in folders, as CMX has them (NYUv2: --task nyuv2, data/nyuv2):
     data/rgbd/RGB/<name>.jpg Depth/<name>.png Label/<name>.png train.txt test.txt
-    data/rgbd/RawDepth/<name>.png   optional: Depth/ with the holes it had
+    data/rgbd/RawDepth/<name>.png   optional: Depth/ with the holes that it had
     data/rgbd/intrinsics.txt        the camera, written by hand: fx 0 cx  0 fy cy  0 0 1
 
-    One's own scenes of any size: two folders of png, jpg, tif or npy with equal names; or patterns
+    One's own scenes of any size (png, jpg, tif, npy): two folders with equal names, or two patterns
     in quotes, such as --data1 'chips/*_S1.tif' --data2 'chips/*_S2.tif', whose stars stand for the
     name.  Images of one size need no `prepare`.
 
 A data set gives (views1, views2) for an index.  Each is a list: of one CxHxW tensor (both augmented
 views are made from it) or of two (one for each view); uint8, or float32 in [0, 1].  A transfer task
-gives (x1, x2, target).  SSL4EO-S12 may also be read raw, without `prepare`: this is slower.
+gives (x1, x2, target).  SSL4EO-S12 may also be read without `prepare`, which is slower.
 """
 import argparse
 import contextlib
@@ -575,7 +576,7 @@ def list_patches(root, split_file, partner):
 
 
 def find_partners(folder):
-    """Reads the json of each S1 patch, where alone the pair is named.  Returns {S2 name: S1 name}."""
+    """Reads the json of each S1 patch, which names its S2 patch.  Returns {S2 name: S1 name}."""
     partner = {}
     for s1 in show_progress(list_folders(folder), "S1 patches"):
         with contextlib.suppress(BadInput):     # its S2 patch will be listed without a partner
@@ -2129,6 +2130,16 @@ def attempt(work, item):
         return None, kind + " ".join(str(error).split())
 
 
+def do_first(work, jobs):
+    """Returns the result of the first job that does not fail, because it shows the size of all."""
+    need(jobs, f"nothing to prepare; {TREE}")
+    for item in jobs.items():
+        result, reason = attempt(work, item)
+        if result:
+            return result
+    raise BadInput(f"none of {len(jobs)} samples can be read; the last: {reason}")
+
+
 def note_done(log, done, fresh, arrays):
     """Appends the fresh names to the log of what is done, after their rows are on the disk."""
     for array in arrays:
@@ -2185,13 +2196,7 @@ def work_through(part, jobs, work, args, bad, arrays=()):
 def pack(out, jobs, read, files, bad, args):
     """Packs samples into arrays of bytes with one row per sample: ids.txt and `files`.  read(job)
     returns a row for each of the files.  A damaged sample's row is 0; its line begins with `# `."""
-    need(jobs, f"no sample for {out}; {TREE}")
-    for item in jobs.items():                   # the first that can be read shows the sizes
-        rows, reason = attempt(read, item)
-        if rows:
-            break
-    need(rows, f"none of {len(jobs)} samples for {out} can be read; the last: {reason}")
-    sizes = list(map(len, rows))
+    sizes = list(map(len, do_first(read, jobs)))
     with built(out, "\n".join(jobs) + "\n", len(jobs) * sum(sizes)) as part:
         arrays = []
         for file, size in zip(files, sizes):
@@ -2268,8 +2273,8 @@ def prepare_geonrw(root, out, args):
         else:
             bad[f"{city}_{tile}"] = f"has {paths[0].name}, but lacks its partner"
     need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}; {TREE}")
-    size = read_tile(next(iter(jobs.values())))[0].shape
-    with built(out, "", len(jobs) * size[1] * size[2] * 8) as part:
+    pixels = do_first(read_tile, jobs)[1].size
+    with built(out, "", len(jobs) * pixels * 8) as part:    # 3 bytes of rgb, 4 of dem, 1 of seg
         work_through(part, jobs, functools.partial(cut_geonrw, part), args, bad)
         tested = {name for name in jobs if name.split("_")[0] in TEST_CITIES}
         write_lists(part, part / "rgb", tested)
@@ -2278,12 +2283,14 @@ def prepare_geonrw(root, out, args):
 def read_tile(stem):
     """Reads a tile of GeoNRW: rgb 3xHxW, dem 1xHxW and seg HxW, or None if there is no seg."""
     rgb, dem = read_image(f"{stem}_rgb.jp2"), read_band(f"{stem}_dem.tif")
-    seg = read_mask(f"{stem}_seg.tif") if os.path.isfile(f"{stem}_seg.tif") else None
+    seg = None
+    if os.path.isfile(f"{stem}_seg.tif"):
+        seg = np.maximum(read_mask(f"{stem}_seg.tif"), 0)
     sizes = {a.shape[-2:] for a in (rgb, dem, seg) if a is not None}
     need(len(rgb) == 3 and len(sizes) == 1, f"{stem}: rgb has {len(rgb)} channels, and the sizes "
          f"are {sizes}; expected 3 channels and equal sizes")
-    need(seg is None or 0 <= seg.min() <= seg.max() < 256, f"{stem}_seg.tif holds other values "
-         f"than classes, 0 (none) to 10")
+    need(seg is None or seg.max() < 256, f"{stem}_seg.tif holds {seg is not None and seg.max()}; "
+         f"expected classes, 0 (none) to 10")
     return rgb, dem, seg
 
 

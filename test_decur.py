@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 import urllib.error
 from functools import partial
@@ -1515,6 +1516,7 @@ def test_prepare_goes_on_where_it_was_killed_and_gives_the_same_bytes(tmp_path):
     log = killed / "packed.part" / "done.jsonl"
     while not (log.is_file() and len(log.read_text().splitlines()) >= 4):
         assert process.poll() is None
+        time.sleep(0.01)
     process.kill()
     process.wait()
     assert not (killed / "packed").exists()
@@ -1739,7 +1741,10 @@ def test_a_patch_without_its_mask_is_refused_in_the_task_alone(geonrw):
 def test_tiles_of_geonrw_that_do_not_fit_are_bad(part, a, words, tmp_path):
     write_geonrw(tmp_path)
     save(tmp_path / "aachen" / f"371_5712_{part}.tif", a)
-    is_refused(words, prepare, f"--scenario rgb-dem --data {tmp_path}")
+    flags = f"--scenario rgb-dem --data {tmp_path}"
+    is_refused(words, prepare, flags)
+    prepare(f"{flags} --skip-bad")
+    assert {id.split("_")[0] for id in open_dataset("rgb-dem", tmp_path, 8).ids} == {"herne"}
 
 
 def test_holes_of_a_height_model_take_no_part(tmp_path):
