@@ -774,7 +774,7 @@ def test_workers_of_any_number_and_start_method_give_the_same_batches(scenes, tm
 def test_resuming_ones_own_pairs_keeps_what_was_measured(runs, scenes, tmp_path, monkeypatch):
     """Else the statistics, measured on another machine, could differ in the last digit."""
     shutil.copytree(runs / "own", tmp_path / "own")
-    monkeypatch.setattr(data, "measure_input", None)
+    monkeypatch.setattr(data, "measure_inputs", None)
     call(pretrain, f"{own_pairs(scenes, tmp_path / 'own')} --resume")
     a, b = (pretrain.load_checkpoint(folder / "own/checkpoint.pt") for folder in (runs, tmp_path))
     assert a["settings"]["inputs"] == b["settings"]["inputs"]
