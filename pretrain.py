@@ -722,11 +722,6 @@ def describe_pretraining(settings):
             f" {settings['epochs']} epochs, seed {settings['seed']}")
 
 
-def read_pretrainings(files):
-    """Returns the settings behind each of the files; {} for a file of another project."""
-    return [read_pretraining(file)[0] for file in files]
-
-
 def read_pretraining(file):
     """Returns the settings behind a weights file of this project and, for each encoder in it, the
     row of MODALITIES that the encoder was trained on; ({}, []) for a file of another project."""
@@ -800,7 +795,10 @@ def measure_statistics(net, batches):
 FLAGS = DATA_FLAGS | {
     "scenario": dict(required=True, choices=SCENARIOS, help="two modalities with their settings"),
     "toy": dict(action="store_true", help="made-up scenes in data/toy-..., and small settings"),
-    "workers": DATA_FLAGS["workers"] | dict(default=choose_workers()),
+    "split": DATA_FLAGS["split"] | dict(help="pairs to train on: all, train, test, with custom a "
+                                        "file of names; default: all, rgb-dem and --toy train"),
+    "workers": DATA_FLAGS["workers"] | dict(default=choose_workers(), help="processes that read "
+                                            "files; default: on CUDA up to 8 per GPU, else 0"),
     "method": dict(choices=METHODS, default="decur", help="method of Tables 1-3; default: decur"),
     "modality": dict(type=int, choices=(1, 2), help="barlowtwins: two views of this modality only"),
     "backbone": dict(choices=[*RESNETS, *MITS], help="encoder; default: resnet50"),
@@ -846,8 +844,8 @@ def describe_run(args, data, net, Kc, K):
     loss of independent embeddings and the least loss that is possible."""
     root = " and ".join(args.data) if isinstance(args.data, list) else args.data
     lines = [f"{len(data)} pairs of {' and '.join(data.modalities)} from {root}"]
-    lines += getattr(data, "notes", [])
-    for name in data.modalities:
+    lines += data.notes
+    for name in dict.fromkeys(data.modalities):  # both may be the same modality
         lines.append(f"augmentations of {name}: {AUGMENTATIONS[name]}")
     for f in net.children():
         encoder = sum(p.numel() for p in f.E.parameters()) / 1e6
