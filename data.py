@@ -368,9 +368,12 @@ BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
 
 
 def to_8bit(band, x, s1):
-    """Raw pixels of one band -> uint8, clipped, never wrapped.  S2: reflectance x 10000.  S1: dB,
-    2 % of outliers cut in this image and band, then mean +- 2 standard deviations of the data set.
-    Paper: "normalize by mean and standard deviation".  Here: so, in 8 bits, as the authors."""
+    """Turns the pixels of one band into uint8, clipped, never wrapped.
+
+    S2: the files hold reflectance x 10000; 0 to 10000 becomes 0 to 255.  S1: the files hold dB; 2 %
+    of this image and band are cut off, then the data set's mean -+ 2 standard deviations becomes 0
+    to 255.  Paper: "normalize by mean and standard deviation".  Here: the same, in 8 bits, because
+    the authors did so."""
     if band not in s1:
         x = np.nan_to_num(x)                    # no data
         return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
@@ -381,13 +384,14 @@ def to_8bit(band, x, s1):
 
 
 def upsample(x, r):
-    """CxHxW uint8 -> CxrHxrW, bilinear, pixel areas aligned, rounded half up (0.501: ties, too)."""
+    """Enlarges CxHxW uint8 to CxrHxrW: bilinear, pixel areas aligned, rounded half up.
+    0.501 stands for 0.5, because float32 leaves some ties just below."""
     x = F.interpolate(torch.tensor(x)[None].float(), scale_factor=r, mode="bilinear")[0]
     return x.add_(0.501).byte().numpy()
 
 
 def stack_bands(row):
-    """Takes a packed row apart -> S1 2xSxS and S2 13xSxS uint8, all bands at 10 m, in their order."""
+    """Takes a packed row apart.  Returns S1 2xSxS and S2 13xSxS, uint8, all bands at 10 m."""
     S = round((len(row) * 12 / 91) ** 0.5)      # a row has S^2 (6 + 6/4 + 3/36) bytes
     parts = np.split(row, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
     at10, at20, at60 = (part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS))
@@ -399,7 +403,7 @@ def stack_bands(row):
 
 
 def pack_bands(bands, name, s1):
-    """Packs {band: 1xHxW as in the file} into a row of bytes: the bands at 10 m, at 20 m, at 60 m."""
+    """Packs {band: 1xHxW, as in its file} into a row of bytes: the bands at 10, at 20, at 60 m."""
     S, parts = bands["VV"].shape[1], []
     for r, names in BLOCKS.items():
         for band in names:
@@ -410,12 +414,12 @@ def pack_bands(bands, name, s1):
 
 
 class Packed:
-    """Sentinel-1 and Sentinel-2 in rows of bytes.  Gives two views of each modality, of random
-    seasons: ([2xSxS, 2xSxS], [13xSxS, 13xSxS]) uint8; with labels (2xSxS, 13xSxS, 19 float32).
+    """Sentinel-1 and Sentinel-2.  A sample is two views of each modality, of random seasons:
+    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]) uint8.  With labels it is (2xSxS, 13xSxS, 19 float32).
 
     ids        the names of the samples
-    read       (name, season 0 to 3) -> the row: of a packed file, or of SSL4EO-S12's raw tree,
-               which is read through the very function that `prepare` packs with
+    read       a function of (name, season 0 to 3) that returns a row of bytes.  It reads a packed
+               file, or SSL4EO-S12's raw tree: then it is the function that `prepare` packs with
     labels     {name: 19 zeros and ones}, or None"""
     modalities = ("sar", "ms")
     inputs = MODALITIES["sar"], MODALITIES["ms"]
@@ -432,9 +436,9 @@ class Packed:
         name = self.ids[i]
         if self.labels:
             return *stack_bands(self.read(name, 0)), torch.from_numpy(self.labels[name]).float()
-        # Paper: "one random season is selected to generate each augmented view".  Here: drawn for
-        # each view and shared by the modalities, so that the pair in Cm shows one moment; the
-        # authors drew them independently.
+        # Paper: "one random season is selected to generate each augmented view".  Here: a season is
+        # drawn for each view, and both modalities show it, so that the pair in Cm shows one moment.
+        # The authors drew a season for each modality.
         seasons = np.random.default_rng((self.seed, self.epoch, i)).integers(4, size=2).tolist()
         pairs = {season: stack_bands(self.read(name, season)) for season in set(seasons)}
         x1, x2 = zip(*(pairs[season] for season in seasons))
@@ -460,8 +464,8 @@ def open_ssl4eo(root, split="all", seed=0, strict=True):
 def open_bigearthnet(root, split):
     """Opens a split of BigEarthNet-MM as `prepare` packed it."""
     packed = root / "packed" / split
-    need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt.  Run `python data.py prepare --task "
-         f"bigearthnet --data {root}` first, with {split}.csv under {root}")
+    need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt.  Run `python data.py prepare "
+         f"--task bigearthnet --data {root}` first, with {split}.csv under {root}")
     rows = find_rows(packed, 1)
     with reading(packed / "labels.npy", "packed labels"):
         labels = np.load(packed / "labels.npy")
@@ -471,7 +475,8 @@ def open_bigearthnet(root, split):
 
 
 def find_rows(packed, seasons):
-    """Reads ids.txt -> {name: its row}.  A line that begins with # stands for a damaged sample."""
+    """Reads ids.txt.  Returns {name: the number of its row}.  A line that begins with # stands for
+    a damaged sample, whose row is empty."""
     lines = read_lines(packed / "ids.txt")
     shapes = {open_season(packed / f"season{k}.npy").shape for k in range(seasons)}
     need(len(shapes) == 1 and shapes.pop()[0] == len(lines), f"{packed}: the season files must "
@@ -484,9 +489,9 @@ def read_packed(packed, rows, name, season):
     return open_season(packed / f"season{season}.npy")[rows[name]]
 
 
-@functools.lru_cache                            # once a process: pickling it would copy the file
+@functools.lru_cache                            # once per process: pickling would copy the file
 def open_season(path):
-    """Opens a season file as an array, a sample a row: n x S^2 91/12 bytes; the file stays open."""
+    """Opens a season file as an array with a row of S^2 91/12 bytes per sample.  It stays open."""
     with reading(path, "a packed season"):
         a = np.load(path, mmap_mode="r")
         side = (a.shape[1] * 12 / 91) ** 0.5
@@ -496,8 +501,8 @@ def open_season(path):
 
 
 def find_locations(root):
-    """Finds SSL4EO-S12's locations: {name: name} of those that both sensors have, and the others.
-    97 of the 251,079 numbers have no folder, and some copies' names are shorter."""
+    """Finds the locations of SSL4EO-S12.  Returns {name: name} of those that both sensors have, and
+    a list of the others.  97 of the 251,079 numbers have no folder; some names are shorter."""
     need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
          f"{root} holds SSL4EO-S12 v1.1, which has other values.  Download v1.0; {TREE}")
     s1, s2 = (set(list_folders(root / name, r"\d{6,7}")) for name in ("s1", "s2c"))
@@ -505,11 +510,11 @@ def find_locations(root):
 
 
 def read_season(root, name, season):
-    """Reads a season of SSL4EO-S12, 0 to 3 in the order of the dates, from its raw tree -> a row."""
+    """Reads a season of SSL4EO-S12, 0 to 3 by date, from the raw tree.  Returns a row of bytes."""
     bands = {}
     for folder, names in (("s1", S1), ("s2c", S2)):
         where = Path(root) / folder / name
-        # by date, because names would sort S1's satellites first
+        # by date, because the names of S1 begin with the satellite
         dates = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
         need(len(dates) == 4, f"{where} holds {len(dates)} seasons, expected 4.  Download them")
         for band in names:
@@ -518,11 +523,12 @@ def read_season(root, name, season):
 
 
 def read_seasons(root, name):
-    """Reads all four seasons of a location of SSL4EO-S12 -> four rows."""
+    """Reads the four seasons of a location of SSL4EO-S12.  Returns four rows of bytes."""
     return [read_season(root, name, season) for season in range(4)]
 
 
-# the official 19 classes, and which of the 43 of the json they unite (none: the one of that name)
+# The official 19 classes, and the classes of the json (there are 43) that each unites; an empty
+# tuple stands for the class of the same name.
 CLASSES19 = {
     "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
     "Industrial or commercial units": (),
@@ -551,12 +557,15 @@ DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airpor
 
 
 def list_patches(root, split_file, partner):
-    """Reads a split's list of BigEarthNet-MM -> {S2 name: S1 name}, without snow and clouds.
-    partner: {S2 name: S1 name} of the S1 patches' json, for lists of S2 names alone."""
+    """Reads a split's list of BigEarthNet-MM.  Returns {S2 name: S1 name}, without the patches in
+    the lists of snow and of clouds.
+
+    partner    returns {S2 name: S1 name}; it is called for a list that has only S2 names"""
     lines = [re.split(r"\s*,\s*", line) for line in read_lines(split_file)]
     columns = set(map(len, lines))
     need(len({line[0] for line in lines}) == len(lines) and columns in ({1}, {2}),
-         f"{split_file}: expected S2 names, or `S2 name,S1 name` in all lines, each once")
+         f"{split_file}: expected `S2 name,S1 name` in all lines, or only an S2 name in all lines, "
+         f"and each name once")
     pairs = dict(lines) if columns == {2} else {s2: partner().get(s2, "?") for s2, in lines}
     for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
         if (root / name).is_file():
@@ -566,7 +575,7 @@ def list_patches(root, split_file, partner):
 
 
 def find_partners(folder):
-    """Reads the json of every S1 patch, which alone names its S2 patch -> {S2 name: S1 name}."""
+    """Reads the json of each S1 patch, where alone the pair is named.  Returns {S2 name: S1 name}."""
     partner = {}
     for s1 in show_progress(list_folders(folder), "S1 patches"):
         with contextlib.suppress(BadInput):     # its S2 patch will be listed without a partner
@@ -576,14 +585,14 @@ def find_partners(folder):
 
 
 def read_patch(folders, pair):
-    """Reads a patch of BigEarthNet-MM -> its row of bytes, and its labels as 19 zeros and ones."""
+    """Reads a patch of BigEarthNet-MM.  Returns a row of bytes, and its 19 labels, 0 or 1."""
     (s2, s1), bands = pair, {}
     for band in S1:
         bands[band] = read_band(folders[0] / s1 / f"{s1}_{band}.tif")
     for band in S2:
         if band != "B10":                       # Level 2A has no cirrus band
             bands[band] = read_band(folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
-    bands["B10"] = np.zeros_like(bands["B1"])   # which encoders of 13 bands expect
+    bands["B10"] = np.zeros_like(bands["B1"])   # encoders of SSL4EO-S12 expect 13 bands
     path = folders[1] / s2 / f"{s2}_labels_metadata.json"
     names, target = read_json(path, "labels").get("labels"), np.zeros(len(CLASSES19), np.uint8)
     need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
@@ -597,15 +606,17 @@ def read_patch(folders, pair):
 # ---- images in folders: RGB-DEM, RGB-depth, one's own ----
 
 class Folders:
-    """Images of equal names in two folders, and masks in a third: ([x1], [x2]), or with masks
-    (x1, x2, HxW int64: 0 unlabelled).  Each x is CxHxW, uint8 or float32 in [0, 1].
+    """Images of equal names in two folders.  A sample is ([x1], [x2]); with masks in a third folder
+    it is (x1, x2, HxW int64), where 0 is unlabelled.  Each x is CxHxW, uint8 or float in [0, 1].
 
     files      {name: path} of modality 1, of modality 2, and of the masks if there are any
-    ids        the names of the samples;  unpaired: the names that lack a file
-    inputs     the two rows of MODALITIES: `read_input` and `encode` do as the rows' names say
-    canvases   (H, W) to which the images of a modality are resized, or None
-    sizes      (H, W) that the images of a modality must have, or None
-    classes    how many classes the masks may have"""
+    ids        the names of the samples
+    unpaired   the names that lack a file
+    inputs     two rows of MODALITIES, which say how `read_input` and `encode` treat the images
+    canvases   per modality (H, W) to which its images are resized, or None
+    sizes      per modality (H, W) that its images must have, or None
+    classes    the largest class that a mask may hold; None: there are no masks
+    notes      lines to print: what the images were taken for"""
 
     def __init__(self, files, ids, unpaired, inputs, canvases=(None, None), sizes=(None, None),
                  classes=None, depth_unit=1000.0, notes=()):
@@ -647,8 +658,8 @@ CAMERAS = ("rgb", "hha", "depth", "photo")      # one side is up: crops are half
 
 
 def read_input(path, row):
-    """Reads an image as its row of MODALITIES says: CxHxW in the units of the file, NaN where a
-    value is missing.  Raises BadInput for an image of another kind."""
+    """Reads an image as its row of MODALITIES says.  Returns CxHxW in the units of the file, NaN
+    where a value is missing.  Raises BadInput if the image is of another kind."""
     a, name = read_image(path), row["name"]
     C, stored = len(a), stored_type(path, a)
     if name in COLOURS:
@@ -665,8 +676,9 @@ def read_input(path, row):
         a = a.astype(np.result_type(a, np.float32), copy=False)
         a = np.where((a > -500) & (a < 9000), a, a.dtype.type(np.nan))
     else:
-        need(C == len(row["bands"]), f"{path} has {C} channels; {name} works only with "
-             f"{len(row['bands'])} here: {', '.join(row['bands'])}.  Are --data1 and --data2 swapped?")
+        bands = row["bands"]
+        need(C == len(bands), f"{path} has {C} channels; {name} works only with {len(bands)} here: "
+             f"{', '.join(bands)}.  Are --data1 and --data2 swapped?")
     if "dtype" in row:
         need(str(stored) == row["dtype"], f"{path} holds {stored}; expected {row['dtype']}, like "
              f"the other images of this folder or like those the checkpoint was trained on.  Are "
@@ -679,7 +691,8 @@ def read_input(path, row):
 
 
 def stored_type(path, a):
-    """Returns the type of the numbers in a file; with a no-data tag, integers are read as floats."""
+    """Returns the type of the numbers in a file, from which `a` was read.  The two differ where a
+    no-data tag turned integers into floats."""
     if a.dtype.kind == "f" and str(path).lower().endswith((".tif", ".tiff")):
         with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
             return tif.series[0].dtype.newbyteorder("=")
@@ -687,8 +700,8 @@ def stored_type(path, a):
 
 
 def encode(a, row, canvas, depth_unit):
-    """Turns what `read_input` read into what the network is given: uint8, or float32 in [0, 1].
-    A missing value becomes the normaliser's mean, which is 0 once normalised."""
+    """Turns what `read_input` read into a tensor CxHxW, uint8 or float32 in [0, 1].
+    A missing value becomes the mean of the normaliser, which is 0 once it is normalised."""
     name = row["name"]
     if name == "depth":
         a = encode_depth(a[0], canvas, depth_unit)[None]
@@ -725,18 +738,24 @@ def resample(a, size):
 
 def encode_depth(steps, canvas, depth_unit):
     """Turns depth in steps, HxW with NaN in holes, into metres / MAX_DEPTH in [0, 1]."""
-    z = np.nan_to_num(steps) / depth_unit
-    weight = z > 0
-    if canvas:                                  # the mean of the valid pixels: holes do not bleed
-        z, weight = (resample(a[None].astype(np.float32), canvas)[0] for a in (z, weight))
-    z = z / np.maximum(weight, 1e-6) / MAX_DEPTH
-    z = np.where(weight > 0, z, MODALITIES["depth"]["mean"])
-    return z.clip(0, 1).astype(np.float32)
+    z = steps[None] / depth_unit
+    if canvas:
+        z = resample_valid(z, canvas)
+    z = np.where(np.isfinite(z), z / MAX_DEPTH, MODALITIES["depth"]["mean"])
+    return z[0].clip(0, 1).astype(np.float32)
+
+
+def resample_valid(a, size):
+    """Resizes floats CxHxW with NaN where values are missing: the mean of the valid ones counts,
+    so that holes do not bleed."""
+    weight = resample(np.isfinite(a).astype(np.float32), size)
+    values = resample(np.where(np.isfinite(a), a, 0).astype(np.float32), size)
+    return np.where(weight > 0, values / np.maximum(weight, 1e-6), np.nan)
 
 
 def stretch(dem):
-    """Stretches heights 1xHxW, NaN in holes, from their 1st and 99th percentile to 0 and 1: float32.
-    Holes become the mean of the stretched heights."""
+    """Stretches heights 1xHxW, NaN in holes: their 1st and 99th percentile become 0 and 1.
+    Holes become the mean of the stretched heights.  Returns float32."""
     valid = np.isfinite(dem)
     low, high = np.percentile(dem[valid], (1, 99))
     x = ((np.where(valid, dem, low) - low) / max(high - low, 1e-3)).clip(0, 1)
@@ -744,8 +763,9 @@ def stretch(dem):
 
 
 def open_geonrw(root, split="all", classes=None, strict=True):
-    """Opens GeoNRW as `prepare` cut it: patches of 250x250 pixels, a quarter of a tile each way.
-    Paper: 6,942 training scenes.  Here: the makers' 40 cities, for the paper's are not listed."""
+    """Opens GeoNRW as `prepare` cut it: patches of 250x250 pixels, 16 of each tile.
+    Paper: 6,942 training scenes.  Here: the 40 training cities of the data set's makers, because
+    the paper does not list its scenes."""
     cropped = root / "cropped" if (root / "cropped").is_dir() else root
     need((cropped / "rgb").is_dir(), f"no {root}/cropped.  Run `python data.py prepare --scenario "
          f"rgb-dem --data {root}` first; {TREE}")
@@ -756,15 +776,18 @@ def open_geonrw(root, split="all", classes=None, strict=True):
 
 
 def open_rgbd(root, size, split="all", depth_unit=1000.0, classes=None, strict=True):
-    """Opens RGB-depth frames: RGB/, HHA/ or else Depth/, and Label/.  Frames of any size are
-    brought to a canvas of 3/2 S x 2 S pixels.  The paper pretrains on all 10,335 of SUN RGB-D."""
+    """Opens RGB-depth frames: RGB/, HHA/ or, if there is none, Depth/; and Label/ for a task.
+
+    Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
+    224).  All sensors lie within 4 % of its shape 4:3, and half of its area is more than S x S
+    pixels.  The paper pretrains on all 10,335 frames of SUN RGB-D."""
     second = "Depth" if (root / "Depth").is_dir() and not (root / "HHA").is_dir() else "HHA"
-    raw = [name for name in ("SUNRGBD", "kv1", "kv2", "realsense", "xtion") if (root / name).is_dir()]
-    need((root / "RGB").is_dir() or not raw, f"{root} holds SUN RGB-D's {raw[0] if raw else ''}/, "
-         f"not yet RGB/ and HHA/.  Run `python data.py prepare --scenario rgbd --data {root}` first")
+    raw = any((root / name).is_dir() for name in ("SUNRGBD", "kv1", "kv2", "realsense", "xtion"))
+    need((root / "RGB").is_dir() or not raw, f"{root} holds the tree of SUN RGB-D, but not yet "
+         f"RGB/ and HHA/.  Run `python data.py prepare --scenario rgbd --data {root}` first")
     for folder in ("RGB", second):
-        need((root / folder).is_dir(), f"no {root / folder}; looked for RGB/ and for HHA/ or Depth/, "
-             f"{list_contents(root)}.  Rename or link the folders; {TREE}")
+        need((root / folder).is_dir(), f"no {root / folder}; looked for RGB/, and for HHA/ or "
+             f"Depth/; {list_contents(root)}.  Rename or link the folders; {TREE}")
     where = [root / "RGB", root / second]
     if classes:
         where.append(root / ("Label" if (root / "Label").is_dir() else "labels"))
@@ -775,10 +798,10 @@ def open_rgbd(root, size, split="all", depth_unit=1000.0, classes=None, strict=T
 
 
 def find_triples(where, lists, split, strict):
-    """Finds the files of two folders of images, and of a third of masks.  Returns the files, the
-    names that a split has, and the names that lack a file."""
+    """Finds the images of two folders, and the masks of a third if there is one.  Returns their
+    {name: path}, the names in the split, and the names that lack a file."""
     files = [find_images(folder, IMAGES) for folder in where]
-    ids, unpaired = pair_names(*files[:2], where[:2], strict)
+    ids, unpaired = pair_names(*files[:2], where[:2], strict and split == "all")
     if split != "all":
         ids = read_list(lists / f"{split}.txt", dict.fromkeys(ids))
     if len(where) == 3:
@@ -795,12 +818,15 @@ SEEN = dict(photo="a camera's, one side is up", overhead="from above, flipped bo
 
 
 def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
-    """Opens one's own pairs: two folders, or patterns with stars.  names: the file of a list, or
-    None.  Each modality is what `declared` says, or else what its first image looks like."""
+    """Opens one's own pairs: two folders, or two patterns with stars.
+
+    names      the file of a list, or None for all pairs
+    Each modality is what the checkpoint's row in `inputs` says, or what `declared` says, or else
+    what its first image looks like."""
     where = [os.path.normpath(path) for path in where]
     stars = [max(1, pattern.count("*")) for pattern in where]
     need(where[0] != where[1] and stars[0] == stars[1], f"{where[0]} and {where[1]}: expected two "
-         f"different folders, or patterns with as many stars: these stand for equal names")
+         f"different folders, or two patterns with as many stars, which stand for equal names")
     files = [find_images(pattern, IMAGES) for pattern in where]
     ids, unpaired = pair_names(*files, where, strict and not names)
     if names:
@@ -821,7 +847,7 @@ def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
         elif given in MODALITIES:
             rows.append(MODALITIES[given] if given != "ms" else make_ms_row(len(a)))
         else:
-            rows.append(measure_input(given, first, a, paths, strict))
+            rows.append(measure_inputs(given, first, a, paths, strict))
         H, W = a.shape[1:]
         sizes.append((H, W))
         # as `rgbd` does; not from above, where crops are as small as a fifth of the area
@@ -832,7 +858,8 @@ def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
 
 
 def read_first(paths, strict):
-    """Reads the first image that can be read, which says what its folder holds."""
+    """Reads the first image that can be read, because it says what its folder holds.  Returns its
+    path and the image."""
     for path in paths:
         try:
             return path, read_image(path)
@@ -851,12 +878,15 @@ def make_ms_row(C):
     return MODALITIES["ms"] | dict(bands=bands, mean=(0.0,) * C, std=(1.0,) * C)
 
 
-def measure_input(name, first, a, paths, strict, most=200):
-    """Makes the row of MODALITIES for one's own images from at most 200 of them: mean and std of x
-    in [0, 1]; raw_mean and raw_std in the units of the files, None for 8 bits."""
+def measure_inputs(name, first, a, paths, strict, most=200):
+    """Makes the row of MODALITIES for one's own images, from at most 200 of them.
+
+    mean, std          of x in [0, 1], per channel
+    raw_mean, raw_std  in the units of the files; None for 8 bits, where x is the value / 255"""
     row = dict(name=name, bands=[f"channel {c + 1}" for c in range(len(a))],
                dtype=str(stored_type(first, a)))
-    n, mean, squares = (np.zeros(len(a)) for _ in range(3))  # of the deviations from the mean
+    # squares: of the deviations from the mean; sums of x^2 would lose small spreads (1.6e9 +- 1000)
+    n, mean, squares = (np.zeros(len(a)) for _ in range(3))
     low, high = np.full(len(a), np.inf), np.full(len(a), -np.inf)
     for path in show_progress(spread_evenly(paths, most), "measuring"):
         try:
@@ -867,7 +897,7 @@ def measure_input(name, first, a, paths, strict, most=200):
             continue                            # `check` will list it
         for c, x in enumerate(values):
             x = x[np.isfinite(x)]
-            if x.size:                          # two sets of values become one (Chan et al., 1979)
+            if x.size:                          # the update of Chan, Golub and LeVeque (1979)
                 shift, both = x.mean() - mean[c], n[c] + x.size
                 squares[c] += ((x - x.mean()) ** 2).sum() + shift ** 2 * n[c] * x.size / both
                 mean[c] += shift * x.size / both
@@ -1286,8 +1316,8 @@ NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # tasks, an
 SHARED_ROOTS = dict(geonrw="data/rgb-dem", sunrgbd="data/rgbd")     # of tasks on a scenario's data
 
 
-def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True, classes=None,
-                 inputs=None, declared=(None, None), reduce=False):
+def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True,
+                 classes=None, inputs=None, declared=(None, None), reduce=False):
     """Opens the data set of a scenario, or of a transfer task, which gives (x1, x2, target).
 
     root       its folder; of custom two folders or patterns
@@ -2068,16 +2098,19 @@ def contact_sheet(dataset, indices, path, size):
 
 @contextlib.contextmanager
 def built(out, settings, size, folders=()):
-    """Yields the folder that becomes `out`, or whose `folders` move into `out`, once all is done.
-    A run that was stopped goes on with it, if its settings are the same.
+    """Yields a folder to fill.  Once the caller is done with it, it becomes `out`; or, if `folders`
+    are named, these move from it into `out`.  A run that was stopped goes on with the same folder,
+    if its settings are the same.
 
-    settings   what decides the bytes, as text;  size: how many bytes will be written, about"""
+    settings   a text with all that the bytes depend on
+    size       about how many bytes will be written"""
     part, wanted = Path(f"{out}.part"), [Path(out)]
     if folders:
         part, wanted = Path(out) / "prepare.part", [Path(out) / folder for folder in folders]
     there = [path for path in wanted if path.exists()]
-    need(not there or len(there) < len(wanted) and part.is_dir(), f"{there[:1]} exists.  It is "
-         f"prepared already: delete it to prepare it again, or give another --out")
+    begun = part.is_dir() and len(there) < len(wanted)  # stopped while the folders moved
+    need(begun or not there, f"{', '.join(map(str, there))} exists, so it is prepared already.  "
+         f"Delete it to prepare it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
     with open(part / "lock", "w") as lock:
         if fcntl:                               # the system frees the lock of a killed process
@@ -2086,15 +2119,15 @@ def built(out, settings, size, folders=()):
             except BlockingIOError:
                 raise BadInput(f"another `data.py prepare` writes {part}.  Wait for it") from None
         record = part / "settings.txt"
-        need(not record.is_file() or record.read_text("utf-8") == settings, f"{part} was begun with "
-             f"other samples or settings.  Give the settings of that run, or delete {part}")
+        need(not record.is_file() or record.read_text("utf-8") == settings, f"{part} was begun "
+             f"with other samples or settings.  Give the settings of that run, or delete {part}")
         write_text(record, settings)
         free = shutil.disk_usage(part).free
         print(f"{out} needs about {size / 1e9:.3f} GB of disk; {free / 1e9:.1f} GB are free")
         yield part
-    for folder in folders:
-        if (part / folder).is_dir():            # otherwise moved by a run that was stopped then
-            os.replace(part / folder, Path(out) / folder)
+    for name in (*folders, "bad-ids.txt") if folders else ():
+        if (part / name).exists():              # otherwise moved by a run that was stopped then
+            os.replace(part / name, Path(out) / name)
     if folders:
         shutil.rmtree(part)
         return
@@ -2103,11 +2136,12 @@ def built(out, settings, size, folders=()):
         (Path(out) / name).unlink(missing_ok=True)
 
 
-NOTED = 256                                     # so many samples at a time are noted as done
+NOTED = 256                                     # how many samples at a time are noted as done
 
 
 def attempt(work, item):
-    """Does the work of (name, job).  Returns what it gives, or why the sample is bad: one is None."""
+    """Calls work(job) for an item (name, job).  Returns its result and None, or None and the reason
+    why it failed.  A full disk is not the sample's fault, and ends the run."""
     try:
         return work(item[1]), None
     except Exception as error:                  # an odd file raises nearly anything
@@ -2117,22 +2151,34 @@ def attempt(work, item):
         return None, kind + " ".join(str(error).split())
 
 
-def work_through(part, jobs, work, args, bad, arrays=()):
-    """Does work(job) for those of {name: job} that no earlier run did, past those that fail.
+def note_done(log, done, fresh, arrays):
+    """Appends the fresh names to the log of what is done, after their rows are on the disk."""
+    for array in arrays:
+        array.flush()
+    with open(log, "a", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps((name, done[name]))}\n" for name in fresh)
+    fresh.clear()
 
-    bad        {name: reason} of samples that cannot even be tried; those that fail join them
-    arrays     where the rows go that work gives, each at the job's place; without arrays, work
-               writes files itself and gives a number
-    Returns the sum of the numbers.  BadInput if a sample is bad, unless --skip-bad is given."""
-    log, places, done = part / "done.jsonl", {name: k for k, name in enumerate(jobs)}, {}
+
+def work_through(part, jobs, work, args, bad, arrays=()):
+    """Calls work(job) for all of {name: job}, but not for those that an earlier run has done.  If a
+    job fails, the others are done all the same.
+
+    bad        {name: reason} of samples that cannot be tried; the jobs that fail are added
+    arrays     work returns a row for each of these arrays, and the rows are stored at the job's
+               place; without arrays, work writes files and returns a number
+    Returns the sum of the numbers.  Raises BadInput if a sample is bad and --skip-bad not given."""
+    log, done = part / "done.jsonl", {}
+    places = {name: k for k, name in enumerate(jobs)}
     if log.is_file():
         for line in log.read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line, of a run that was killed
-                name, number_of = json.loads(line)
-                done[name] = number_of
+            with contextlib.suppress(ValueError):  # the last line is not whole after a kill
+                name, result = json.loads(line)
+                done[name] = result
     write_text(log, "".join(f"{json.dumps(item)}\n" for item in done.items()))
     left = [item for item in jobs.items() if item[0] not in done]
-    fresh, results = [], in_processes(functools.partial(attempt, work), left, args.workers, "prepare")
+    fresh, try_work = [], functools.partial(attempt, work)
+    results = in_processes(try_work, left, args.workers, "prepare")
     try:
         for (name, _), (result, reason) in zip(left, results):
             if reason:
@@ -2143,9 +2189,9 @@ def work_through(part, jobs, work, args, bad, arrays=()):
             done[name] = 0 if arrays else result
             fresh.append(name)
             if len(fresh) == NOTED:
-                note_done(log, fresh, done, arrays)
+                note_done(log, done, fresh, arrays)
     finally:
-        note_done(log, fresh, done, arrays)
+        note_done(log, done, fresh, arrays)
     file = part / "bad-ids.txt"
     file.unlink(missing_ok=True)
     if bad:
@@ -2158,18 +2204,9 @@ def work_through(part, jobs, work, args, bad, arrays=()):
     return sum(done.values())
 
 
-def note_done(log, fresh, done, arrays):
-    """Notes in the log what is done, after the rows of it are on the disk."""
-    for array in arrays:
-        array.flush()
-    with open(log, "a", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps((name, done[name]))}\n" for name in fresh)
-    fresh.clear()
-
-
 def pack(out, jobs, read, files, bad, args):
-    """Packs samples into arrays of bytes, a sample a row: ids.txt and `files`.  read(job) gives a
-    row for each of the files.  A damaged sample's row is 0, and its line begins with `# `."""
+    """Packs samples into arrays of bytes with one row per sample: ids.txt and `files`.  read(job)
+    returns a row for each of the files.  A damaged sample's row is 0; its line begins with `# `."""
     need(jobs, f"no sample for {out}; {TREE}")
     for item in jobs.items():                   # the first that can be read shows the sizes
         rows, reason = attempt(read, item)
@@ -2191,15 +2228,16 @@ def pack(out, jobs, read, files, bad, args):
 
 
 def read_equal(read, sizes, job):
-    """Reads the rows of a sample, which have to be as long as those of the others."""
+    """Reads the rows of a sample, which must be as long as the rows of the first sample."""
     rows = read(job)
-    need(list(map(len, rows)) == sizes, f"is of another size: {list(map(len, rows))} bytes, where "
-         f"the first sample has {sizes}")
+    lengths = list(map(len, rows))
+    need(lengths == sizes, f"the images are of another size: {lengths} bytes; the first sample has "
+         f"{sizes}")
     return rows
 
 
 def prepare_ssl4eo(root, out, args):
-    """Packs SSL4EO-S12's 60 files a location: season0.npy to season3.npy, 0.5 MB a row."""
+    """Packs SSL4EO-S12, 60 files per location, into season0.npy to season3.npy: 0.5 MB per row."""
     jobs, unpaired = find_locations(root)
     bad = {name: "is in only one of s1/ and s2c/" for name in unpaired}
     files = [f"season{k}.npy" for k in range(4)]
@@ -2217,44 +2255,50 @@ def prepare_bigearthnet(root, out, args):
             if file.is_file():
                 lists[split] = file
     need(lists, f"no train.csv, val.csv or test.csv under {root}; {TREE}")
+    problems = []
     for split, file in lists.items():
+        if (out / split).exists():
+            print(f"{out / split} exists: it is prepared already")
+            continue
         pairs = list_patches(root, file, partner)
         bad = {s2: f"{file.name} lists it, but its S1 or its S2 folder is missing"
                for s2, s1 in pairs.items() if s2 not in s2_names or s1 not in s1_names}
         jobs = {s2: (s2, s1) for s2, s1 in pairs.items() if s2 not in bad}
         read = functools.partial(read_patch, folders)
-        pack(out / split, jobs, read, ["season0.npy", "labels.npy"], bad, args)
+        try:
+            pack(out / split, jobs, read, ["season0.npy", "labels.npy"], bad, args)
+        except BadInput as problem:             # the other splits come first
+            problems.append(str(problem))
+    need(not problems, "  ".join(problems))
 
 
 TEST_CITIES = ("duesseldorf", "herne", "neuss")
 
 
 def prepare_geonrw(root, out, args):
-    """Cuts GeoNRW's tiles into 4x4 patches: rgb/, dem/ and seg/ of equal names, train.txt, and
-    test.txt with the three cities of the makers' test set."""
-    jobs, bad = {}, {}
-    for city in list_folders(root):
-        tiles = {}                              # their parts
-        for name in os.listdir(root / city):
-            tile, _, part = name.split(".")[0].rpartition("_")
-            tiles.setdefault(tile, set()).add(part)
-        for tile in sorted(tiles, key=lambda tile: [int(n) for n in re.findall(r"\d+", tile)]):
-            if tiles[tile] >= {"rgb", "dem"}:
-                jobs[f"{city}_{tile}"] = root / city / tile
-            elif tiles[tile] & {"rgb", "dem"}:
-                bad[f"{city}_{tile}"] = "has only one of rgb and dem"
+    """Cuts each tile of GeoNRW into 4x4 patches: rgb/, dem/ and seg/ with equal names.  test.txt
+    has the three test cities of the data set's makers, train.txt the other cities."""
+    parts, jobs, bad = {}, {}, {}
+    for path in root.glob("*/*"):
+        match = re.fullmatch(r"((\d+)_(\d+))_(rgb\.jp2|dem\.tif)", path.name)
+        if match:
+            tile, x, y, _ = match.groups()
+            parts.setdefault((path.parent.name, int(x), int(y), tile), []).append(path)
+    for (city, _, _, tile), paths in sorted(parts.items()):
+        if len(paths) == 2:
+            jobs[f"{city}_{tile}"] = root / city / tile
+        else:
+            bad[f"{city}_{tile}"] = f"has {paths[0].name}, but lacks its partner"
     need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}; {TREE}")
     size = read_tile(next(iter(jobs.values())))[0].shape
     with built(out, "", len(jobs) * size[1] * size[2] * 8) as part:
         work_through(part, jobs, functools.partial(cut_geonrw, part), args, bad)
-        names = list_tiles(part / "rgb", jobs)
-        for split, wanted in (("train", False), ("test", True)):
-            these = [name for name in names if (name.split("_")[0] in TEST_CITIES) == wanted]
-            write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
+        tested = {name for name in jobs if name.split("_")[0] in TEST_CITIES}
+        write_lists(part, part / "rgb", tested)
 
 
 def read_tile(stem):
-    """Reads a tile of GeoNRW: rgb 3xHxW, dem 1xHxW and, if there is one, seg HxW or None."""
+    """Reads a tile of GeoNRW: rgb 3xHxW, dem 1xHxW and seg HxW, or None if there is no seg."""
     rgb, dem = read_image(f"{stem}_rgb.jp2"), read_band(f"{stem}_dem.tif")
     seg = read_mask(f"{stem}_seg.tif") if os.path.isfile(f"{stem}_seg.tif") else None
     sizes = {a.shape[-2:] for a in (rgb, dem, seg) if a is not None}
@@ -2266,22 +2310,29 @@ def read_tile(stem):
 
 
 def cut_geonrw(part, stem):
+    """Cuts one tile of GeoNRW into its 16 patches."""
     rgb, dem, seg = read_tile(stem)
     outs = part / "rgb", part / "dem", part / "seg"
     name = f"{stem.parent.name}_{stem.name}"
     return write_tiles(name, (rgb, dem), seg, (rgb.dtype, dem.dtype), rgb.shape[1] // 4, outs)
 
 
-def list_tiles(folder, scenes):
-    """Lists the tiles in a folder: those of the first scene row by row, then the next scene's."""
-    place = {scene: k for k, scene in enumerate(scenes)}
-    names = [os.path.splitext(name)[0] for name in os.listdir(folder)]
-    return sorted(names, key=lambda name: (place[name.rsplit("_", 2)[0]], name))
+def write_lists(part, folder, test_scenes):
+    """Writes train.txt and test.txt with the tiles in a folder, by their scenes."""
+    names = sorted(os.path.splitext(name)[0] for name in os.listdir(folder))
+    for split, wanted in (("train", False), ("test", True)):
+        these = [name for name in names if (name.rsplit("_", 2)[0] in test_scenes) == wanted]
+        write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
 
 
 def write_tiles(name, images, mask, types, size, outs):
-    """Cuts a scene into tiles of size x size pixels, named <scene>_<row>_<column>, without the
-    rest at its right and lower border.  Returns how many are left out: they are mostly no data."""
+    """Cuts a scene into tiles of size x size pixels with the names <scene>_<row>_<column>.
+
+    The rest at the right and the lower border is dropped.  A tile is left out if more than half of
+    the values of one of its images are missing.  Returns how many tiles are left out.
+
+    images     CxHxW, NaN where values are missing;  types: in which they are written
+    mask       HxW, or None;  outs: the folders of the images, and of the mask"""
     H, W = images[0].shape[1:]
     need(min(H, W) >= size, f"{name} has {H}x{W} pixels, less than --size {size}")
     digits, left_out = len(str(max(H, W) // size - 1)), 0
@@ -2305,7 +2356,8 @@ def write_tiles(name, images, mask, types, size, outs):
 
 
 def choose_nodata(a, kind):
-    """Chooses a number that no valid pixel has, for integers with missing values; else None."""
+    """Chooses a number that no valid pixel has to stand for missing values of an integer type.
+    Returns None if no value is missing, or if the type has NaN."""
     if kind.kind == "f" or a.dtype.kind != "f" or not np.isnan(a).any():
         return None
     for value in range(np.iinfo(kind).max, np.iinfo(kind).min - 1, -1):
@@ -2314,8 +2366,8 @@ def choose_nodata(a, kind):
 
 
 def write_tile(path, a, kind, nodata):
-    """Writes CxHxW in the type `kind`: 8 bits as png; else, and where values are missing, as tif:
-    floats keep NaN, and integers get GDAL's no-data tag."""
+    """Writes CxHxW in the type `kind`: 8 bits as png, other types as tif.  Missing values stay
+    missing, always as tif: floats keep NaN, integers get `nodata` and GDAL's tag for it."""
     if kind == np.uint8 and nodata is None and len(a) in (1, 3):
         image = np.moveaxis(a, 0, -1) if len(a) == 3 else a[0]
         Image.fromarray(np.ascontiguousarray(image, np.uint8)).save(f"{path}.png", compress_level=1)
@@ -2323,11 +2375,13 @@ def write_tile(path, a, kind, nodata):
     tags = [(42113, "s", 0, str(nodata), True)] if nodata is not None else []
     a = a if nodata is None else np.where(np.isnan(a), nodata, a)
     shape = dict(photometric="minisblack", planarconfig="separate") if len(a) > 1 else {}
-    tifffile.imwrite(f"{path}.tif", (a if len(a) > 1 else a[0]).astype(kind), extratags=tags, **shape)
+    a = a if len(a) > 1 else a[0]
+    tifffile.imwrite(f"{path}.tif", a.astype(kind), extratags=tags, **shape)
 
 
 def prepare_tiles(where, args):
-    """Cuts one's own scenes into tiles: <out>/1/, 2/ and label/, and lists of whole scenes."""
+    """Cuts one's own scenes into tiles: <out>/1/, 2/ and label/.  train.txt and test.txt never
+    share a scene, because tiles of one scene are too similar to test on."""
     need(args.out and args.size, "prepare --scenario custom needs --size and --out")
     patterns = [*where, args.target] if args.target else list(where)
     files = [find_images(pattern, IMAGES) for pattern in patterns]
@@ -2341,30 +2395,29 @@ def prepare_tiles(where, args):
     with built(args.out, json.dumps(settings), len(jobs) * size) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
         left_out = work_through(part, jobs, cut, args, bad)
-        names = list_tiles(part / "1", jobs)
-        scenes = sorted({name.rsplit("_", 2)[0] for name in names})
-        print(f"{len(names)} tiles of {len(scenes)} scenes; {left_out} are left out, because more "
+        tiles = [os.path.splitext(name)[0] for name in os.listdir(part / "1")]
+        scenes = sorted({name.rsplit("_", 2)[0] for name in tiles})
+        print(f"{len(tiles)} tiles of {len(scenes)} scenes; {left_out} are left out, because more "
               f"than half of their values are missing")
-        if len(scenes) < 2:
-            print("no train.txt and test.txt: one scene cannot be split by scene")
+        need(tiles, f"no tile is left for {args.out}: are --nodata1 and --nodata2 right?")
+        if len(scenes) == 1:
+            print("no train.txt and test.txt, because one scene cannot be split by scene")
             return
         order = np.random.default_rng((args.seed, len(scenes))).permutation(len(scenes))
         n = min(max(1, round(args.test_share * len(scenes))), len(scenes) - 1)
-        tested = {scenes[k] for k in order[:n]}
-        for split, wanted in (("train", False), ("test", True)):
-            these = [name for name in names if (name.rsplit("_", 2)[0] in tested) == wanted]
-            write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
+        write_lists(part, part / "1", {scenes[k] for k in order[:n]})
     print(f"train.txt has the tiles of {len(scenes) - n} scenes, test.txt the tiles of {n}")
 
 
 def cut_own(part, size, nodata, declared, job):
-    """Reads a scene's images and mask, brings them to one size, and cuts them into tiles."""
-    (name, (*paths, _)), images, types = (job[0], (*job[1], None)), [], []
+    """Reads the images and the mask of a scene, brings them to one size, cuts them into tiles."""
+    name, paths = job
+    images, types = [], []
     for m, path in enumerate(paths[:2]):
         a = read_image(path)
         kind = stored_type(path, a)
         missing = ~np.isfinite(a)
-        if nodata[m] is not None:               # of all channels, as a black pixel is not no data
+        if nodata[m] is not None:               # in all channels: one dark channel is a colour
             missing = missing | (a == nodata[m]).all(0)
         if declared[m] == "depth":
             missing = missing | (a == 0) | (a == 65535)
@@ -2374,30 +2427,28 @@ def cut_own(part, size, nodata, declared, job):
         images.append(a)
     H, W = images[0].shape[1:]
     if images[1].shape[1:] != (H, W):
-        images[1] = resize_missing(images[1], types[1], (H, W))
+        images[1] = resize_like(images[1], types[1], (H, W))
     mask = read_mask(paths[2]) if len(paths) == 3 else None
     need(mask is None or mask.shape == (H, W), f"{paths[-1]} has {np.shape(mask)} pixels, "
          f"{paths[0]} has {(H, W)}; expected masks of the size of the first image")
     return write_tiles(name, images, mask, types, size, (part / "1", part / "2", part / "label"))
 
 
-def resize_missing(a, kind, size):
-    """Resizes CxHxW of the type `kind` with NaN where values are missing, which do not bleed."""
+def resize_like(a, kind, size):
+    """Resizes CxHxW of the type `kind`, with NaN where values are missing, and keeps its kind of
+    values: 8 bits stay whole, and other integers are those of the nearest pixel."""
     valid = np.isfinite(a)
-    if kind.kind in "iu" and kind != np.uint8:  # to the nearest, so that no value is made up
-        values = resample(np.where(valid, a, 0).astype(kind), size)
-        return np.where(resample(valid.astype(np.int32), size) > 0, values, np.nan)
-    if valid.all():
-        return resample(a, size)
-    weight = resample(valid.astype(np.float32), size)
-    values = resample(np.where(valid, a, 0).astype(np.float32), size) / np.maximum(weight, 1e-6)
-    if kind == np.uint8:
-        values = np.floor(values + 0.5)
-    return np.where(weight > 0.5, values, np.nan)
+    if kind.kind in "iu" and kind != np.uint8:
+        nearest = resample(np.where(valid, a, 0).astype(kind), size)
+        return np.where(resample(valid.astype(np.int32), size) > 0, nearest, np.nan)
+    if kind == np.uint8 and valid.all():
+        return resample(a.astype(kind), size)
+    a = resample_valid(a, size)
+    return np.floor(a + 0.5) if kind == np.uint8 else a
 
 
 def prepare_rgbd(root, args):
-    """Makes HHA/ beside RGB/ and Depth/; or, of the raw tree of SUN RGB-D, RGB/, HHA/ and Label/."""
+    """Makes HHA/ beside RGB/ and Depth/; or RGB/, HHA/ and Label/ from SUN RGB-D's raw tree."""
     depth_unit = args.depth_unit or 1000.0
     if (root / "Depth").is_dir():
         camera = read_intrinsics(root / "intrinsics.txt")
@@ -2421,6 +2472,8 @@ def prepare_rgbd(root, args):
             if not (root / folder).is_dir():
                 (part / folder).mkdir(exist_ok=True)
         work_through(part, jobs, functools.partial(work, part), args, bad)
+    if bad and work is write_hha:
+        print("Their images in RGB/ have no partner now: move them away, or give --split a list")
 
 
 def write_hha(part, job):
@@ -2436,12 +2489,12 @@ def write_hha(part, job):
 
 
 def link_frame(part, job):
-    """Makes RGB/, HHA/ and Label/ of one frame of SUN RGB-D's tree."""
+    """Makes RGB/, HHA/ and Label/ of one frame of SUN RGB-D's raw tree."""
     folder, mask, name = job
     image, depth, raw = (only_file(os.path.join(folder, kind))
                          for kind in ("image", "depth_bfx", "depth"))
     camera = read_intrinsics(os.path.join(folder, "intrinsics.txt"))
-    open_image(image)                           # a damaged one is found here
+    open_image(image)                           # raises BadInput if the image is damaged
     write_hha(part, (depth, raw, None, camera, f"{name}.png"))
     link(image, part / "RGB" / (name + os.path.splitext(image)[1]))
     if mask:
@@ -2500,8 +2553,8 @@ def choose_source(args):
     if name == "custom":
         need(all(own) and not args.data, "--scenario custom needs --data1 and --data2, not --data")
         kinds = (args.as1, args.as2)
-        need(args.depth_unit is None or "depth" in kinds, "--depth-unit works only with depth: give "
-             "--as1 depth or --as2 depth, too")
+        need(args.depth_unit is None or "depth" in kinds, "--depth-unit works only with depth: "
+             "give --as1 depth or --as2 depth as well")
         return name, own
     for flag in ("data1", "data2", "as1", "as2"):
         need(not getattr(args, flag), f"--{flag} works only with --scenario custom")
@@ -2525,28 +2578,32 @@ def prepare(args):
     if name in ("rgbd", "sunrgbd", "nyuv2"):
         need(not args.out, f"--out does not work with {name}: HHA/ is made beside the depth")
         return prepare_rgbd(root, args)
-    function, folder = {"sar-optical": (prepare_ssl4eo, "packed"), "rgb-dem": (prepare_geonrw, "cropped"),
-                        "bigearthnet": (prepare_bigearthnet, "packed"),
-                        "geonrw": (prepare_geonrw, "cropped")}[name]
-    return function(root, Path(args.out or root / folder), args)
+    if name == "sar-optical":
+        return prepare_ssl4eo(root, Path(args.out or root / "packed"), args)
+    if name == "bigearthnet":
+        return prepare_bigearthnet(root, Path(args.out or root / "packed"), args)
+    return prepare_geonrw(root, Path(args.out or root / "cropped"), args)
 
 
-IMAGES_HELP = "a folder, or a pattern in quotes such as 'chips/*_S1Hand.tif'"
-AS_HELP = (f"what the images of --data{{0}} are: {', '.join(AS)}; default: aerial for 3 channels "
-           "of 8 bits, otherwise overhead")
-# Flags that the scripts share: argparse's settings.  Defaults are None: what is given can be told.
+OWN_IMAGES = dict(type=expand_path, metavar="FILES", nargs="+", action=OnePattern)
+DECLARED = dict(choices=AS, metavar="KIND")
+KINDS = f"{', '.join(AS)}; default: aerial for 3 channels of 8 bits, otherwise overhead"
+# Settings of argparse for the flags that scripts share.  A flag that is not given is None.
 DATA_FLAGS = {
     "data": dict(type=expand_path, metavar="DIR",
                  help="folder of the data; default: data/ and the name of the scenario or task"),
-    **{f"data{m}": dict(type=expand_path, metavar="FILES", nargs="+", action=OnePattern,
-                        help=f"with custom: images of modality {m}, {IMAGES_HELP}") for m in (1, 2)},
-    **{f"as{m}": dict(choices=AS, metavar="KIND", help=AS_HELP.format(m)) for m in (1, 2)},
+    "data1": OWN_IMAGES | dict(help="with custom: images of modality 1, a folder or a pattern in "
+                               "quotes such as 'chips/*_S1Hand.tif'"),
+    "data2": OWN_IMAGES | dict(help="with custom: images of modality 2, as --data1"),
+    "as1": DECLARED | dict(help=f"with custom: what the images of --data1 are: {KINDS}"),
+    "as2": DECLARED | dict(help=f"with custom: what the images of --data2 are: {KINDS}"),
     "depth-unit": dict(type=number(float, 1e-3, 1e9), metavar="STEPS",
                        help="steps of a depth file per metre; default: 1000"),
-    "split": dict(type=expand_path, help="name of a list such as train, or with custom a list's "
-                                         "file; default: all, of a task train"),
+    "split": dict(type=expand_path, help="all, or the name of a list: train or test; with custom "
+                  "the file of a list; default: all, rgb-dem, --toy and tasks train"),
     "size": dict(type=number(int, 16, 4096), help="width of the crops in pixels; default: 224"),
-    "workers": dict(type=number(int, 0), help="processes that read files, for each process"),
+    "workers": dict(type=number(int, 0), help="processes that read files; default: on CUDA up to 8 "
+                    "per GPU, otherwise 0"),
 }
 
 
@@ -2567,9 +2624,9 @@ FLAGS = DATA_FLAGS | {
                     help="processes that read files; default: one per core"),
     "target": dict(type=expand_path, metavar="FILES", help="with custom: masks to cut as well, a "
                    "folder or a pattern in quotes"),
-    **{f"nodata{m}": dict(type=float, metavar="VALUE", help=f"with custom: what stands for no value "
-                          f"in all channels of --data{m}, beside NaN and what a TIFF declares")
-       for m in (1, 2)},
+    "nodata1": dict(type=float, metavar="VALUE", help="with custom: the value that means no data "
+                    "in all channels of --data1; default: NaN, and what a TIFF declares"),
+    "nodata2": dict(type=float, metavar="VALUE", help="with custom: the same of --data2"),
     "test-share": dict(type=number(float, 0, 1), metavar="SHARE",
                        help="with custom: share of the scenes in test.txt; default: 0.2"),
     "seed": dict(type=number(int, 0), help="with custom: which scenes are in test.txt; default: 0"),
@@ -2577,9 +2634,10 @@ FLAGS = DATA_FLAGS | {
                      "until they are mended"),
 }
 COMMANDS = {
-    "prepare": ("scenario task data data1 data2 as1 as2 target size nodata1 nodata2 test-share seed "
-                "depth-unit out skip-bad workers", "turn what was downloaded into the form that the "
-                "other scripts read; stopped, it goes on"),
+    "prepare": ("scenario task data data1 data2 as1 as2 target size nodata1 nodata2 test-share "
+                "seed depth-unit out skip-bad workers",
+                "turn what was downloaded into the form that the other scripts read; a run that "
+                "was stopped goes on if the same command is given again"),
     "check": ("scenario task data data1 data2 as1 as2 split size depth-unit out workers",
               "read all samples and say what the network will see; exit code 1 if one is bad"),
     "toy": ("scenario out", "write the made-up scenes of a scenario")}
