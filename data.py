@@ -648,11 +648,11 @@ class Folders:
         mask = np.maximum(read_mask(path), 0)
         check_mask(path, mask, raw[0].shape[1:], self.classes)
         if self.canvases[0]:
-            mask = resample(mask[None], self.canvases[0])[0]
+            mask = resize_array(mask[None], self.canvases[0])[0]
         return x1, x2, torch.from_numpy(mask)
 
 
-COLOURS = ("aerial", "rgb", "hha")              # 8 bits, three channels
+COLOUR_KINDS = ("aerial", "rgb", "hha")              # 8 bits, three channels
 CAMERAS = ("rgb", "hha", "depth", "photo")      # one side is up: crops are half the area or more
 
 
@@ -661,7 +661,7 @@ def read_input(path, row):
     where a value is missing.  Raises BadInput if the image is of another kind."""
     a, name = read_image(path), row["name"]
     C, stored = len(a), stored_type(path, a)
-    if name in COLOURS:
+    if name in COLOUR_KINDS:
         need(stored == np.uint8 and C in (1, 3), f"{path} has {C} channels of {stored}; {name} "
              f"works only with 8 bits and 3 channels, or 1 that is grey.  Scale the values to "
              f"0..255, or use --scenario custom with another --as")
@@ -719,11 +719,11 @@ def encode(a, row, canvas, depth_unit):
             a = np.where(np.isfinite(a), a / 255, np.array(row["mean"])[:, None, None])
             a = a.astype(np.float32)
         if canvas:
-            a = resample(a, canvas)
+            a = resize_array(a, canvas)
     return torch.from_numpy(np.ascontiguousarray(a))
 
 
-def resample(a, size):
+def resize_array(a, size):
     """Resizes CxHxW with Pillow: 8 bits and floats bilinear, antialiased; other integers to the
     nearest pixel, because a value such as 0 may stand for no reading."""
     kind, how = np.float32, Image.Resampling.BILINEAR
@@ -739,16 +739,16 @@ def encode_depth(steps, canvas, depth_unit):
     """Turns depth in steps, HxW with NaN in holes, into metres / MAX_DEPTH in [0, 1]."""
     z = steps[None] / depth_unit
     if canvas:
-        z = resample_valid(z, canvas)
+        z = resize_valid(z, canvas)
     z = np.where(np.isfinite(z), z / MAX_DEPTH, MODALITIES["depth"]["mean"])
     return z[0].clip(0, 1).astype(np.float32)
 
 
-def resample_valid(a, size):
+def resize_valid(a, size):
     """Resizes floats CxHxW with NaN where values are missing: the mean of the valid ones counts,
     so that holes do not bleed."""
-    weight = resample(np.isfinite(a).astype(np.float32), size)
-    values = resample(np.where(np.isfinite(a), a, 0).astype(np.float32), size)
+    weight = resize_array(np.isfinite(a).astype(np.float32), size)
+    values = resize_array(np.where(np.isfinite(a), a, 0).astype(np.float32), size)
     return np.where(weight > 0, values / np.maximum(weight, 1e-6), np.nan)
 
 
@@ -816,7 +816,7 @@ SEEN = dict(photo="a camera's, one side is up", overhead="from above, flipped bo
             aerial="colours from above, flipped both ways")
 
 
-def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
+def open_own_pairs(where, names, inputs, declared, size, depth_unit, strict, reduce):
     """Opens one's own pairs: two folders, or two patterns with stars.
 
     names      the file of a list, or None for all pairs
@@ -859,6 +859,7 @@ def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
 def read_first(paths, strict):
     """Reads the first image that can be read, because it says what its folder holds.  Returns its
     path and the image."""
+    reason = "there is none"
     for path in paths:
         try:
             return path, read_image(path)
@@ -1328,7 +1329,7 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
     depth_unit = depth_unit or 1000.0
     if name == "custom":
         names = None if split == "all" else split
-        return open_own(root, names, inputs, declared, size, depth_unit, strict, reduce)
+        return open_own_pairs(root, names, inputs, declared, size, depth_unit, strict, reduce)
     root = Path(root)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
     classes = classes or NUM_CLASSES.get(name)
@@ -2020,6 +2021,8 @@ def check(args):
     split, size = args.split or ("train" if args.task else "all"), args.size or 224
     dataset = open_dataset(source, root, size, split, args.depth_unit, strict=False,
                            declared=(args.as1, args.as2), reduce=True)
+    need(args.depth_unit is None or "depth" in dataset.modalities,
+         f"--depth-unit works only with depth: {root} has {' and '.join(dataset.modalities)}")
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
     for note in dataset.notes:
         print(note)
@@ -2103,7 +2106,7 @@ def contact_sheet(dataset, indices, path, size):
 # ---- prepare: what was downloaded -> one form to train from ----
 
 @contextlib.contextmanager
-def built(out, settings, size, folders=()):
+def fill_folder(out, settings, size, folders=()):
     """Yields a folder to fill.  Once the caller is done with it, it becomes `out`; or, if `folders`
     are named, these move from it into `out`.  A run that was stopped goes on with the same folder,
     if its settings are the same.
@@ -2224,7 +2227,7 @@ def pack(out, jobs, read, files, bad, args):
     """Packs samples into arrays of bytes with one row per sample: ids.txt and `files`.  read(job)
     returns a row for each of the files.  A damaged sample's row is 0; its line begins with `# `."""
     sizes = list(map(len, do_first(read, jobs)))
-    with built(out, "\n".join(jobs) + "\n", len(jobs) * sum(sizes)) as part:
+    with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(sizes)) as part:
         arrays = []
         for file, size in zip(files, sizes):
             mode = "r+" if (part / file).is_file() else "w+"
@@ -2301,7 +2304,8 @@ def prepare_geonrw(root, out, args):
             bad[f"{city}_{tile}"] = f"has {paths[0].name}, but lacks its partner"
     need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}; {TREE}")
     pixels = do_first(read_tile, jobs)[1].size
-    with built(out, "", len(jobs) * pixels * 8) as part:    # 3 bytes of rgb, 4 of dem, 1 of seg
+    # 8 bytes per pixel: 3 of rgb, 4 of dem, 1 of seg
+    with fill_folder(out, "", len(jobs) * pixels * 8) as part:
         work_through(part, jobs, functools.partial(cut_geonrw, part), args, bad)
         tested = {name for name in jobs if name.split("_")[0] in TEST_CITIES}
         write_lists(part, part / "rgb", tested)
@@ -2395,6 +2399,11 @@ def prepare_tiles(where, args):
     """Cuts one's own scenes into tiles: <out>/1/, 2/ and label/.  train.txt and test.txt never
     share a scene, because tiles of one scene are too similar to test on."""
     need(args.out and args.size, "prepare --scenario custom needs --size and --out")
+    need(args.depth_unit is None, "--depth-unit: tiles keep the steps of their files.  Give it to "
+         "check and to pretrain.py")
+    for m, kind in enumerate((args.as1, args.as2), 1):
+        need(kind in (None, "depth", "dem"), f"--as{m} {kind} changes no tile: prepare --scenario "
+             f"custom takes only depth and dem, of which some values are no reading")
     patterns = [*where, args.target] if args.target else list(where)
     files = [find_images(pattern, IMAGES) for pattern in patterns]
     scenes, unpaired = pair_names(*files[:2], where, strict=False)
@@ -2404,7 +2413,7 @@ def prepare_tiles(where, args):
     nodata, declared = (args.nodata1, args.nodata2), (args.as1, args.as2)
     settings = [*patterns, args.size, nodata, declared, args.seed, args.test_share]
     size = sum(read_first([side[name] for name in jobs], False)[1].nbytes for side in files)
-    with built(args.out, json.dumps(settings), len(jobs) * size) as part:
+    with fill_folder(args.out, json.dumps(settings), len(jobs) * size) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
         left_out = work_through(part, jobs, cut, args, bad)
         tiles = [os.path.splitext(name)[0] for name in os.listdir(part / "1")]
@@ -2427,13 +2436,12 @@ def cut_own(part, size, nodata, declared, job):
     images, types = [], []
     for m, path in enumerate(paths[:2]):
         a = read_image(path)
-        kind = stored_type(path, a)
+        types.append(stored_type(path, a))
         missing = ~np.isfinite(a)
         if nodata[m] is not None:               # in all channels: one dark channel is a colour
             missing = missing | (a == nodata[m]).all(0)
-        if declared[m] == "depth":
-            missing = missing | (a == 0) | (a == 65535)
-        types.append(kind)
+        if declared[m] in ("depth", "dem"):     # which know values that are no reading
+            missing = missing | ~np.isfinite(read_input(path, MODALITIES[declared[m]]))
         if missing.any():
             a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
         images.append(a)
@@ -2451,11 +2459,11 @@ def resize_like(a, kind, size):
     values: 8 bits stay whole, and other integers are those of the nearest pixel."""
     valid = np.isfinite(a)
     if kind.kind in "iu" and kind != np.uint8:
-        nearest = resample(np.where(valid, a, 0).astype(kind), size)
-        return np.where(resample(valid.astype(np.int32), size) > 0, nearest, np.nan)
+        nearest = resize_array(np.where(valid, a, 0).astype(kind), size)
+        return np.where(resize_array(valid.astype(np.int32), size) > 0, nearest, np.nan)
     if kind == np.uint8 and valid.all():
-        return resample(a.astype(kind), size)
-    a = resample_valid(a, size)
+        return resize_array(a.astype(kind), size)
+    a = resize_valid(a, size)
     return np.floor(a + 0.5) if kind == np.uint8 else a
 
 
@@ -2479,7 +2487,7 @@ def prepare_rgbd(root, args):
         jobs = {name: (folder, masks.get(name), name) for name, folder in frames.items()}
         settings, work, bad = "SUN RGB-D", link_frame, {}
         folders = ["HHA", "Label", "RGB"] if masks else ["HHA", "RGB"]  # RGB/ says that all is done
-    with built(root, settings, 3 * 640 * 480 * len(jobs), folders) as part:
+    with fill_folder(root, settings, 3 * 640 * 480 * len(jobs), folders) as part:
         for folder in folders:
             if not (root / folder).is_dir():
                 (part / folder).mkdir(exist_ok=True)
@@ -2548,8 +2556,8 @@ def find_sunrgbd_masks(root, frames):
 
 
 def fill_holes(z):
-    """HxW depth, each hole (0) filled with the farther of the next readings to its left and right,
-    for an object hides its background; a row without any with the median."""
+    """Fills the holes (0) of depth HxW.  A hole gets the farther of the next readings to its left
+    and right, because an object hides its background.  A row without a reading gets the median."""
     valid, column = z > 0, np.arange(z.shape[1])
     left = np.maximum.accumulate(np.where(valid, column, 0), 1)
     right = np.minimum.accumulate(np.where(valid, column, z.shape[1] - 1)[:, ::-1], 1)[:, ::-1]
@@ -2625,7 +2633,7 @@ def add_flags(group, flags, names):
         group.add_argument(f"--{name}", **flags[name])
 
 
-FLAGS = DATA_FLAGS | {
+COMMAND_FLAGS = DATA_FLAGS | {
     "size": dict(type=number(int, 8, 4096), help="of check the width of the contact sheet's crops, "
                  "default: 224; of prepare, with custom, the width of the tiles"),
     "scenario": dict(choices=[*TOY_WRITERS, "custom"], help="whose data"),
@@ -2639,7 +2647,7 @@ FLAGS = DATA_FLAGS | {
     "nodata1": dict(type=float, metavar="VALUE", help="with custom: the value that means no data "
                     "in all channels of --data1; default: NaN, and what a TIFF declares"),
     "nodata2": dict(type=float, metavar="VALUE", help="with custom: the same of --data2"),
-    "test-share": dict(type=number(float, 0, 1), metavar="SHARE",
+    "test-share": dict(type=number(float, 0.01, 0.99), metavar="SHARE",
                        help="with custom: share of the scenes in test.txt; default: 0.2"),
     "seed": dict(type=number(int, 0), help="with custom: which scenes are in test.txt; default: 0"),
     "skip-bad": dict(action="store_true", help="leave damaged samples out; default: do not finish "
@@ -2660,7 +2668,7 @@ def get_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (names, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        add_flags(sub, FLAGS, names)
+        add_flags(sub, COMMAND_FLAGS, names)
     return parser.parse_args(argv)
 
 

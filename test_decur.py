@@ -1581,14 +1581,14 @@ def test_of_two_prepares_at_once_the_second_is_refused(tmp_path):
     """The lock ends with its process, even if this is killed."""
     pytest.importorskip("fcntl")
     out = tmp_path / "out"
-    program = (f"import data, time\nwith data.built({str(out)!r}, 'a', 1):\n"
+    program = (f"import data, time\nwith data.fill_folder({str(out)!r}, 'a', 1):\n"
                f"    time.sleep(100)")
     first = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE)
     assert b"out needs about" in first.stdout.readline()
-    is_refused("out.part", data.built(out, "a", 1).__enter__)
+    is_refused("out.part", data.fill_folder(out, "a", 1).__enter__)
     first.kill()
     first.communicate()
-    with data.built(out, "a", 1):
+    with data.fill_folder(out, "a", 1):
         pass
     assert os.listdir(out) == []
 
@@ -2247,6 +2247,19 @@ def test_missing_values_stay_missing_in_tiles_and_the_type_stays(dtype, C, tmp_p
     assert np.isfinite(read_image(next((tmp_path / "t" / "2").glob("0_0_0*")))).all()
 
 
+def test_declared_depth_is_missing_in_tiles_where_there_is_no_reading(tmp_path):
+    depth = np.full((16, 16), 1000, np.uint16)
+    depth[0, 0], depth[9, 9], depth[:8, 8:] = 0, 65535, 0
+    for name in ("a", "b"):
+        save(tmp_path / name / "s.png", depth)
+    prepare(f"--scenario custom --data1 {tmp_path}/a --data2 {tmp_path}/b --as2 depth --size 8 "
+            f"--out {tmp_path}/t")
+    assert sorted(os.listdir(tmp_path / "t" / "2")) == ["s_0_0.tif", "s_1_0.tif", "s_1_1.tif"]
+    tiles = open_dataset("custom", (tmp_path / "t" / "1", tmp_path / "t" / "2"), 8,
+                         declared=("overhead", "depth"))
+    assert [np.isnan(tiles.read_raw(i)[1]).sum() for i in range(3)] == [1, 0, 1]
+
+
 def test_tiles_are_split_by_scene_with_a_seed(tmp_path):
     flags = write_large(tmp_path)
     prepare(f"{flags} --test-share 0.5")
@@ -2598,6 +2611,7 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     (data, "prepare --scenario rgbd --data .", "no Depth/.*SUNRGBD/"),
     (data, "prepare --scenario custom --data1 a --data2 b", "--size and --out"),
     (data, "prepare --scenario rgb-dem --size 64", "--size .*--scenario custom"),
+    (data, "prepare --scenario custom --data1 a --data2 b --size 9 --out c --as1 rgb", "--as1 rgb"),
     (data, "prepare --scenario rgb-dem --test-share 0.3", "--test-share .*--scenario custom"),
     (data, "prepare --scenario rgb-dem --depth-unit 1000", "--depth-unit .*depth"),
     (data, "check --scenario rgb-dem --as1 rgb", "--as1 .*--scenario custom"),
