@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from data import (SHAPES, BadInput, choose_visible, expand_path, make_visible, need, number,
-                  open_dataset, read_factors, read_json, read_label, reading, resize,
+                  open_dataset, read_factors, read_json, read_mask, reading, resize,
                   resize_and_normalise, run_main, show_progress, write_atomically)
 from decur import BN, DeCUR, bounds, branch
 from pretrain import (check_equal, load_checkpoint, make_folder, measure_statistics,
@@ -516,7 +516,7 @@ def main(argv=None):
 
 # Where the label image of a scene lies: 0 nothing, 1 background, then SHAPES for each object.
 LABEL_FILES = {"rgbd": "Label/{}.png", "sar-optical": "Label/{}.png",
-               "rgb-dem": "cropped/{}_seg.tif"}
+               "rgb-dem": "cropped/seg/{}.png"}
 RANDOM = "random encoder"
 # Modality, object, and the dimensions in which less of the object is expected.
 PLACES = ((0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common"))
@@ -535,7 +535,7 @@ def read_masks(scenario, root, name, size):
     """Returns 3xSxS in [0, 1], on the grid of what the networks see: the places of the objects that
     both sensors see, sensor 1 alone and sensor 2 alone.  A pixel belongs to one object only, even
     where the objects of the two sensors overlap."""
-    label = torch.as_tensor(read_label(Path(root[0]) / LABEL_FILES[scenario].format(name)))
+    label = torch.as_tensor(read_mask(Path(root[0]) / LABEL_FILES[scenario].format(name)))
     which = (label - 2).div(len(SHAPES), rounding_mode="floor")         # HxW; -1 is no object
     masks = torch.stack([which == factor for factor in range(3)])       # 3xHxW
     return resize(masks[None].float(), (size, size))[0]
