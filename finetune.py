@@ -372,7 +372,7 @@ class CMX(nn.Module):
 
 # ---- metrics: of the data set, not means over batches ----
 
-def compute_average_precision(scores, labels):
+def average_precision(scores, labels):
     """Returns sum_n (R_n - R_{n-1}) P_n, the area under precision over recall, of all decisions in
     one ranking; equal scores share one threshold.  Returns None if no label is positive.
     Of NxC scores and labels this is mAP "micro"."""
@@ -391,10 +391,10 @@ def compute_average_precision(scores, labels):
 def compute_ranking_metrics(scores, labels):
     """Returns the mAP of NxC scores and labels, and the AP of each class.
     "macro" is the mean over the classes that have a positive label."""
-    each = [compute_average_precision(s, y) for s, y in zip(scores.T, labels.T)]
+    each = [average_precision(s, y) for s, y in zip(scores.T, labels.T)]
     defined = [value for value in each if value is not None]
     macro = statistics.fmean(defined) if defined else None
-    return {"mAP micro": compute_average_precision(scores, labels), "mAP macro": macro}, each
+    return {"mAP micro": average_precision(scores, labels), "mAP macro": macro}, each
 
 
 def count_confusions(pred, gt, num_classes, ignore):
