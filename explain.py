@@ -242,10 +242,10 @@ def measure_density(att, mask):
     """Measures how dense a map is on an object: the map's share on the object over the object's
     share of the area.  1 means as dense as in the whole image.
 
-    att, mask   NxHxW   maps that are not negative; 1 on the object and 0 elsewhere
-    Returns N values.  They are NaN if the map is 0 or the object is hidden."""
-    share = (att * mask).mean((1, 2)) / att.mean((1, 2))                # N
-    return share / mask.mean((1, 2))
+    att, mask   ...xHxW   maps that are not negative; 1 on the object and 0 elsewhere
+    Returns one value per map.  It is NaN if the map is 0 or the object is hidden."""
+    share = (att * mask).mean((-2, -1)) / att.mean((-2, -1))
+    return share / mask.mean((-2, -1))
 
 
 # ---- Algorithm 2, 5: spectral saliency statistics ----
@@ -330,16 +330,16 @@ def linear_probe(x, y, x_test, y_test, decay=1e-2):
     return ((x_test @ W[:-1] + W[-1]).argmax(1) == y_test).float().mean().item()
 
 
-def retrieve(z1, z2, ranks=(1, 5)):
-    """Returns R@k for each k of ranks: the share of samples of modality 1 whose partner is among
-    the k nearest of all samples of modality 2.
+def retrieve(z1, z2):
+    """Returns R@1 and R@5: the share of samples of modality 1 whose partner is the nearest, or among
+    the 5 nearest, of all samples of modality 2.
 
     z1, z2   nxK   embeddings.  Near is a large cosine after BN; the partner loses every tie"""
     z1, z2 = F.normalize(BN(z1)), F.normalize(BN(z2))                   # nxK
     similarity = z1 @ z2.T                                              # nxn
     partner = similarity.diagonal()[:, None]                            # nx1
     nearer = (similarity >= partner).sum(1) - 1                         # n
-    return [(nearer < k).float().mean().item() for k in ranks]
+    return [(nearer < k).float().mean().item() for k in (1, 5)]
 
 
 # ---- what is explained ----
@@ -355,13 +355,14 @@ class Explained:
     dimensions             the dimensions of each modality that t-SNE shows
     batch_slices           up to four batches of N of these samples, as slices
     main adds what needs a pass over the samples:
-    z1, z2                 the embeddings of these batches; compared: those of --compare, or None
-    net1, net2             `TwoValues` of the two modalities"""
+    embedded               what `embed` returns; compared: the same of --compare, or None
+    nets                   a `TwoValues` for each modality"""
 
     def __init__(self, args, device, net, settings, root, data):
         self.args, self.device, self.net, self.settings = args, device, net, settings
-        self.root, self.data, self.modalities = root, data, tell_apart(settings["modalities"])
-        self.K, self.Kc = settings["K"], settings["Kc"]
+        self.root, self.data, self.K, self.Kc = root, data, settings["K"], settings["Kc"]
+        first, second = settings["modalities"]
+        self.modalities = (first, second) if first != second else (f"{first} 1", f"{second} 2")
         n = len(data)
         usual = n if args.only == ["embeddings"] else max(512, 4 * settings["batch_size"])
         count = args.samples or min(n, usual)
@@ -373,7 +374,6 @@ class Explained:
         self.N = N = min(settings["batch_size"], count)  # the batch size of training, as in Alg. 2
         starts = range(0, count - N + 1, N)
         self.batch_slices = [slice(start, start + N) for start in starts][:4]  # Fig. 8 and 9
-        self.z1 = self.z2 = self.compared = self.net1 = self.net2 = None
 
     def batches(self, text):
         return load_batches(self.data, self.samples, self.settings["size"], self.args.batch_size,
@@ -385,52 +385,35 @@ class Explained:
         return {kind: value for kind, (value, size) in kinds.items() if size > 0}
 
 
-def tell_apart(modalities):
-    """Returns the names of the two modalities, such as "rgb 1" and "rgb 2" if they are equal."""
-    first, second = modalities
-    return (first, second) if first != second else (f"{first} 1", f"{second} 2")
-
-
 @torch.no_grad()
-def embed(net, loader, count):
-    """Goes over the samples once.  Returns z1 and z2, NxK on the CPU, of the first `count` samples,
-    and for each modality mean and biased variance over all samples, K values each."""
-    z, n, sums = ([], []), 0, [0, 0]
-    for x in loader:
+def embed(net, batches):
+    """Returns, on the CPU, the embeddings of all samples and the features of the backbones:
+    {"z1" and "z2": NxK, "features1" and "features2": Nxd}."""
+    columns = dict(z1=[], z2=[], features1=[], features2=[])
+    for x in batches:
         for m, f in enumerate((net.f1, net.f2)):
-            z_batch = f(x[m]).cpu()             # BxK
-            if n < count:
-                z[m].append(z_batch)
-            sums[m] += torch.stack((z_batch.double(), z_batch.double().pow(2))).sum(1)  # 2xK
-        n += len(x[0])
-    moments = []
-    for mean, square in (total / n for total in sums):
-        var = (square - mean.pow(2)).clamp(min=0)
-        moments.append((mean.float().to(x[0].device), var.float().to(x[0].device)))
-    return torch.cat(z[0])[:count], torch.cat(z[1])[:count], moments
+            features = f.E(x[m])
+            columns[f"features{m + 1}"].append(features.cpu())
+            columns[f"z{m + 1}"].append(f.P(features).cpu())
+    return {name: torch.cat(parts) for name, parts in columns.items()}
 
 
 def open_net(path, device):
     """Returns the pretrained network, frozen and in evaluation mode, and its settings and step."""
     checkpoint = load_checkpoint(path)
-    try:
+    with reading(path, "a pretrained network", "give a checkpoint.pt of pretrain.py"):
         settings = read_settings(checkpoint) | dict(step=checkpoint["step"])
         net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
         net.load_state_dict(checkpoint["model"])
-        need(all(t.isfinite().all() for t in net.state_dict().values()), "a weight is not finite")
-        return net.to(device).eval().requires_grad_(False), settings
-    except (BadInput, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} cannot be explained ({' '.join(str(error).split())[:150]}).  Give "
-                       f"a checkpoint.pt of pretrain.py, which has both encoders") from None
+    return net.to(device).eval().requires_grad_(False), settings
 
 
 def find_data(path, settings):
     """Returns where the run that wrote the checkpoint read its data: a list, of two for custom."""
     record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
     if record.is_file():
-        root = read_json(record, "the record of a run by pretrain.py").get("data")
-    need(isinstance(root, (str, list)), f"{record} does not name the data.  Give --data")
-    return [root] if isinstance(root, str) else [str(folder) for folder in root]
+        root = read_json(record, "the record of a run by pretrain.py")["data"]
+    return [root] if isinstance(root, str) else root
 
 
 def open_explained_data(settings, root, split):
@@ -455,14 +438,6 @@ def load_batches(data, samples, size, batch_size, workers, device, text):
                for x, row in zip(views, data.inputs)]
 
 
-def open_compared(path, settings, device):
-    """Returns the network of --compare, which must have been trained on images of the same form."""
-    net, others = open_net(path, device)
-    check_equal(others, settings, ("scenario", "modalities", "channels", "size"), path,
-                "the run of --checkpoint; give a run on the same modalities and size")
-    return net
-
-
 def choose_layer(net, name):
     """Returns the module of each encoder that GradCAM looks at.  The default is the last layer."""
     layers1, layers2 = find_layers(net.f1.E), find_layers(net.f2.E)
@@ -470,16 +445,6 @@ def choose_layer(net, name):
     need(name in layers1, f"--layer {name}: the encoder has no such layer.  Choose one of "
                           f"{' '.join(layers1)}")
     return layers1[name], layers2[name]
-
-
-def warn_if_coarse(e):
-    """Prints a warning if GradCAM's maps have 2x2 pixels or fewer."""
-    size = e.settings["size"]
-    example = torch.zeros(1, e.settings["channels"][0], size, size, device=e.device)
-    h, w = gradcam(e.net1, e.net1.layer, example, 0).shape[-2:]
-    if max(h, w) <= 2:
-        print(f"warning: GradCAM's maps have only {h}x{w} pixels, too few to show places.  Give an "
-              f"earlier --layer, or pretrain with a larger --size")
 
 
 def main(argv=None):
@@ -493,18 +458,20 @@ def main(argv=None):
     root = args.data or find_data(args.checkpoint, settings)
     data = open_explained_data(settings, root, args.split or settings["split"])
     e = Explained(args, device, net, settings, root, data)
-    layer1, layer2 = choose_layer(net, args.layer)
-    other = open_compared(args.compare, settings, device) if args.compare else None
+    layers = choose_layer(net, args.layer)
+    if args.compare:
+        other, others = open_net(args.compare, device)
+        check_equal(others, settings, ("scenario", "modalities", "channels", "size", "K"),
+                    args.compare, "the run of --checkpoint; give a run with the same settings")
     make_folder(args.out)
     print(f"{len(e.samples)} of {len(data)} pairs of {' and '.join(e.modalities)} from "
           f"{' '.join(root)}; N {e.N}  K {e.K}  Kc {e.Kc}; {device.type}")
-    first = len(e.batch_slices) * e.N
-    e.z1, e.z2, (moments1, moments2) = embed(net, e.batches("embeddings"), first)
-    e.net1 = TwoValues(net.f1, *moments1, e.Kc, layer1, args.value == "square")
-    e.net2 = TwoValues(net.f2, *moments2, e.Kc, layer2, args.value == "square")
-    warn_if_coarse(e)
-    if other:
-        e.compared = embed(other, e.batches("embeddings of --compare"), first)[:2]
+    e.embedded, e.nets = embed(net, e.batches("embeddings")), []
+    for f, z, layer in zip((net.f1, net.f2), (e.embedded["z1"], e.embedded["z2"]), layers):
+        moments = torch.var_mean(z.double(), 0, unbiased=False)         # K, K
+        var, mean = (moment.float().to(device) for moment in moments)
+        e.nets.append(TwoValues(f, mean, var, e.Kc, layer, args.value == "square"))
+    e.compared = embed(other, e.batches("embeddings of --compare")) if args.compare else None
     stopped = settings["stopped"] or f"at step {settings['step']}"  # "at step 100 of 200"
     caption = f"{args.checkpoint.resolve().parent.name} {stopped}"
     for name in args.only:
@@ -518,17 +485,15 @@ def main(argv=None):
 LABEL_FILES = {"rgbd": "Label/{}.png", "sar-optical": "Label/{}.png",
                "rgb-dem": "cropped/seg/{}.png"}
 RANDOM = "random encoder"
-# Modality, object, and the dimensions in which less of the object is expected.
-PLACES = ((0, 0, "unique"), (0, 1, "common"), (1, 0, "unique"), (1, 2, "common"))
 
 
 def name_objects(modalities):
     """Returns names for the objects of a made-up scene, in the order of factors.csv."""
-    return "what both see", *(f"what {modality} alone sees" for modality in modalities)
+    return "both see", *(f"only {modality} sees" for modality in modalities)
 
 
-def are_made_up(settings, root):
-    return settings["scenario"] in LABEL_FILES and (Path(root[0]) / "factors.csv").is_file()
+def are_made_up(root):
+    return (Path(root[0]) / "factors.csv").is_file()
 
 
 def read_masks(scenario, root, name, size):
@@ -542,40 +507,47 @@ def read_masks(scenario, root, name, size):
 
 
 def measure_densities(e):
-    """Returns {(m, "common" or "unique"): Nx3}: how dense the GradCAM maps of all samples are on
-    the three objects of their scenes."""
-    size, densities = e.settings["size"], collections.defaultdict(list)
+    """Returns {("GradCAM maps", m, "common" or "unique"): Nx3}: how dense the maps of all samples
+    are on the three objects of their scenes."""
+    scenario, size, densities = e.settings["scenario"], e.settings["size"], {}
     names = iter([e.data.ids[i] for i in e.samples])
     for x in e.batches("density of GradCAM maps"):
-        masks = [read_masks(e.settings["scenario"], e.root, next(names), size) for _ in x[0]]
+        masks = [read_masks(scenario, e.root, next(names), size) for _ in x[0]]
         masks = torch.stack(masks).to(e.device)                         # Bx3xSxS
-        for m, net in enumerate((e.net1, e.net2)):
+        for m, net in enumerate(e.nets):
             for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m], relu=True)).items():
-                on_objects = [measure_density(att, mask) for mask in masks.unbind(1)]
-                densities[m, kind].append(torch.stack(on_objects, 1).cpu())
-    return {key: torch.cat(batches) for key, batches in densities.items()}
+                density = measure_density(att[:, None], masks).cpu()    # Bx3
+                densities.setdefault(("GradCAM maps", m, kind), []).append(density)
+    return {key: torch.cat(batches).numpy() for key, batches in densities.items()}
 
 
-def report_densities(e, densities):
-    """Prints a table of the mean densities.  Returns claims about them."""
-    means, lines = {key: a.nanmean(0).tolist() for key, a in densities.items()}, {}
-    for kind in e.keep_nonempty(0, 1):
-        lines[f"{kind} maps"] = [f"{value:.2f}" for m in (0, 1) for value in means[m, kind]]
-    print_objects(f"Density of the GradCAM maps on objects (1: as in the whole image), "
-                  f"{len(e.samples)} scenes", e.modalities, lines)
-    return claim_objects("{} maps of {} are less dense on {}", means, e.modalities)
+def compare_objects(title, found, modalities):
+    """Prints a table of mean and deviation, with a line for each label and kind and a column for
+    each modality and object.  Returns a claim for each label that has both kinds of dimensions.
 
-
-def claim_objects(expected, means, modalities):
-    """Returns four claims: unique dimensions have less of what both see, common dimensions less of
-    what one sensor alone sees.  means: {(m, "common" or "unique"): a value for each object}"""
-    claims = []
-    for m, factor, lower in PLACES:
-        kinds = [kind for kind in ("common", "unique") if (m, kind) in means]
-        measured = {kind: means[m, kind][factor] for kind in kinds}
-        text = expected.format(lower, modalities[m], name_objects(modalities)[factor])
-        claims.append(claim(text, measured, lower))
+    found   {(label, m, kind): Sx3}   S measurements of the three objects
+    What both sensors see belongs in common dimensions, what one sensor alone sees belongs in its
+    unique dimensions.  A ratio of the claim says how much more is found where it belongs."""
+    objects = [f"{modality}: {name}" for modality in modalities
+               for name in name_objects(modalities)]
+    print(f"{title}\n| | {' | '.join(objects)} |\n{'|---' * 7}|")
+    claims, means = [], {}
+    for label, kind in dict.fromkeys((label, kind) for label, _, kind in found):
+        a = np.concatenate((found[label, 0, kind], found[label, 1, kind]), 1)  # Sx6
+        means[label, kind] = np.nanmean(a, 0).clip(0.001)               # 6; below 0.001 is noise
+        print(f"| {label}, {kind} | {' | '.join(map(format_mean, a.T))} |")
+        if kind == "unique" and (label, "common") in means:
+            both = means[label, "common"] / means[label, "unique"]
+            ratios = {objects[i]: both[i] for i in (0, 3)} | {objects[i]: 1 / both[i] for i in (1, 5)}
+            claims.append(claim(f"{label}: more of what both see in common, more of what one alone "
+                                f"sees in unique (ratios)", ratios | {"equal": 1}, "equal"))
     return claims
+
+
+def format_mean(values):
+    """Returns the mean, with the standard deviation if there are several values."""
+    text = f"{values.mean():.3f}"
+    return f"{text}±{values.std(ddof=1):.3f}" if len(values) > 1 else text
 
 
 @torch.no_grad()
@@ -590,12 +562,12 @@ def read_scenes(settings, root, workers, device):
     scenes, factors = {}, read_factors(root[0])
     for split in ("train", "test"):
         data = open_explained_data(settings, root, split)
-        missing = [name for name in data.ids if name not in factors]
-        need(not missing, f"factors.csv lacks the scene {missing[:1]}.  Make the scenes again with "
-                          f"`data.py toy`")
+        classes = [factors.get(name) for name in data.ids]
+        need(all(classes), f"factors.csv in {root[0]} lacks scenes of the split {split}.  Make the "
+                           f"scenes again with `data.py toy`")
         loaded = load_batches(data, range(len(data)), settings["size"], 256, workers, device, split)
         x1, x2 = (torch.cat(images) for images in zip(*loaded))
-        scenes[split] = x1, x2, torch.tensor([factors[name] for name in data.ids], device=device)
+        scenes[split] = x1, x2, torch.tensor(classes, device=device)
     return scenes
 
 
@@ -620,22 +592,22 @@ def measure_factors(runs, scenes):
 
     Returns {(label, m, kind): Sx3} for the S runs with that label.  Of kind
     "common" or "unique": the mean share of variance on the test split.  Of kind "backbone": the
-    accuracy of a linear probe."""
-    found, seeds = collections.defaultdict(list), set()
+    accuracy of a linear probe.  The last label is the random encoder, one for each seed."""
+    found, (x1, x2, factors) = collections.defaultdict(list), scenes["test"]
     for label, net, settings in runs:
         print(f"measuring {label}, seed {settings['seed']}")
-        for m, f in enumerate((net.f1, net.f2)):
-            z = run_network(f, scenes["test"][m])                            # NxK
-            shares = torch.stack([variance_shares(z, y) for y in scenes["test"][2].T])  # 3xK
+        for m, (f, x) in enumerate(((net.f1, x1), (net.f2, x2))):
+            z = run_network(f, x)                                       # NxK
+            shares = torch.stack([variance_shares(z, y) for y in factors.T])  # 3xK
             halves = shares.tensor_split([settings["Kc"]], 1)           # 3xKc, 3xKu
             for kind, half in zip(("common", "unique"), halves):
                 if half.numel():
                     found[label, m, kind].append(half.mean(1).tolist())
             found[label, m, "backbone"].append(probe_factors(f.E, m, scenes))
-            if settings["seed"] not in seeds:   # one random encoder for each seed
-                E = make_random_encoder(settings, m, settings["seed"], scenes["train"][m])
-                found[RANDOM, m, "backbone"].append(probe_factors(E, m, scenes))
-        seeds.add(settings["seed"])
+    for seed in dict.fromkeys(settings["seed"] for _, _, settings in runs):
+        for m in (0, 1):
+            E = make_random_encoder(settings, m, seed, scenes["train"][m])
+            found[RANDOM, m, "backbone"].append(probe_factors(E, m, scenes))
     return {key: np.array(values) for key, values in found.items()}
 
 
@@ -653,11 +625,11 @@ def sweep(args, device):
                     "the first run; give runs on the same scenario and size")
     settings = runs[0][2]
     root = args.data or find_data(args.sweep[0] / "checkpoint.pt", settings)
-    need(are_made_up(settings, root), f"--sweep works only with runs on made-up scenes, but "
-                                      f"{root[0]} has no factors.csv")
+    need(are_made_up(root), f"--sweep works only with runs on made-up scenes, but {root[0]} has no "
+                            f"factors.csv")
     found = measure_factors(runs, read_scenes(settings, root, args.workers, device))
     make_folder(args.out)
-    picture = picture_measured(found, tell_apart(settings["modalities"]))
+    picture = picture_measured(found, settings["modalities"])
     save_picture(args.out, "sweep", *picture, f"{len(runs)} runs")
 
 
@@ -665,21 +637,22 @@ def sweep(args, device):
 
 # These colours are of Okabe and Ito, because colour-blind readers can tell them apart.
 INK, GREY, PAPER, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
-KIND_COLOURS = dict(common="#009e73", unique="#e69f00", backbone=INK)
+KIND_COLOURS = {"common": "#009e73", "unique": "#e69f00", "backbone": INK, RANDOM: GREY}
 TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=KIND_COLOURS["common"], Lu=KIND_COLOURS["unique"])
 MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # common, then unique
 
 
 def claim(expected, measured, lower):
     """Returns a line: what is expected, the measured numbers, and whether they agree, which means
-    that measured[lower] is lower.  They hardly agree if the difference is below 5 % or 0.01."""
+    that measured[lower] is the lowest.  They hardly agree if it is so by less than 5 % or 0.01."""
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in measured.items())
     line = f"Expected: {expected}. Measured: {numbers}."
+    others = [value for name, value in measured.items() if name != lower]
     if len(measured) < 2:
         return line
-    highest, verdict = max(measured.values()), "no"                     # NaN agrees with nothing
-    if measured[lower] < highest:
-        clear = measured[lower] <= highest - max(0.01, 0.05 * abs(highest))
+    least, verdict = np.min(others), "no"                               # NaN agrees with nothing
+    if measured[lower] < least:
+        clear = measured[lower] <= least - max(0.01, 0.05 * abs(least))
         verdict = "yes" if clear else "hardly"
     return f"{line} Agrees: {verdict}."
 
@@ -692,30 +665,28 @@ def picture_curves(e):
     log = read_log(path)
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
-    steps = log["step"]
-    names = [name for name in TERMS if any(log.get(name, ()))]          # an ablated term is 0
-    legend = [("loss", INK)]
-    legend += [(f"{name}, {name.replace('L', 'C')}", TERMS[name]) for name in names[1:]]
-    title = (f"Pretraining: the loss and its terms L; grey: chance {chance:.1f}, floor "
-             f"{floor:.1f}; right: mean diagonals C")
-    image, pen = start_page(944, TOP + 300 + M, title, legend)
-    lines = {name: log[name] for name in names}
-    lines |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
-    logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in lines.items()}  # a loss can be 0
+    steps, last = log["step"], len(log["step"]) - 1
+    terms = [name for name in TERMS if any(log[name])]                  # an ablated term is 0
+    legend = [(name.replace("L", "L and C "), TERMS[name]) for name in terms]
+    image, pen, (left, right) = start_page(
+        2, 2, 448, 300, f"Pretraining, left: the loss and its terms L; grey: chance {chance:.1f}, "
+        f"floor {floor:.1f}; right: mean diagonals C", legend)
+    losses = {name: log[name] for name in terms}
+    losses |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
+    logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in losses.items()}  # a loss can be 0
     ends = np.array(list(logs.values()))
-    at = draw_axes(pen, place_panel(0, 2, 448, 300), (0, steps[-1]),
-                   (math.floor(ends.min()), ends.max() + 0.1), "", "step", "loss", powers=True)
+    at = draw_axes(pen, left, (0, steps[-1]), (math.floor(ends.min()), ends.max() + 0.1), "",
+                   "step", "loss", powers=True)
     for name, a in logs.items():
         draw_curve(pen, at, steps, a, TERMS.get(name, GREY))
-    at = draw_axes(pen, place_panel(1, 2, 448, 300), (0, steps[-1]), (-0.2, 1), "", "step",
-                   "mean diagonal")
+    at = draw_axes(pen, right, (0, steps[-1]), (-0.2, 1), "", "step", "mean diagonal")
     means = {name: log[name] for name in ("C1", "C2", "Cc", "Cu") if name in log}
     for name, a in means.items():
         draw_curve(pen, at, steps, a, TERMS[name.replace("C", "L")])
-    last = {name: a[-1] for name, a in means.items() if name in ("Cc", "Cu")}
+    ends = {name: means[name][last] for name in ("Cc", "Cu") if name in means}
     return image, log, (f"Loss {log['loss'][-1]:.4g} at step {steps[-1]}; chance {chance:.4g}, "
                         f"floor {floor:.4g}\n  " +
-                        claim("the mean diagonal Cc rises to 1, Cu stays near 0", last, "Cu"))
+                        claim("the mean diagonal Cc rises to 1, Cu stays near 0", ends, "Cu"))
 
 
 def read_log(path):
@@ -724,115 +695,113 @@ def read_log(path):
     with reading(path, "the numbers of a step on each line", "or leave curves out of --only"):
         parsed = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         lines = list({line["step"]: line for line in parsed}.values())
-        log = {name: [line[name] for line in lines] for name in lines[0]}
-        finite = np.isfinite(np.array(list(log.values()), float)).all()  # fails without a number
-        if not finite or min(log["step"]) < 1:
-            raise ValueError("a number is not finite, or a step below 1")
-        return log
+        return {name: [line[name] for line in lines] for name in lines[0]}
+
+
+def measure_alignment(e, embedded):
+    """Returns Eq. 7 of each batch and dimension, nxK."""
+    z1, z2 = embedded["z1"], embedded["z2"]
+    return torch.stack([alignment_histogram(z1[batch], z2[batch])[0] for batch in e.batch_slices])
 
 
 def picture_alignment(e):
     """Draws Fig. 4a and 8."""
-    pairs = e.keep_nonempty((e.z1[:, :e.Kc], e.z2[:, :e.Kc]), (e.z1[:, e.Kc:], e.z2[:, e.Kc:]))
-    kinds, n, sizes = list(pairs), len(e.batch_slices), dict.fromkeys(pairs, e.K)
-    legend = [(f"{kind} dimensions", KIND_COLOURS[kind]) for kind in kinds]
+    a = measure_alignment(e, e.embedded)                                # nxK
+    losses = e.keep_nonempty(a[:, :e.Kc], a[:, e.Kc:])
+    means = {kind: a.mean().item() for kind, a in losses.items()}
+    legend = [(f"{kind} dimensions", KIND_COLOURS[kind]) for kind in losses]
     if e.compared:
-        pairs["compared"], sizes["compared"] = e.compared, e.compared[0].shape[1]
-        legend.append(("all dimensions of --compare", INK, "outline"))
-    losses = {}                                 # batches x dimensions each
-    for kind, (z1, z2) in pairs.items():
-        losses[kind] = torch.stack([alignment_histogram(z1[batch], z2[batch])[0]
-                                    for batch in e.batch_slices])
+        losses["compared"] = measure_alignment(e, e.compared)           # nxK
+        legend.append(("all dimensions of --compare", INK))
     top = max(1.5, *(a.max().item() for a in losses.values()))  # at most 4; Algorithm 2 stops at 1
     edges = np.linspace(0, top, 41)
-    title = ("Cross-modal alignment: the loss of each dimension, Eq. 7; bars of unique dimensions "
-             "stand on those of common ones")
-    image, pen = start_page(944, TOP + math.ceil(n / 2) * (250 + M), title, legend)
-    for i in range(n):
-        heights = {kind: torch.histc(a[i], 40, 0, top).numpy() * 100 / sizes[kind]
+    image, pen, boxes = start_page(
+        len(e.batch_slices), 2, 448, 250, "Cross-modal alignment: the loss of each dimension, "
+        "Eq. 7; bars of unique dimensions stand on those of common ones", legend)
+    for i, box in enumerate(boxes):
+        heights = {kind: torch.histc(a[i], 40, 0, top).numpy() * 100 / e.K
                    for kind, a in losses.items()}
         highest, base = sum(a.max() for a in heights.values()), np.zeros(40)
-        at = draw_axes(pen, place_panel(i, 2, 448, 250), (0, top), (0, highest), f"batch {i + 1}",
+        at = draw_axes(pen, box, (0, top), (0, highest), f"batch {i + 1}",
                        "loss: 0 aligned, 1 unrelated, above 1 opposed", "% of K dimensions")
-        for kind in kinds:
+        for kind in means:
             draw_bars(pen, at, edges, heights[kind], base, KIND_COLOURS[kind])
             base = base + heights[kind]
         if e.compared:
-            draw_bars(pen, at, edges, heights["compared"], np.zeros(40), None, INK)
+            draw_curve(pen, at, (edges[:-1] + edges[1:]) / 2, heights["compared"], INK)
         pen.line((*at(1, 0), *at(1, highest)), GREY)
-    means = {kind: losses[kind].mean().item() for kind in kinds}
     return image, losses, claim("common dimensions have a mean loss near 0, unique ones near 1",
                                 means, "common")
 
 
 def picture_tsne(e):
     """Draws Fig. 1 and 9."""
-    results, n, k = [], len(e.batch_slices), len(e.dimensions)
-    for i, batch in enumerate(e.batch_slices):
-        z1, z2 = (z[batch][:, e.dimensions].to(e.device) for z in (e.z1, e.z2))
-        results.append(tsne_vis(z1, z2, f"t-SNE {i + 1} of {n}"))
-    points = np.stack([y.cpu().numpy() for y, _ in results])            # batches x 2k x 2
-    unique = e.dimensions >= e.Kc               # k
-    side, shares = 448, collections.defaultdict(list)
-    legend = []
+    n, k, side, legend = len(e.batch_slices), len(e.dimensions), 448, []
     for kind, first in e.keep_nonempty(0, 2).items():
         legend += [(f"{modality}, {kind}", *mark)
                    for modality, mark in zip(e.modalities, MARKS[first:])]
-    image, pen = start_page(944, TOP + math.ceil(n / 2) * (side + M),
-                            "t-SNE: each mark is a dimension, each panel a batch", legend)
-    for i, y in enumerate(points):
-        box = place_panel(i, 2, side, side)
+    image, pen, boxes = start_page(n, 2, side, side, "t-SNE: each mark is a dimension, each panel "
+                                   "a batch", legend)
+    unique = np.tile(e.dimensions >= e.Kc, 2)                           # 2k
+    marks = [MARKS[2 * unique[j] + j // k] for j in range(2 * k)]
+    points, divergences, together = [], [], []
+    for i, (batch, box) in enumerate(zip(e.batch_slices, boxes)):
+        z1, z2 = (e.embedded[name][batch][:, e.dimensions].to(e.device) for name in ("z1", "z2"))
+        y, divergence = tsne_vis(z1, z2, f"t-SNE {i + 1} of {n}")
+        nearest = square_distances(y.cpu()).fill_diagonal_(torch.inf).argmin(1)
+        together.append(nearest == torch.arange(2 * k).roll(k))         # 2k
+        divergences.append(f"{divergence:.3f}")
+        y = y.cpu().numpy()                                             # 2kx2
+        points.append(y)
         pen.rectangle(box, None, GREY)
         middle, radius = (y.min(0) + y.max(0)) / 2, max(np.ptp(y, axis=0).max() / 2, 1e-12)
         pixels = (y - middle) / radius * (side / 2 - M) + np.reshape(box, (2, 2)).mean(0)
-        nearest = square_distances(torch.from_numpy(y)).fill_diagonal_(torch.inf).argmin(1)
-        for j, (px, py) in enumerate(pixels):
-            m, dimension = divmod(j, k)
-            draw_mark(pen, px, py, *MARKS[2 * unique[dimension] + m])
-            kind = "unique" if unique[dimension] else "common"
-            shares[kind].append(float(nearest[j] == (j + k) % (2 * k)))
-    divergences = " ".join(f"{divergence:.3f}" for _, divergence in results)
-    means = {kind: np.mean(a) for kind, a in shares.items()}
-    return image, dict(points=points, dimensions=e.dimensions, Kc=e.Kc), (
-        f"KL divergence of each batch: {divergences}\n  " +
+        for (px, py), mark in zip(pixels, marks):
+            draw_mark(pen, px, py, *mark)
+    together = torch.stack(together).float().numpy()                    # nx2k
+    halves = {"common": together[:, ~unique], "unique": together[:, unique]}
+    means = {kind: a.mean() for kind, a in halves.items() if a.size}
+    return image, dict(points=np.stack(points), dimensions=e.dimensions, Kc=e.Kc), (
+        f"KL divergence of each batch: {' '.join(divergences)}\n  " +
         claim("common dimensions lie next to the same dimension of the other modality, unique "
               "dimensions do not (share of those that do)", means, "unique"))
 
 
 def picture_gradcam(e):
     """Draws Fig. 4b and 10.  On made-up scenes, also measures how dense maps are on the objects."""
-    side, empty, pairs, numbers = 144, 0, [], collections.defaultdict(list)
+    side, tiles, numbers = 144, [], collections.defaultdict(list)
     size = e.settings["size"]
     for x in load_batches(e.data, e.samples[:e.args.pairs], size, 1, 0, e.device, "pairs"):
-        tiles = []
-        for m, net in enumerate((e.net1, e.net2)):
+        for m, net in enumerate(e.nets):
             picture = make_visible(x[m][0], e.data.inputs[m])
             tiles.append((e.modalities[m] + name_composite(e.data.inputs[m]), picture, ""))
             for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m])).items():
                 colours = to_viridis(scale_maps(att.relu())[0].cpu().numpy()) / 255
                 note = "" if att.max() > 0 else "no positive pixel"
                 tiles.append((f"{e.modalities[m]}, {kind}", 0.45 * picture + 0.55 * colours, note))
-                empty += note != ""
                 numbers[f"modality{m + 1}_{kind}"].append(att[0].cpu().numpy())
-        pairs.append(tiles)
-    title = (f"GradCAM: what raises the {VALUES[e.args.value]} of common, of unique dimensions "
-             f"(violet: nothing, yellow: most)")
-    width, height = len(tiles) * (side + 4), len(pairs) * (side + 4)
-    image, pen = start_page(2 * M + width, TOP + height + M, title)
-    for i, tiles in enumerate(pairs):
-        for j, (heading, tile, note) in enumerate(tiles):
-            x, y = M + j * (side + 4), TOP + i * (side + 4)
-            tile = Image.fromarray((tile * 255).astype(np.uint8)).resize((side, side))
-            image.paste(tile, (x, y))
-            pen.text((x + side / 2, y + side / 2), note, PAPER, FONT, "mm")
-            if i == 0:
-                pen.text((x, y - LINE - 2), heading, INK, FONT)
+    columns, empty = 2 + len(numbers), sum(note != "" for _, _, note in tiles)
+    image, pen, boxes = start_page(
+        len(tiles), columns, side, side, f"GradCAM: what raises the {VALUES[e.args.value]} of "
+        f"common, of unique dimensions (violet: nothing, yellow: most)")
+    for i, ((heading, tile, note), (left, top, _, _)) in enumerate(zip(tiles, boxes)):
+        tile = Image.fromarray((tile * 255).astype(np.uint8)).resize((side, side))
+        image.paste(tile, (left, top))
+        pen.text((left + side / 2, top + side / 2), note, PAPER, FONT, "mm")
+        if i < columns:
+            pen.text((left, top - LINE - 2), heading, INK, FONT)
     lines = [f"Each row of the picture is a pair.  Common maps should lie on what both modalities "
              f"show, unique maps on what one alone shows.  {empty} maps have no positive pixel"]
-    if are_made_up(e.settings, e.root):
+    h, w = gradcam(net, net.layer, x[1], 0).shape[-2:]
+    if max(h, w) <= 2:
+        lines.append(f"warning: GradCAM's maps have only {h}x{w} pixels, too few to show places.  "
+                     f"Give an earlier --layer, or pretrain with a larger --size")
+    if are_made_up(e.root):
         densities = measure_densities(e)
-        numbers |= {f"modality{m + 1}_{kind}_density": a for (m, kind), a in densities.items()}
-        lines += report_densities(e, densities)
+        numbers |= {f"modality{m + 1}_{kind}_density": a for (_, m, kind), a in densities.items()}
+        means = {key: np.nanmean(a, 0, keepdims=True) for key, a in densities.items()}
+        lines += compare_objects(f"Density of the GradCAM maps on objects (1: as in the whole "
+                                 f"image), mean of {len(e.samples)} scenes", means, e.modalities)
     return image, numbers, "\n  ".join(lines)
 
 
@@ -846,18 +815,18 @@ def name_composite(row):
 
 def picture_spatial(e):
     """Draws Fig. 5a."""
-    stats = [gradcam_stat(e.net1, e.net2, x1, x2) for x1, x2 in e.batches("GradCAM statistics")]
+    stats = [gradcam_stat(*e.nets, x1, x2) for x1, x2 in e.batches("GradCAM statistics")]
     mul_c, mul_u = (torch.cat(scores).cpu().numpy() for scores in zip(*stats))
     scores = e.keep_nonempty(mul_c, mul_u)
     means = {kind: a.mean() for kind, a in scores.items()}
-    title = f"Fig. 5a: overlap of both modalities' GradCAM maps of the {VALUES[e.args.value]}"
-    image, pen = start_page(560, TOP + len(scores) * (220 + M), title,
-                            [(kind, KIND_COLOURS[kind]) for kind in scores])
-    for i, (kind, a) in enumerate(scores.items()):
+    image, pen, boxes = start_page(
+        len(scores), 1, 528, 220, f"Fig. 5a: overlap of both modalities' GradCAM maps of the "
+        f"{VALUES[e.args.value]}", [(kind, KIND_COLOURS[kind]) for kind in scores])
+    for box, (kind, a) in zip(boxes, scores.items()):
         counts, edges = np.histogram(a, 40, (0, 1))
         highest = 1.05 * counts.max()
-        at = draw_axes(pen, place_panel(i, 1, 528, 220), (0, 1), (0, highest),
-                       f"mean {means[kind]:.3f}", "score: 0 no overlap, 1 the same places", "pairs")
+        at = draw_axes(pen, box, (0, 1), (0, highest), f"mean {means[kind]:.3f}",
+                       "score: 0 no overlap, 1 the same places", "pairs")
         draw_bars(pen, at, edges, counts, np.zeros(40), KIND_COLOURS[kind])
         pen.line((*at(means[kind], 0), *at(means[kind], highest)), INK, 2)
     return image, scores, claim("unique maps overlap less than common maps; the paper found a "
@@ -871,7 +840,7 @@ def picture_spectral(e):
     score is the signed mean over pixels of `IG_stat`."""
     stats, errors = ([], []), []
     for x in e.batches("integrated gradients"):
-        for m, net in enumerate((e.net1, e.net2)):
+        for m, net in enumerate(e.nets):
             imp = torch.stack(IG_stat(net, x[m], e.args.steps), 1)      # Nx2xC
             stats[m].append(imp.cpu())
             with torch.no_grad():
@@ -881,11 +850,11 @@ def picture_spectral(e):
     error, gain = torch.stack(errors).mean(0).tolist()
     numbers, lines = {}, [f"Completeness: with {e.args.steps} steps the integrated gradients miss "
                           f"{error:.2g} of a mean sum of {gain:.2g}"]
-    title = (f"Integrated gradients, Fig. 5b: how far each band moves the {VALUES[e.args.value]} "
-             f"of common, of unique dimensions")
-    image, pen = start_page(944, TOP + 2 * (240 + M), title,
-                            [(kind, KIND_COLOURS[kind]) for kind in e.keep_nonempty(0, 1)])
-    for m, modality in enumerate(e.modalities):
+    image, pen, boxes = start_page(
+        2, 1, 912, 240, f"Integrated gradients, Fig. 5b: how far each band moves the "
+        f"{VALUES[e.args.value]} of common, of unique dimensions",
+        [(kind, KIND_COLOURS[kind]) for kind in e.keep_nonempty(0, 1)])
+    for m, (modality, box) in enumerate(zip(e.modalities, boxes)):
         imp_c, imp_u = torch.cat(stats[m]).unbind(1)                    # NxC
         # Paper: "we normalize the scores".  Here: by the largest magnitude in the modality, common
         # and unique together.
@@ -894,8 +863,8 @@ def picture_spectral(e):
         numbers |= {f"modality{m + 1}_{kind}": a / largest for kind, a in scores.items()}
         means = {kind: np.abs(a / largest).mean(0) for kind, a in scores.items()}  # C
         overall = {kind: a.mean() for kind, a in means.items()}
-        draw_grouped_bars(pen, place_panel(m, 1, 912, 240), means, e.data.inputs[m]["bands"],
-                          modality, "mean magnitude of the score")
+        draw_grouped_bars(pen, box, means, e.data.inputs[m]["bands"], modality,
+                          "mean magnitude of the score")
         lines.append(claim(f"{modality}: bands move common dimensions less than unique ones; the "
                            f"paper found that of optical images (means)", overall, "common"))
     return image, numbers, "\n  ".join(lines)
@@ -903,7 +872,7 @@ def picture_spectral(e):
 
 def picture_factors(e):
     """Draws what the dimensions of this run vary with, and what a probe on the backbone reads."""
-    if not are_made_up(e.settings, e.root):
+    if not are_made_up(e.root):
         return None, {}, "factors.png is left out, because only made-up scenes have known factors"
     run = ("this run", e.net, e.settings | dict(seed=e.args.seed))
     scenes = read_scenes(e.settings, e.root, e.args.workers, e.device)
@@ -911,78 +880,30 @@ def picture_factors(e):
 
 
 def picture_measured(found, modalities):
-    """Prints what `measure_factors` found as a table, and draws the means over the runs."""
-    labels = list(dict.fromkeys(label for label, _, _ in found if label != RANDOM))
-    print_measured(found, [*labels, RANDOM], modalities)
-    means = {key: a.mean(0) for key, a in found.items()}
-    columns = 2 if len(labels) < 4 else 1       # names of more runs need wide panels
-    width = 912 if columns == 1 else 448
-    title = (f"Share of variance between the {len(SHAPES)} shapes of an object; accuracy of a "
-             f"linear probe on the backbone")
-    image, pen = start_page(944, TOP + 8 // columns * (200 + M), title, list(KIND_COLOURS.items()))
-    for i, (m, factor, _) in enumerate(PLACES):
-        title, shares = f"{modalities[m]}: {name_objects(modalities)[factor]}", {}
-        for kind in ("common", "unique"):
-            shares[kind] = [means.get((label, m, kind), np.zeros(3))[factor] for label in labels]
-        accuracies = [means[label, m, "backbone"][factor] for label in [*labels, RANDOM]]
-        draw_grouped_bars(pen, place_panel(2 * i, columns, width, 200), shares, labels, title,
-                          "share of variance")
-        draw_grouped_bars(pen, place_panel(2 * i + 1, columns, width, 200),
-                          dict(backbone=accuracies), [*labels, RANDOM], title, "accuracy")
-    shares = {(m, kind): a for (label, m, kind), a in means.items() if label == labels[0]}
-    claims = claim_objects(f"{labels[0]}: {{}} dimensions of {{}} vary less with {{}}", shares,
-                           modalities)
+    """Draws the means over the runs of what `measure_factors` found, two panels for each label."""
+    labels = list(dict.fromkeys(label for label, _, _ in found))
+    image, pen, boxes = start_page(
+        2 * len(labels) - 2, 2, 448, 200, f"Share of variance of dimensions between the shapes of "
+        f"an object; accuracy of a linear probe on the backbone (chance {1 / len(SHAPES):g})",
+        list(KIND_COLOURS.items()))
+    for i, box in enumerate(boxes):
+        label, m = labels[i // 2], i % 2
+        bars = {kind: a.mean(0) for (name, side, kind), a in found.items()
+                if (name, side) == (label, m)}
+        bars[RANDOM] = found[RANDOM, m, "backbone"].mean(0)
+        draw_grouped_bars(pen, box, bars, name_objects(modalities), f"{label}: {modalities[m]}",
+                          "share, accuracy")
+    claims = compare_objects(f"Share of the variance of dimensions, and accuracy of a linear probe "
+                             f"on the backbone (chance {1 / len(SHAPES):g}), on unseen scenes",
+                             found, modalities)
     numbers = {f"{label} {modalities[m]} {kind}": a for (label, m, kind), a in found.items()}
     return image, numbers, "\n  ".join(claims)
-
-
-def print_measured(found, labels, modalities):
-    """Prints a table of what `measure_factors` found, with mean and deviation over the runs.
-
-    A ratio says how much more varies where it belongs: what both sensors see belongs in common
-    dimensions, what one sensor alone sees belongs in its unique dimensions."""
-    lines = {}
-    for label in labels:
-        values = {kind: np.concatenate([found[label, m, kind] for m in (0, 1)], 1)  # Sx6
-                  for kind in KIND_COLOURS if (label, 0, kind) in found}
-        for kind, a in values.items():
-            name = f"{label} ({len(a)}), " + (kind if kind == "backbone" else f"{kind} dimensions")
-            lines[name] = [format_mean(column) for column in a.T]
-        if "common" in values and "unique" in values:
-            common, unique = (values[kind].mean(0).clip(0.001) for kind in ("common", "unique"))
-            both, own = common / unique, unique / common                # 6; below 0.001 is noise
-            ratios = both[0], own[1], None, both[3], None, own[5]
-            lines[f"{label}, ratio"] = [f"{ratio:.1f}" if ratio else "" for ratio in ratios]
-    print_objects(f"Share of the variance of dimensions, and accuracy of a linear probe on the "
-                  f"backbone (chance {1 / len(SHAPES):g}), on unseen scenes", modalities, lines)
-
-
-def print_objects(title, modalities, lines):
-    """Prints a table with a column for each modality and object.  lines: {name: six cells}"""
-    columns = [f"{modality}: {name}" for modality in modalities
-               for name in name_objects(modalities)]
-    print(f"{title}\n| | {' | '.join(columns)} |\n{'|---' * 7}|")
-    for name, cells in lines.items():
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
-def format_mean(values):
-    """Returns the mean, with the standard deviation if there are several values."""
-    text = f"{values.mean():.3f}"
-    return f"{text}±{values.std(ddof=1):.3f}" if len(values) > 1 else text
 
 
 def picture_embeddings(e):
     """Makes no picture, but keeps embeddings and features of all samples for your own programs, and
     retrieves each sample's partner in the other modality."""
-    columns = dict(z1=[], z2=[], features1=[], features2=[])            # MxK, MxK, Mxd, Mxd
-    for x in e.batches("embeddings and features"):
-        for m, f in enumerate((e.net.f1, e.net.f2)):
-            backbone = run_network(f.E, x[m])
-            columns[f"features{m + 1}"].append(backbone.cpu())
-            columns[f"z{m + 1}"].append(run_network(f.P, backbone).cpu())
-    numbers = {name: torch.cat(batches) for name, batches in columns.items()}
-    z1_c, z2_c = (numbers[name][:5000, :e.Kc] for name in ("z1", "z2"))  # 5000: time grows as n^2
+    z1_c, z2_c = (e.embedded[name][:5000, :e.Kc] for name in ("z1", "z2"))  # 5000: time grows as n^2
     n, (first, second) = len(z1_c), e.modalities
     lines = [f"Retrieval among {n} pairs by common dimensions; chance is R@1 {1 / n:.4f}, R@5 "
              f"{min(1, 5 / n):.4f}"]
@@ -991,7 +912,7 @@ def picture_embeddings(e):
         R1, R5 = retrieve(*pair)
         lines.append(f"{route}: R@1 {R1:.4f}, R@5 {R5:.4f}")
     lines.append("z1 and z2 are not normalised; their first Kc columns are common")
-    numbers |= dict(names=[e.data.ids[i] for i in e.samples], Kc=e.Kc)
+    numbers = e.embedded | dict(names=[e.data.ids[i] for i in e.samples], Kc=e.Kc)
     return None, numbers, "\n  ".join(lines)
 
 
@@ -1021,17 +942,22 @@ FONT, LINE, M = ImageFont.load_default(14), 20, 16  # a line's height and the ma
 TOP = 2 * M + 2 * LINE                          # where panels begin, below title and legend
 
 
-def start_page(width, height, title, legend=()):
-    """Returns a blank image and a pen for it.  Each entry of the legend is a text, a colour and
-    possibly a shape."""
-    image = Image.new("RGB", (width, height), PAPER)
-    pen, x = ImageDraw.Draw(image), M
+def start_page(n, columns, width, height, title, legend=()):
+    """Returns a blank image, a pen for it, and the boxes (left, top, right, bottom) of its n panels,
+    line by line.  Each entry of the legend is a text, a colour and possibly a shape."""
+    lines = math.ceil(n / columns)
+    size = M + columns * (width + M), TOP + lines * (height + M)
+    image = Image.new("RGB", size, PAPER)
+    pen, x, boxes = ImageDraw.Draw(image), M, []
     pen.text((M, M), title, INK, FONT)
     for text, *look in legend:
         draw_mark(pen, x + 5, M + LINE + 12, *look)
         pen.text((x + 17, M + LINE + 4), text, INK, FONT)
         x += 17 + FONT.getlength(text) + 2 * M
-    return image, pen
+    for i in range(n):
+        left, top = M + i % columns * (width + M), TOP + i // columns * (height + M)
+        boxes.append((left, top, left + width, top + height))
+    return image, pen, boxes
 
 
 def draw_mark(pen, x, y, colour, shape="box"):
@@ -1043,12 +969,6 @@ def draw_mark(pen, x, y, colour, shape="box"):
         pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
     else:
         pen.rectangle(box, colour if shape == "box" else None, colour)
-
-
-def place_panel(i, columns, width, height):
-    """Returns the box (left, top, right, bottom) of panel i.  Panels fill the page line by line."""
-    x, y = M + i % columns * (width + M), TOP + i // columns * (height + M)
-    return x, y, x + width, y + height
 
 
 def draw_axes(pen, box, xs, ys, title, xlabel, ylabel, powers=False, names=()):
@@ -1085,20 +1005,15 @@ def choose_ticks(low, high):
 
 
 def draw_curve(pen, at, xs, ys, colour):
-    """Draws a line through the points.  Fewer than 20 points are marked."""
-    points = [at(x, y) for x, y in zip(xs, ys)]
-    pen.line(points, colour, 2)
-    if len(points) < 20:
-        for x, y in points:
-            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+    pen.line([at(x, y) for x, y in zip(xs, ys)], colour, 2)
 
 
-def draw_bars(pen, at, edges, heights, base, colour, outline=None):
-    """Draws the bars of a histogram, which stand on `base`.  A colour of None gives an outline."""
+def draw_bars(pen, at, edges, heights, base, colour):
+    """Draws the bars of a histogram, which stand on `base`."""
     for x0, x1, y0, height in zip(edges, edges[1:], base, heights):
         (x0, y1), (x1, y0) = at(x0, y0 + height), at(x1, y0)
         if y0 > y1:                             # a bar without height is not drawn as a line
-            pen.rectangle((x0, y1, x1 - 2, y0 - 1), colour, outline, 2)
+            pen.rectangle((x0, y1, x1 - 2, y0 - 1), colour)
 
 
 def draw_grouped_bars(pen, box, groups, names, title, ylabel):
@@ -1143,7 +1058,7 @@ def get_args(argv=None):
     add("--seed", type=number(int, 0), default=0,
         help="the seed of the random pairs and of the random encoder; default: 0")
     add("--workers", type=number(int, 0), default=0, help="processes that read files; default: 0")
-    add("--value", choices=("mean", "square"), default="mean",
+    add("--value", choices=VALUES, default="mean",
         help="what is explained, the mean of dimensions or of their squares; default: mean")
     add("--tsne-dims", type=number(int, 4), default=1024,
         help="the number of dimensions of each modality in t-SNE; default: 1024")
