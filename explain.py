@@ -30,11 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data import (SHAPES, BadInput, choose_visible, expand_path, make_visible, need, number,
+from data import (SHAPES, choose_visible, expand_path, make_visible, need, number,
                   open_dataset, read_factors, read_json, read_mask, reading, resize,
                   resize_and_normalise, run_main, show_progress, write_atomically)
 from decur import BN, DeCUR, bounds, branch
@@ -134,20 +134,21 @@ class TwoValues:
     single values output" (Sec. 7).  Maps images NxCxHxW to out1, Nx2.
 
     f1          encoder and projector
-    mean, var   K, of the embedding over all samples, as constants.  If the batch's own mean and
-                variance were used, every normalised feature would sum to 0 over the batch for any
-                x.  Its gradient, and so every map, would be 0
+    z1          NxK, the embeddings of all samples.  Their mean and biased variance are constants.
+                If the batch's own mean and variance were used, every normalised feature would sum
+                to 0 over the batch for any x.  Its gradient, and so every map, would be 0
     Kc          the first Kc dimensions are common
     layer       the module of f1 that GradCAM looks at
     square      False: the mean of the dimensions, as in Algorithm 2.  True: the mean of their
                 squares.  The sign of a dimension is arbitrary, so in the mean dimensions cancel"""
 
-    def __init__(self, f1, mean, var, Kc, layer, square=False):
-        self.f1, self.mean, self.var, self.Kc = f1, mean, var, Kc
-        self.layer, self.square = layer, square
+    def __init__(self, f1, z1, Kc, layer, square=False):
+        self.f1, self.Kc, self.layer, self.square = f1, Kc, layer, square
+        self.var, self.mean = torch.var_mean(z1.double(), 0, unbiased=False)  # K, K
 
     def __call__(self, x1):
-        z1 = (self.f1(x1) - self.mean) / (self.var + 1e-5).sqrt()       # NxK  BN(f1(x1))
+        mean, var = self.mean.to(x1), self.var.to(x1)
+        z1 = (self.f1(x1) - mean) / (var + 1e-5).sqrt()                 # NxK  BN(f1(x1))
         if self.square:
             z1 = z1.pow(2)                                              # NxK
         z1_c = z1[:, :self.Kc].mean(-1, keepdim=True)                   # Nx1
@@ -331,8 +332,8 @@ def linear_probe(x, y, x_test, y_test, decay=1e-2):
 
 
 def retrieve(z1, z2):
-    """Returns R@1 and R@5: the share of samples of modality 1 whose partner is the nearest, or among
-    the 5 nearest, of all samples of modality 2.
+    """Returns R@1 and R@5: the share of samples of modality 1 whose partner is among the 1 or 5
+    nearest of all samples of modality 2.
 
     z1, z2   nxK   embeddings.  Near is a large cosine after BN; the partner loses every tie"""
     z1, z2 = F.normalize(BN(z1)), F.normalize(BN(z2))                   # nxK
@@ -372,8 +373,7 @@ class Explained:
         self.samples = rng.permutation(n)[:count]
         self.dimensions = np.sort(rng.permutation(self.K)[:args.tsne_dims])
         self.N = N = min(settings["batch_size"], count)  # the batch size of training, as in Alg. 2
-        starts = range(0, count - N + 1, N)
-        self.batch_slices = [slice(start, start + N) for start in starts][:4]  # Fig. 8 and 9
+        self.batch_slices = [slice(i, i + N) for i in range(0, count - N + 1, N)][:4]  # Fig. 8, 9
 
     def batches(self, text):
         return load_batches(self.data, self.samples, self.settings["size"], self.args.batch_size,
@@ -449,16 +449,14 @@ def choose_layer(net, name):
 
 def main(argv=None):
     args = get_args(argv)
-    rank, _, device = read_environment()
-    if rank > 0:                                # under torchrun the first process does everything
-        return
+    device = read_environment()[-1]
     if args.sweep:
         return sweep(args, device)
     net, settings = open_net(args.checkpoint, device)
     root = args.data or find_data(args.checkpoint, settings)
     data = open_explained_data(settings, root, args.split or settings["split"])
     e = Explained(args, device, net, settings, root, data)
-    layers = choose_layer(net, args.layer)
+    layer1, layer2 = choose_layer(net, args.layer)
     if args.compare:
         other, others = open_net(args.compare, device)
         check_equal(others, settings, ("scenario", "modalities", "channels", "size", "K"),
@@ -466,11 +464,10 @@ def main(argv=None):
     make_folder(args.out)
     print(f"{len(e.samples)} of {len(data)} pairs of {' and '.join(e.modalities)} from "
           f"{' '.join(root)}; N {e.N}  K {e.K}  Kc {e.Kc}; {device.type}")
-    e.embedded, e.nets = embed(net, e.batches("embeddings")), []
-    for f, z, layer in zip((net.f1, net.f2), (e.embedded["z1"], e.embedded["z2"]), layers):
-        moments = torch.var_mean(z.double(), 0, unbiased=False)         # K, K
-        var, mean = (moment.float().to(device) for moment in moments)
-        e.nets.append(TwoValues(f, mean, var, e.Kc, layer, args.value == "square"))
+    e.embedded = embed(net, e.batches("embeddings"))
+    square = args.value == "square"
+    e.nets = (TwoValues(net.f1, e.embedded["z1"], e.Kc, layer1, square),
+              TwoValues(net.f2, e.embedded["z2"], e.Kc, layer2, square))
     e.compared = embed(other, e.batches("embeddings of --compare")) if args.compare else None
     stopped = settings["stopped"] or f"at step {settings['step']}"  # "at step 100 of 200"
     caption = f"{args.checkpoint.resolve().parent.name} {stopped}"
@@ -534,13 +531,14 @@ def compare_objects(title, found, modalities):
     claims, means = [], {}
     for label, kind in dict.fromkeys((label, kind) for label, _, kind in found):
         a = np.concatenate((found[label, 0, kind], found[label, 1, kind]), 1)  # Sx6
-        means[label, kind] = np.nanmean(a, 0).clip(0.001)               # 6; below 0.001 is noise
         print(f"| {label}, {kind} | {' | '.join(map(format_mean, a.T))} |")
+        means[label, kind] = a.mean(0).clip(0.001)                      # 6; below 0.001 is noise
         if kind == "unique" and (label, "common") in means:
             both = means[label, "common"] / means[label, "unique"]
-            ratios = {objects[i]: both[i] for i in (0, 3)} | {objects[i]: 1 / both[i] for i in (1, 5)}
-            claims.append(claim(f"{label}: more of what both see in common, more of what one alone "
-                                f"sees in unique (ratios)", ratios | {"equal": 1}, "equal"))
+            ratios = {objects[0]: both[0], objects[1]: 1 / both[1],
+                      objects[3]: both[3], objects[5]: 1 / both[5], "equal": 1}
+            claims.append(claim(f"{label}: what both see is more in common than in unique ones, "
+                                f"what one sees is less (ratios)", ratios, "equal"))
     return claims
 
 
@@ -637,9 +635,11 @@ def sweep(args, device):
 
 # These colours are of Okabe and Ito, because colour-blind readers can tell them apart.
 INK, GREY, PAPER, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
-KIND_COLOURS = {"common": "#009e73", "unique": "#e69f00", "backbone": INK, RANDOM: GREY}
+KIND_COLOURS = {"common": "#009e73", "unique": "#e69f00", "backbone": INK,
+                RANDOM: "#d0d0d0"}
 TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=KIND_COLOURS["common"], Lu=KIND_COLOURS["unique"])
-MARKS = ((RED, "cross"), (BLUE, "square"), (RED, "dot"), (BLUE, "dot"))  # common, then unique
+MARKS = {("common", 0): (RED, "cross"), ("common", 1): (BLUE, "square"),
+         ("unique", 0): (RED, "dot"), ("unique", 1): (BLUE, "dot")}  # of modality 1 and 2
 
 
 def claim(expected, measured, lower):
@@ -665,28 +665,27 @@ def picture_curves(e):
     log = read_log(path)
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
-    steps, last = log["step"], len(log["step"]) - 1
-    terms = [name for name in TERMS if any(log[name])]                  # an ablated term is 0
-    legend = [(name.replace("L", "L and C "), TERMS[name]) for name in terms]
+    steps, terms = log["step"], [name for name in TERMS if any(log[name])]  # an ablated term is 0
     image, pen, (left, right) = start_page(
-        2, 2, 448, 300, f"Pretraining, left: the loss and its terms L; grey: chance {chance:.1f}, "
-        f"floor {floor:.1f}; right: mean diagonals C", legend)
-    losses = {name: log[name] for name in terms}
-    losses |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
-    logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in losses.items()}  # a loss can be 0
+        2, 2, 448, 300, f"Pretraining, left: the loss and its terms (grey: chance {chance:.1f}, "
+        f"floor {floor:.1f}); right: the mean diagonals C of the terms",
+        [(name, TERMS[name]) for name in terms])
+    lines = {name: log[name] for name in terms}
+    lines |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
+    logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in lines.items()}  # a loss can be 0
     ends = np.array(list(logs.values()))
     at = draw_axes(pen, left, (0, steps[-1]), (math.floor(ends.min()), ends.max() + 0.1), "",
                    "step", "loss", powers=True)
     for name, a in logs.items():
         draw_curve(pen, at, steps, a, TERMS.get(name, GREY))
     at = draw_axes(pen, right, (0, steps[-1]), (-0.2, 1), "", "step", "mean diagonal")
-    means = {name: log[name] for name in ("C1", "C2", "Cc", "Cu") if name in log}
-    for name, a in means.items():
+    diagonals = {name: log[name] for name in ("C1", "C2", "Cc", "Cu") if name in log}
+    for name, a in diagonals.items():
         draw_curve(pen, at, steps, a, TERMS[name.replace("C", "L")])
-    ends = {name: means[name][last] for name in ("Cc", "Cu") if name in means}
+    last = {name: a[-1] for name, a in diagonals.items() if name in ("Cc", "Cu")}
     return image, log, (f"Loss {log['loss'][-1]:.4g} at step {steps[-1]}; chance {chance:.4g}, "
                         f"floor {floor:.4g}\n  " +
-                        claim("the mean diagonal Cc rises to 1, Cu stays near 0", ends, "Cu"))
+                        claim("the mean diagonal Cc rises to 1, Cu stays near 0", last, "Cu"))
 
 
 def read_log(path):
@@ -736,31 +735,29 @@ def picture_alignment(e):
 
 def picture_tsne(e):
     """Draws Fig. 1 and 9."""
-    n, k, side, legend = len(e.batch_slices), len(e.dimensions), 448, []
-    for kind, first in e.keep_nonempty(0, 2).items():
-        legend += [(f"{modality}, {kind}", *mark)
-                   for modality, mark in zip(e.modalities, MARKS[first:])]
+    n, k, side = len(e.batch_slices), len(e.dimensions), 448
+    kinds = np.where(e.dimensions < e.Kc, "common", "unique")           # k
+    legend = [(f"{e.modalities[m]}, {kind}", *mark) for (kind, m), mark in MARKS.items()]
     image, pen, boxes = start_page(n, 2, side, side, "t-SNE: each mark is a dimension, each panel "
                                    "a batch", legend)
-    unique = np.tile(e.dimensions >= e.Kc, 2)                           # 2k
-    marks = [MARKS[2 * unique[j] + j // k] for j in range(2 * k)]
+    marks = [MARKS[kind, m] for m in (0, 1) for kind in kinds]          # 2k
     points, divergences, together = [], [], []
     for i, (batch, box) in enumerate(zip(e.batch_slices, boxes)):
         z1, z2 = (e.embedded[name][batch][:, e.dimensions].to(e.device) for name in ("z1", "z2"))
         y, divergence = tsne_vis(z1, z2, f"t-SNE {i + 1} of {n}")
-        nearest = square_distances(y.cpu()).fill_diagonal_(torch.inf).argmin(1)
+        y = y.cpu()                                                     # 2kx2
+        nearest = square_distances(y).fill_diagonal_(torch.inf).argmin(1)
         together.append(nearest == torch.arange(2 * k).roll(k))         # 2k
         divergences.append(f"{divergence:.3f}")
-        y = y.cpu().numpy()                                             # 2kx2
+        y = y.numpy()
         points.append(y)
         pen.rectangle(box, None, GREY)
         middle, radius = (y.min(0) + y.max(0)) / 2, max(np.ptp(y, axis=0).max() / 2, 1e-12)
         pixels = (y - middle) / radius * (side / 2 - M) + np.reshape(box, (2, 2)).mean(0)
         for (px, py), mark in zip(pixels, marks):
             draw_mark(pen, px, py, *mark)
-    together = torch.stack(together).float().numpy()                    # nx2k
-    halves = {"common": together[:, ~unique], "unique": together[:, unique]}
-    means = {kind: a.mean() for kind, a in halves.items() if a.size}
+    together = torch.cat(together).float().view(-1, k).numpy()          # 2nxk
+    means = {kind: together[:, kinds == kind].mean() for kind in np.unique(kinds)}
     return image, dict(points=np.stack(points), dimensions=e.dimensions, Kc=e.Kc), (
         f"KL divergence of each batch: {' '.join(divergences)}\n  " +
         claim("common dimensions lie next to the same dimension of the other modality, unique "
@@ -769,25 +766,24 @@ def picture_tsne(e):
 
 def picture_gradcam(e):
     """Draws Fig. 4b and 10.  On made-up scenes, also measures how dense maps are on the objects."""
-    side, tiles, numbers = 144, [], collections.defaultdict(list)
-    size = e.settings["size"]
+    side, size, tiles, empty = 144, e.settings["size"], [], 0
+    numbers = collections.defaultdict(list)
     for x in load_batches(e.data, e.samples[:e.args.pairs], size, 1, 0, e.device, "pairs"):
         for m, net in enumerate(e.nets):
             picture = make_visible(x[m][0], e.data.inputs[m])
-            tiles.append((e.modalities[m] + name_composite(e.data.inputs[m]), picture, ""))
+            tiles.append((e.modalities[m] + name_composite(e.data.inputs[m]), picture))
             for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m])).items():
                 colours = to_viridis(scale_maps(att.relu())[0].cpu().numpy()) / 255
-                note = "" if att.max() > 0 else "no positive pixel"
-                tiles.append((f"{e.modalities[m]}, {kind}", 0.45 * picture + 0.55 * colours, note))
+                tiles.append((f"{e.modalities[m]}, {kind}", 0.45 * picture + 0.55 * colours))
                 numbers[f"modality{m + 1}_{kind}"].append(att[0].cpu().numpy())
-    columns, empty = 2 + len(numbers), sum(note != "" for _, _, note in tiles)
+                empty += int(att.max() <= 0)
+    columns = 2 + len(numbers)
     image, pen, boxes = start_page(
         len(tiles), columns, side, side, f"GradCAM: what raises the {VALUES[e.args.value]} of "
-        f"common, of unique dimensions (violet: nothing, yellow: most)")
-    for i, ((heading, tile, note), (left, top, _, _)) in enumerate(zip(tiles, boxes)):
+        f"dimensions (violet: nothing, yellow: most)")
+    for i, ((heading, tile), (left, top, _, _)) in enumerate(zip(tiles, boxes)):
         tile = Image.fromarray((tile * 255).astype(np.uint8)).resize((side, side))
         image.paste(tile, (left, top))
-        pen.text((left + side / 2, top + side / 2), note, PAPER, FONT, "mm")
         if i < columns:
             pen.text((left, top - LINE - 2), heading, INK, FONT)
     lines = [f"Each row of the picture is a pair.  Common maps should lie on what both modalities "
@@ -903,7 +899,7 @@ def picture_measured(found, modalities):
 def picture_embeddings(e):
     """Makes no picture, but keeps embeddings and features of all samples for your own programs, and
     retrieves each sample's partner in the other modality."""
-    z1_c, z2_c = (e.embedded[name][:5000, :e.Kc] for name in ("z1", "z2"))  # 5000: time grows as n^2
+    z1_c, z2_c = (e.embedded[name][:5000, :e.Kc] for name in ("z1", "z2"))  # time grows as n^2
     n, (first, second) = len(z1_c), e.modalities
     lines = [f"Retrieval among {n} pairs by common dimensions; chance is R@1 {1 / n:.4f}, R@5 "
              f"{min(1, 5 / n):.4f}"]
@@ -925,7 +921,6 @@ PICTURES = dict(curves=picture_curves, alignment=picture_alignment, tsne=picture
 def save_picture(out, name, image, numbers, sentence, caption):
     """Writes the picture, with its run as a caption, and its numbers.  Prints how to read it."""
     if image:
-        image = ImageOps.expand(image, (0, 0, 0, LINE), PAPER)
         corner = image.width - M, image.height - M
         ImageDraw.Draw(image).text(corner, caption, GREY, FONT, "rs")
         write_atomically(out / f"{name}.png", partial(image.save, format="PNG"))
@@ -943,10 +938,10 @@ TOP = 2 * M + 2 * LINE                          # where panels begin, below titl
 
 
 def start_page(n, columns, width, height, title, legend=()):
-    """Returns a blank image, a pen for it, and the boxes (left, top, right, bottom) of its n panels,
-    line by line.  Each entry of the legend is a text, a colour and possibly a shape."""
+    """Returns a blank image, a pen for it, and the box (left, top, right, bottom) of each of the n
+    panels, line by line.  Each entry of the legend is a text, a colour and possibly a shape."""
     lines = math.ceil(n / columns)
-    size = M + columns * (width + M), TOP + lines * (height + M)
+    size = M + columns * (width + M), TOP + lines * (height + M) + LINE  # the caption's line
     image = Image.new("RGB", size, PAPER)
     pen, x, boxes = ImageDraw.Draw(image), M, []
     pen.text((M, M), title, INK, FONT)
