@@ -388,8 +388,8 @@ class Explained:
 @torch.no_grad()
 def embed(net, batches):
     """Returns, on the CPU, the embeddings of all samples and the features of the backbones:
-    {"z1" and "z2": NxK, "features1" and "features2": Nxd}.  They stay in memory: 10,000 samples take
-    0.7 GB if K is 8192."""
+    {"z1" and "z2": NxK, "features1" and "features2": Nxd}.  They stay in memory: 10,000 samples
+    take 0.7 GB if K is 8192."""
     columns = dict(z1=[], z2=[], features1=[], features2=[])
     for x in batches:
         for m, f in enumerate((net.f1, net.f2)):
