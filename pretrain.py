@@ -668,8 +668,7 @@ def start_from(files, encoders, args, rows):
         lines = []
         for E, row, (source, state, seen) in zip(encoders, rows, states):
             lines.append(f"{source}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
-            # names of bands may differ: own images have `channel 1`
-            if seen and describe_scale(seen) != describe_scale(row):
+            if seen and differ(seen, row):
                 lines.append(f"warning: {source} was trained on {describe_input(seen)}. Here it "
                              f"sees {describe_input(row)}")
         return lines
@@ -699,6 +698,15 @@ def read_pretraining(file):
         return settings, settings["inputs"][m - 1:m] if m else settings["inputs"]
     except (BadInput, KeyError, TypeError):     # `read_weights` refuses a file that is damaged
         return {}, []
+
+
+def differ(seen, row):
+    """Returns whether two rows of MODALITIES stand for different inputs.  Bands without known names
+    (`channel 1`) agree with bands of any names."""
+    named = not any(bands[0].startswith("channel") for bands in (seen["bands"], row["bands"]))
+    if named and list(seen["bands"]) != list(row["bands"]):
+        return True
+    return describe_scale(seen) != describe_scale(row)
 
 
 def describe_input(row):
