@@ -23,7 +23,7 @@ This file is the method itself.  Read it beside Sec. 3 and Algorithm 1 of the pa
 
 `python decur.py` times both forms of the loss at the paper's N and K.
 """
-import argparse
+import os
 import pickle
 import time
 
@@ -478,7 +478,6 @@ def branch(backbone, channels, widths):
 
 # ---- start from weights: published ones, or one's own ----
 
-WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # prefixes that DDP, compile, ... add
 BRANCHES = (("f1.E.", "backbone_1."), ("f2.E.", "backbone_2."))  # ours, the authors'
 NOT_ENCODER = ("f1.P.", "f2.P.", "projector", "bn.")  # other keys in files with both encoders
 CLASSIFIER = ("fc.weight", "fc.bias", "head.weight", "head.bias")
@@ -498,29 +497,29 @@ def read_weights(file, backbone):
                          f"safetensors.torch as s; torch.save(s.load_file('{file}'), 'w.pth')\"")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError):
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError):
         raise ValueError(f"{file} is damaged, or holds more than tensors and plain values. Such a "
                          f"file could run code, so it is not loaded. Give another file") from None
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and key in state:
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+    if not isinstance(state, dict):
         raise ValueError(f"{file} has no state dict. Give a file of tensors by parameter names")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or not value.isfinite().all():
             raise ValueError(f"{file}: {key} is no tensor of finite numbers. The first keys are "
-                             f"{' '.join(list(state)[:4])}. Give a file of an encoder's weights")
-    return split_branches(strip_wrappers(state))
+                             f"{' '.join(map(str, list(state)[:4]))}. Give a file of an encoder's "
+                             f"weights")
+    return split_branches(strip_prefix(state))
 
 
-def strip_wrappers(state):
-    """Removes the prefixes of WRAPPERS that all keys share."""
-    for prefix in WRAPPERS:
-        if state and all(key.startswith(prefix) for key in state):
-            return strip_wrappers({key.removeprefix(prefix): t for key, t in state.items()})
-    return state
+def strip_prefix(state):
+    """Removes the names that all keys begin with, because DDP, compile and other wrappers add such
+    names.  f1. and f2. stay, because they name a branch of `DeCUR`."""
+    prefix = os.path.commonprefix(list(state)).rpartition(".")[0]
+    if not prefix or prefix.startswith(("f1", "f2")):
+        return state
+    return {key.removeprefix(f"{prefix}."): t for key, t in state.items()}
 
 
 def split_branches(state):
@@ -538,14 +537,12 @@ def split_branches(state):
 
 
 def load_imagenet(backbone):
-    if backbone not in torchvision.models.list_models():
-        raise ValueError(f"torchvision has no ImageNet weights of {backbone}. Give a file instead")
-    weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     try:
+        weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{weights.url} cannot be downloaded ({error}). Download the file where "
-                         f"there is a network, and give it") from None
+    except (OSError, ValueError) as error:      # torchvision has none, or cannot download them
+        raise ValueError(f"torchvision gives no ImageNet weights of {backbone} ({error}). Give a "
+                         f"file, which may be downloaded elsewhere") from None
 
 
 def load_encoder(E, state, bgr=False):
@@ -553,8 +550,6 @@ def load_encoder(E, state, bgr=False):
 
     bgr    the weights were trained on blue, green, red: reverse the first convolution's input
     Raises ValueError unless the keys are exactly those of E; a classifier may stand beside them."""
-    if bgr and E.channels != 3:
-        raise ValueError(f"BGR weights need an encoder of 3 input channels, not {E.channels}")
     own = E.state_dict()
     weights = {key: t for key, t in state.items() if key not in CLASSIFIER}
     for key in own:
@@ -586,17 +581,8 @@ def time_loss(loss, z, Kc):
     return min(times), value
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Times both forms of the loss, Algorithm 1's and Gram's: forward and backward.",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N",
-                        help="samples of the global batch")
-    parser.add_argument("--dims", type=int, default=8192, metavar="K", help="of an embedding")
-    args = parser.parse_args(argv)
-    if args.batch_size < 2 or args.dims < 2:
-        parser.error("--batch-size and --dims must be 2 or more")
-    N, K, Kc = args.batch_size, args.dims, round(0.875 * args.dims)
+def main():
+    N, K, Kc = 256, 8192, 7168                  # SAR-optical
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     shared = torch.randn(N, K, device=device)   # makes the views correlated, so no term is trivial

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -209,8 +208,8 @@ def main(argv=None):
         args, K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
         inputs=list(data.inputs))
     if checkpoint:
-        restore(checkpoint, args.out, net, optimizer, settings,
-                ", or train on from its encoders with --weights {file} and a new --out")
+        restore(checkpoint, args.out, net, optimizer, settings, ", or train on from its encoders "
+                f"with --weights {args.out / 'checkpoint.pt'} and a new --out")
 
     # ---- run ----
     if rank == 0:
@@ -224,8 +223,6 @@ def main(argv=None):
         for m, E in encoders.items():
             export(args.out / f"encoder{m}.pth", E, rows[m], settings)
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
-    if device.type == "cuda":
-        run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     leave()
     return 128 + run.stopped if run.stopped else 0  # a shell's exit code for a signal
 
@@ -241,8 +238,8 @@ def make_network(args, channels):
 # ---- before the loop, here and in finetune.py: find, load, join, restore, make the folder ----
 
 # These settings may differ at --resume.
-RUN_ONLY = ("data", "data1", "data2", "target", "classes", "out", "resume", "save_every", "workers",
-            "toy", "save_images", "table", "pretraining")
+RUN_ONLY = ("data", "data1", "data2", "target", "out", "resume", "save_every", "workers", "toy",
+            "save_images", "table", "pretraining")
 
 
 def find_checkpoint(out, resume):
@@ -296,14 +293,11 @@ def restore(checkpoint, out, net, optimizer, settings, remedy=""):
 
     Raises BadInput if the checkpoint's settings differ; `remedy` is added to that message."""
     file = out / "checkpoint.pt"
-    check_equal(settings, checkpoint["settings"], settings, "--resume", f"{file}. Give the "
-                f"settings of that run, or a new --out{remedy.format(file=file)}")
-    base_lr = [group["lr"] for group in optimizer.param_groups]
+    check_equal(settings, checkpoint["settings"], settings, "--resume",
+                f"{file}. Give the settings of that run, or a new --out{remedy}")
     with reading(file, "a checkpoint of this run"):
         net.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, lr in zip(optimizer.param_groups, base_lr):
-        group["lr"] = lr                        # the checkpoint has the rate of its last step
 
 
 def check_equal(settings, others, names, flag, where):
@@ -311,20 +305,14 @@ def check_equal(settings, others, names, flag, where):
 
     where    says what has the other settings, and what to do"""
     for name in names:
-        difference = f"is {settings[name]}, but {others.get(name)}"
-        if len(difference) > 200:               # statistics of the images
-            difference = "differs"
-        need(others.get(name) == settings[name], f"{flag}: {name} {difference} in {where}")
+        need(others.get(name) == settings[name],
+             f"{flag}: {name} is {settings[name]}, but {others.get(name)} in {where}")
 
 
 def make_run_folder(args, settings, process):
     """Makes --out with args.json and, unless --resume finds one, an empty log.jsonl."""
     make_folder(args.out)
-    try:
-        open(args.out / "log.jsonl", "a" if args.resume else "x").close()
-    except FileExistsError:
-        raise BadInput(f"--out {args.out}: another run has just begun there. Give a new "
-                       f"--out") from None
+    (args.out / "log.jsonl").touch()            # from now on --out is in use
     _, world, device = process
     record = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
                   torch=str(torch.__version__))
@@ -358,9 +346,10 @@ class Run:
                  process):
         self.args, self.settings, self.net, self.optimizer = args, settings, net, optimizer
         self.loader, self.step, self.steps, self.rate = loader, step, steps, rate
-        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.steps_per_epoch = steps_per_epoch
         self.rank, self.world, self.device = process
-        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:    # a loaded checkpoint has the initial rate, too
+            group.setdefault("initial_lr", group["lr"])
         self.draws = Draws(args.seed, args.batch_size,
                            choose_rows(args.batch_size, self.rank, self.world))
         self.signalled = 0                      # the number of a signal that has arrived, or 0
@@ -376,8 +365,7 @@ class Run:
         backend = f" ({dist.get_backend()})" if dist.is_initialized() else ""
         self.print(f"{self.steps} steps on {self.world} x {self.device.type}{backend}; torch "
                    f"{torch.__version__}", *lines)
-        for warning in warnings:
-            self.print(f"warning: {warning}")
+        self.print(*(f"warning: {warning}" for warning in warnings))
         if self.step > 0:
             self.print(f"resumed from {self.args.out} at step {self.step} of {self.steps}")
         elif self.args.resume:
@@ -397,8 +385,8 @@ class Run:
             self.draws.restart(self.step)       # seeds the augmentations
             # seeds drop path and dropout
             torch.manual_seed(mix_seeds(self.args.seed, self.step, 1 + self.rank))
-            for group, lr in zip(self.optimizer.param_groups, self.base_lr):
-                group["lr"] = lr * self.rate(self.step, self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.rate(self.step, self.steps)
             yield batch
             self.step += 1
             self.bar.update()
@@ -452,7 +440,7 @@ class Run:
             sys.exit(f"a weight is not finite after step {self.step}. The last checkpoint stays. "
                      f"Give a smaller --lr or --lr-bias")
         checkpoint = dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
-                          step=self.step, settings=self.settings, torch=str(torch.__version__))
+                          step=self.step, settings=self.settings)
         write_atomically(self.args.out / "checkpoint.pt", partial(torch.save, checkpoint))
         self.saved = time.time()
 
@@ -532,13 +520,8 @@ def gather(z):
 
 def read_environment():
     """Returns rank, world size and device of this process.  Without torchrun there is only one."""
-    numbers = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default)
-        need(text.isdecimal(), f"{name}={text} in the environment is no number. Start by torchrun, "
-             f"or unset {name}")
-        numbers.append(int(text))
-    rank, world, local = numbers
+    defaults = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+    rank, world, local = [int(os.environ.get(name, n)) for name, n in defaults.items()]
     need(rank < world, f"RANK={rank} and WORLD_SIZE={world} in the environment contradict each "
          f"other. Start by torchrun, or unset both")
     if torch.cuda.is_available():
@@ -554,31 +537,21 @@ def read_environment():
 
 def join(out, step, process):
     """Connects the processes.  Raises BadInput unless all processes go on from the same step."""
-    rank, world, device = process
+    _, world, device = process
     if world > 1 and not dist.is_initialized():
-        need("MASTER_ADDR" in os.environ, f"WORLD_SIZE={world}, but the environment has no "
-             f"MASTER_ADDR. Start by torchrun, or unset WORLD_SIZE")
-        store, _, _ = next(rendezvous("env://"))
-        store.set(f"device{rank}", name_device(device))
-        devices = [store.get(f"device{other}").decode() for other in range(world)]
-        dist.init_process_group(choose_backend(devices), store=store, rank=rank, world_size=world)
+        dist.init_process_group(choose_backend(device))
     most, least = max_over_processes(step, device), -max_over_processes(-step, device)
     need(most == least, f"--out {out} is at step {most} for one process and at step {least} for "
          f"another. Give an --out that all processes see, such as one on a shared disk")
 
 
-def name_device(device):
-    """Returns the uuid of a GPU, because its number may differ between processes; of another device
-    its kind."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_properties(device).uuid)
-    return device.type
-
-
-def choose_backend(devices):
-    """Returns "nccl" if each process has a GPU to itself, otherwise "gloo".  devices: names."""
-    shared = len(set(devices)) < len(devices)
-    return "gloo" if shared or "cpu" in devices else "nccl"
+def choose_backend(device):
+    """Returns "nccl" if each process has a GPU to itself, otherwise "gloo"."""
+    # torchrun says how many processes this node has; Slurm does not, and gives each its own GPU
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and local_world <= torch.cuda.device_count():
+        return "nccl"
+    return "gloo"
 
 
 def leave():
@@ -629,10 +602,9 @@ def sum_over_processes(t):
 def check_batch(N, n, world, least=1):
     """Raises BadInput unless N, the --batch-size of all processes, divides evenly among them, gives
     each at least `least` samples, and is at most n, the number of samples."""
-    need(N % world == 0, f"--batch-size {N} is not a multiple of {world} processes. Give "
+    need(N % world == 0 and N >= least * world, f"--batch-size {N} does not give each of {world} "
+         f"processes the same number of samples, {least} or more. Give "
          f"{max(least, N // world) * world}")
-    need(N // world >= least, f"--batch-size {N} leaves {N // world} sample to each of {world} "
-         f"processes, too few for batch normalisation. Give {least * world} or more")
     need(N <= n, f"--batch-size {N} is more than the {n} samples. Give {n} or less")
 
 
@@ -640,13 +612,10 @@ def check_batch(N, n, world, least=1):
 
 def load_checkpoint(path):
     """Loads a checkpoint.pt.  Raises BadInput if the file is damaged or not of this project."""
-    with reading(path, "a whole checkpoint.pt of tensors and plain values",
+    with reading(path, "a checkpoint.pt of this project",
                  "give another, or at --resume a new --out"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = [type(checkpoint.get(name)) for name in ("settings", "step")]
-        need(kinds == [dict, int], f"{path} is no checkpoint of this project. Give a checkpoint.pt "
-             f"that pretrain.py or finetune.py wrote")
-        return checkpoint
+        return {name: checkpoint[name] for name in ("model", "optimizer", "step", "settings")}
 
 
 def read_settings(checkpoint):
@@ -663,8 +632,7 @@ def export(path, E, row, settings):
     (a row of data.MODALITIES), and the settings of the run."""
     state = {name: t.cpu().contiguous() for name, t in E.state_dict().items()}
     write_atomically(path, partial(torch.save, state))
-    about = dict(modality=row["name"], input="values in [0, 1], then (x - mean) / std", sees=row,
-                 backbone=settings["backbone"], method=settings["method"], settings=settings)
+    about = dict(input="values in [0, 1], then (x - mean) / std", sees=row, settings=settings)
     write_text(path.with_suffix(".json"), json.dumps(about, indent=1, default=str))
 
 
@@ -682,7 +650,14 @@ def start_from(files, encoders, args, rows):
     need(not args.bgr or any(E.channels == 3 for E in encoders), "--bgr has no effect, because no "
          "encoder sees 3 channels. Leave it out")
     try:
-        states = read_states(files, args)
+        states = []                             # of each encoder: its source, weights, and input
+        for file in files:
+            settings, inputs = read_pretraining(file)
+            need(not (settings and args.bgr), f"--bgr is for weights trained on BGR images. {file} "
+                 f"was trained by this project, on RGB images. Leave --bgr out")
+            source = f"{file} ({describe_pretraining(settings)})" if settings else file
+            for m, state in enumerate(read_weights(file, args.backbone)):
+                states.append((source, state, inputs[m] if inputs else None))
         if args.modality and len(states) == 2:
             states = [states[args.modality - 1]]
         if files == ["imagenet"]:
@@ -701,20 +676,6 @@ def start_from(files, encoders, args, rows):
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
-def read_states(files, args):
-    """Returns (source, state dict, row or None) for each encoder in the files.  source: the file
-    and, if this project wrote the file, its pretraining."""
-    states = []
-    for file in files:
-        settings, rows = read_pretraining(file)
-        need(not (settings and args.bgr), f"--bgr is for weights trained on BGR images. {file} was "
-             f"trained by this project, on RGB images. Leave --bgr out")
-        source = f"{file} ({describe_pretraining(settings)})" if settings else file
-        for m, state in enumerate(read_weights(file, args.backbone)):
-            states.append((source, state, rows[m] if m < len(rows) else None))
-    return states
-
-
 def describe_pretraining(settings):
     """Returns in words what tells a pretraining from another one."""
     without = ", without intra-modal terms" if settings["no_intra"] else ""
@@ -730,24 +691,13 @@ def read_pretraining(file):
         written = "what pretrain.py wrote beside an encoder"
         about = read_json(beside, written)
         with reading(beside, written):
-            check_pretraining(beside, about["settings"])
-            describe_input(about["sees"])
             return about["settings"], [about["sees"]]
     try:
         settings = read_settings(load_checkpoint(path))
+        m = settings["modality"]                # of a pretraining of one modality, or None
+        return settings, settings["inputs"][m - 1:m] if m else settings["inputs"]
     except (BadInput, KeyError, TypeError):     # `read_weights` refuses a file that is damaged
         return {}, []
-    check_pretraining(path, settings)
-    m = settings["modality"]                    # of a pretraining of one modality, or None
-    return settings, settings["inputs"][m - 1:m] if m else settings["inputs"]
-
-
-def check_pretraining(file, settings):
-    """Raises BadInput if the settings of a pretraining lack one that the other scripts need."""
-    for name in ("scenario", "method", "backbone", "widths", "K", "Kc", "common", "no_intra",
-                 "modality", "size", "seed", "epochs", "modalities", "inputs"):
-        need(name in settings, f"{file} has no setting {name}. Give a file of this version of "
-             f"pretrain.py")
 
 
 def differ(seen, row):
@@ -792,13 +742,11 @@ def measure_statistics(net, batches):
 
 # The flags of this script, of which finetune.py has most, too.  A setting without a default here
 # gets the default of `list_defaults`.
+RATE = number(float, 1e-12, 1e6)
 FLAGS = DATA_FLAGS | {
     "scenario": dict(required=True, choices=SCENARIOS, help="two modalities with their settings"),
     "toy": dict(action="store_true", help="made-up scenes in data/toy-..., and small settings"),
-    "split": DATA_FLAGS["split"] | dict(help="pairs to train on: all, train, test, with custom a "
-                                        "file of names; default: all, rgb-dem and --toy train"),
-    "workers": DATA_FLAGS["workers"] | dict(default=choose_workers(), help="processes that read "
-                                            "files; default: on CUDA up to 8 per GPU, else 0"),
+    "workers": DATA_FLAGS["workers"] | dict(default=choose_workers()),
     "method": dict(choices=METHODS, default="decur", help="method of Tables 1-3; default: decur"),
     "modality": dict(type=int, choices=(1, 2), help="barlowtwins: two views of this modality only"),
     "backbone": dict(choices=[*RESNETS, *MITS], help="encoder; default: resnet50"),
@@ -812,10 +760,8 @@ FLAGS = DATA_FLAGS | {
     "epochs": dict(type=number(int, 1), help="passes over the data; default: 100, rgbd 200"),
     "batch-size": dict(type=number(int, 2), help="samples per step, of all processes together; "
                        "default: 256, rgbd 128"),
-    "lr": dict(type=number(float, 1e-12, 1e6),
-               help="learning rate of the weights; default: 0.2, mit 1e-4"),
-    "lr-bias": dict(type=number(float, 1e-12, 1e6),
-                    help="learning rate of biases and norms; default: 0.0048, mit 1e-4"),
+    "lr": dict(type=RATE, help="learning rate of the weights; default: 0.2, mit 1e-4"),
+    "lr-bias": dict(type=RATE, help="rate of biases and norms; default: 0.0048, mit 1e-4"),
     "weight-decay": dict(type=number(float, 0, 1),
                          help="weight decay, not of biases and norms; default: 1e-6, mit 0.01"),
     "seed": dict(type=number(int, 0, 2 ** 63 - 1), help="seed of all that is random; default: 0"),
@@ -829,13 +775,13 @@ FLAGS = DATA_FLAGS | {
 
 def open_pretraining_data(args, sources, checkpoint):
     """Opens the data set; a run that goes on keeps the statistics that it measured at its start."""
-    inputs = None
-    if checkpoint and args.scenario == "custom":
-        inputs = checkpoint["settings"].get("inputs")
+    goes_on = checkpoint and args.scenario == "custom"
+    inputs = checkpoint["settings"].get("inputs") if goes_on else None
     data = open_dataset(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
                         inputs=inputs, declared=(args.as1, args.as2), reduce=True)
-    need("depth" in data.modalities or sources.get("depth_unit") != "command line",
-         f"--depth-unit has no effect on {' and '.join(data.modalities)}. Leave it out")
+    if "depth" not in data.modalities:
+        need(sources.pop("depth_unit") == "default",
+             f"--depth-unit has no effect on {' and '.join(data.modalities)}. Leave it out")
     return data
 
 
@@ -903,7 +849,7 @@ def get_args(argv=None):
         add_flags(parser.add_argument_group(title), FLAGS, names)
     args = parser.parse_args(argv)
     sources, _ = fill_in(args, list_defaults(args.scenario, args.method, args.backbone, args.toy))
-    check_flags(args, sources)
+    check_flags(args)
     widths = [] if args.projector == "none" else args.projector.split("-")
     need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
          f"--projector {args.projector} is no list of widths. Give widths like 8192-8192-8192, or "
@@ -917,24 +863,18 @@ def get_args(argv=None):
     return args, sources
 
 
-def check_flags(args, sources):
+def check_flags(args):
     """Raises BadInput for flags that do not go together, or that would have no effect."""
     custom, decur, mit = args.scenario == "custom", args.method == "decur", args.backbone in MITS
     need(not custom or args.data1 and args.data2 and not args.data and not args.toy,
          "--scenario custom needs --data1 and --data2, and takes neither --data nor --toy")
     for name in ("data1", "data2", "as1", "as2"):
         need(custom or not getattr(args, name), f"--{name} works only with --scenario custom")
-    if args.scenario != "rgbd" and "depth" not in (args.as1, args.as2):
-        need(sources.pop("depth_unit") == "default",
-             "--depth-unit works only with depth: with --scenario rgbd, --as1 depth or --as2 depth")
-    need(decur or args.common == 1, f"--common {args.common} works only with --method decur. "
-         f"--method {args.method} has no unique dimensions")
-    need(decur or not args.no_intra, "--no-intra works only with --method decur")
+    need(decur or args.common == 1 and not args.no_intra, f"--common and --no-intra work only with "
+         f"--method decur, because {args.method} has no unique dimensions and no intra-modal terms")
     need(args.method == "barlowtwins" or not args.modality,
          f"--modality {args.modality} works only with --method barlowtwins")
     need(args.weights or not args.bgr, "--bgr works only with --weights")
-    need(args.scenario != "sar-optical" or not args.bgr,
-         "--bgr does not work with --scenario sar-optical, which has no RGB images")
     need(args.size >= 32 or not mit, f"--size {args.size} is too small for {args.backbone}. Give "
          f"32 or more")
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-import urllib.error
 from functools import partial
 from pathlib import Path
 
@@ -166,8 +165,8 @@ def test_barlow_twins_is_its_equation_and_what_table_4_leaves_of_decur(N):
 
 
 @pytest.mark.parametrize("N, K, Kc, intra", [
-    (16, 64, 48, True), (7, 13, 5, True), (7, 13, 5, False), (16, 32, 0, True), (16, 32, 32, True),
-    (16, 32, 32, False), (16, 32, 0, False), (33, 8, 6, True), (5, 1, 1, True), (5, 2, 1, True)])
+    (16, 64, 48, True), (7, 13, 5, False), (16, 32, 0, True), (16, 32, 32, False), (33, 8, 6, True),
+    (5, 1, 1, True)])
 def test_the_gram_form_is_algorithm_1(N, K, Kc, intra):
     """Same value, parts, gradients in float64: N below, above K, empty blocks, unequal lambdas."""
     z, results = embeddings(N, K), []
@@ -384,8 +383,7 @@ def test_a_state_dict_loads_alone_or_as_a_part_of_a_training(wrap, tmp_path):
     save_and_load(wrap(E.state_dict()), [E], tmp_path)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "backbone.", "model.",
-                                    "_orig_mod.module.", "model.backbone.", "module.backbone_1."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.backbone.", "module.backbone_1."])
 def test_a_prefix_that_all_keys_share_is_removed(prefix, tmp_path):
     E = decur.resnet("resnet-toy", 2)
     save_and_load({prefix + key: t for key, t in E.state_dict().items()}, [E], tmp_path)
@@ -431,7 +429,7 @@ def test_weights_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"), ({1: torch.zeros(2)}, "file.pth"),
+    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"),
     ({"model": {}, "args": argparse.Namespace(lr=0.2)}, "file.pth .*could run code"),
     ({"net": {}, "epoch": 3}, "file.pth: net .*first keys are net epoch"),
     ({"conv1.weight": torch.tensor([math.nan])}, "file.pth: conv1.weight")])
@@ -448,21 +446,15 @@ def test_of_a_safetensors_file_it_is_said_how_to_convert_it():
 
 
 def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
-    """As tensors alone, with its checksum; without a network the message says where it is."""
+    """As tensors alone, with its checksum."""
     def download(url, **kwargs):
         assert kwargs["weights_only"] and kwargs["check_hash"] and "resnet18" in url
         return torchvision.models.resnet18().state_dict()
-
-    def no_network(url, **kwargs):
-        raise urllib.error.URLError("unreachable")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
     states = decur.read_weights("imagenet", "resnet18")
     report = decur.load_encoder(decur.resnet("resnet18", 3), *states)
     assert report == "120 of 120 keys matched"
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    is_refused("https://.*resnet18.*pth .*unreachable", decur.read_weights, "imagenet",
-               "resnet18", error=ValueError)
 
 
 def test_bgr_weights_are_turned_around():
@@ -582,18 +574,20 @@ def test_processes_that_do_not_see_one_checkpoint_are_refused(tmp_path):
         assert re.search("--out OUT .*step 3 .*step 0", refusal)
 
 
-@pytest.mark.parametrize("devices, backend", [
-    (["GPU-a", "GPU-b"], "nccl"), (["GPU-a", "GPU-a"], "gloo"), (["cpu", "cpu"], "gloo"),
-    (["GPU-a", "cpu"], "gloo")])
-def test_processes_with_a_gpu_each_use_nccl(devices, backend):
-    assert pretrain.choose_backend(devices) == backend
+@pytest.mark.parametrize("device, gpus, local_world, backend", [
+    ("cuda", 4, "4", "nccl"), ("cuda", 1, "2", "gloo"), ("cpu", 0, "2", "gloo"),
+    ("cuda", 1, None, "nccl")])                 # srun, with one visible GPU for each process
+def test_processes_with_a_gpu_each_use_nccl(device, gpus, local_world, backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local_world:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
+    assert pretrain.choose_backend(torch.device(device)) == backend
 
 
-@pytest.mark.parametrize("name, value, words", [
-    ("RANK", "7", "RANK=7 and WORLD_SIZE=1"), ("LOCAL_RANK", "x", "LOCAL_RANK=x")])
-def test_half_an_environment_of_torchrun_is_refused(name, value, words, monkeypatch):
-    monkeypatch.setenv(name, value)
-    is_refused(words, pretrain.read_environment)
+def test_half_an_environment_of_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "7")
+    is_refused("RANK=7 and WORLD_SIZE=1", pretrain.read_environment)
 
 
 # ---- pretrain.py: App. B ----
@@ -812,17 +806,16 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
 
 @pytest.mark.parametrize("flags, words", [
     ("--data nowhere", "nowhere"), ("--split val", "val.txt"), ("--batch-size 49", "-size 49"),
-    ("--projector 32-x", "--projector 32-x"), ("--data1 x", "--data1"), ("--as1 rgb", "--as1"),
+    ("--projector 32-x", "--projector 32-x"), ("--data1 x", "--data1"),
     ("--scenario custom --data1 x --data2 y", "--data"), ("--modality 1", "--modality 1"),
-    ("--method clip --no-intra", "--no-intra"), ("--method clip --common 0.5", "--common 0.5"),
+    ("--method clip --no-intra", "--no-intra"),
     ("--backbone mit_b0 --size 24", "--size 24"), ("--out {scenes}/train.txt/out", "--out .*/out"),
-    ("--scenario rgb-dem --split all --depth-unit 10", "--depth-unit"),
     ("--bgr", "--bgr works only with --weights"),
-    ("--scenario sar-optical --bgr --weights x", "--bgr .*sar-optical"),
     ("--bgr --weights {run}/checkpoint.pt", "--bgr .*checkpoint.pt was trained by this project"),
     ("--weights {run}/encoder1.pth", "hold 1 encoders, but 2"),
     ("--weights {run}/encoder2.pth {run}/encoder1.pth", "encoder1.pth: the weights do not fit"),
-    ("--weights nowhere.pth", "--weights .*nowhere.pth"), ("--weights imagenet", "imagenet"),
+    ("--weights nowhere.pth", "--weights .*nowhere.pth"),
+    ("--weights imagenet", "no ImageNet weights of resnet-toy"),
     ("--out {run}", "--out .*--resume"),
     ("--out {run} --resume --epochs 20", "epochs is 20, but 16 .*--weights .*/checkpoint.pt and"),
     ("--out {run} --resume --epochs 16 --common 0.5", "common is 0.5, but 0.75")])
@@ -842,8 +835,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("damage", [
-    lambda whole: whole[:len(whole) // 2], lambda whole: b"", lambda whole: b"text",
-    lambda whole: pickle.dumps(Evil(), 2), lambda whole: pickle.dumps([1, 2], 2)])
+    lambda whole: whole[:len(whole) // 2], lambda whole: pickle.dumps(Evil(), 2),
+    lambda whole: pickle.dumps([1, 2], 2)])
 def test_a_damaged_checkpoint_is_named_and_left_alone(damage, pretrained, scenes, tmp_path,
                                                       monkeypatch):
     content = damage((pretrained[0] / "checkpoint.pt").read_bytes())
@@ -870,16 +863,6 @@ def test_a_first_batch_that_cannot_be_read_leaves_no_folder(scenes, tmp_path):
         file.write_bytes(b"")
     is_refused("cannot be read as an image", call, pretrain, flags_of(root, out))
     assert not out.exists()
-
-
-def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(tmp_path):
-    """Both find the folder empty; the second to make its log is refused."""
-    begin = partial(pretrain.make_run_folder, process=(0, 1, torch.device("cpu")))
-    args = [argparse.Namespace(out=tmp_path, resume=False, data=name) for name in "ab"]
-    assert pretrain.find_checkpoint(tmp_path, resume=False) is None
-    begin(args[0], {})
-    is_refused(f"--out {tmp_path}: another run", begin, args[1], {})
-    assert json.loads((tmp_path / "args.json").read_text())["data"] == "a"
 
 
 def test_torchrun_trains_on_two_cpu_processes(scenes, tmp_path):
@@ -956,8 +939,6 @@ def test_every_file_of_weights_is_asked_for_its_pretraining(runs, tmp_path):
     shutil.copy(runs / "decur-0" / "encoder2.pth", tmp_path)
     (tmp_path / "encoder2.json").write_text(json.dumps(settings))
     files = [str(runs / "decur-0" / "encoder1.pth"), str(tmp_path / "encoder2.pth")]
-    methods = [pretrain.read_pretraining(file)[0]["method"] for file in files]
-    assert methods == ["decur", "barlowtwins"]
     args = argparse.Namespace(backbone="resnet-toy", modality=None, bgr=False)
     encoders = decur.resnet("resnet-toy", 3), decur.resnet("resnet-toy", 1)
     rows = [data.MODALITIES[name] for name in ("rgb", "depth")]
@@ -986,8 +967,7 @@ MEASURED = dict(RGB, range="raw_mean -+ 3 x raw_std", raw_mean=[9.0] * 3, raw_st
 
 @pytest.mark.parametrize("seen, differs", [
     (RGB, False), (dict(RGB, bands=["channel 1", "channel 2", "channel 3"]), False),
-    (json.loads(json.dumps(RGB)), False), (data.MODALITIES["hha"], True),
-    (dict(RGB, mean=[0.4, 0.4, 0.4]), True), (MEASURED, True)])
+    (json.loads(json.dumps(RGB)), False), (data.MODALITIES["hha"], True), (MEASURED, True)])
 def test_a_warning_compares_what_an_encoder_sees_and_not_only_names(seen, differs):
     assert pretrain.differ(seen, RGB) == differs
 
