@@ -429,7 +429,7 @@ def test_weights_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"),
+    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"), ({1: torch.zeros(2)}, "file.pth"),
     ({"model": {}, "args": argparse.Namespace(lr=0.2)}, "file.pth .*could run code"),
     ({"net": {}, "epoch": 3}, "file.pth: net .*first keys are net epoch"),
     ({"conv1.weight": torch.tensor([math.nan])}, "file.pth: conv1.weight")])
