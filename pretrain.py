@@ -295,9 +295,8 @@ def restore(checkpoint, out, net, optimizer, settings, remedy=""):
     file = out / "checkpoint.pt"
     check_equal(settings, checkpoint["settings"], settings, "--resume",
                 f"{file}. Give the settings of that run, or a new --out{remedy}")
-    with reading(file, "a checkpoint of this run"):
-        net.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    net.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
 
 
 def check_equal(settings, others, names, flag, where):
@@ -348,14 +347,14 @@ class Run:
         self.loader, self.step, self.steps, self.rate = loader, step, steps, rate
         self.steps_per_epoch = steps_per_epoch
         self.rank, self.world, self.device = process
-        for group in optimizer.param_groups:    # a loaded checkpoint has the initial rate, too
-            group.setdefault("initial_lr", group["lr"])
+        if step == 0:                           # a checkpoint has the initial rates, too
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
         self.draws = Draws(args.seed, args.batch_size,
                            choose_rows(args.batch_size, self.rank, self.world))
         self.signalled = 0                      # the number of a signal that has arrived, or 0
         self.stopped = 0                        # the same, once all processes know of it
         self.waited = 0.0                       # seconds of waiting for batches since the last line
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def introduce(self, sources, lines, warnings):
         """Prints the command, each setting with its source, `lines`, and the warnings."""
@@ -407,17 +406,17 @@ class Run:
         terms        the scalars whose sum is the loss
         measure()    returns further values by name
 
-        Values are copied from the GPU only for lines that are logged.  If a loss since the last
-        line was not finite, the run ends."""
-        self.finite &= loss.isfinite()
+        Values are copied from the GPU only for lines that are logged.  If the loss is not finite,
+        the run ends; a loss that was not finite since the last line has spoilt the weights, so that
+        this loss is not finite either."""
         step, every = self.step + 1, min(50, max(1, self.steps // 50))
         if step % every and step not in (1, self.steps):
             return
         line = dict(epoch=self.step // self.steps_per_epoch + 1, step=step, loss=loss.item())
         for name, value in {**(terms or {}), **measure()}.items():
             line[name] = value.item()
-        if not self.finite:
-            sys.exit(f"the loss is {loss.item()} by step {step} ({format_losses(line)}). The last "
+        if not math.isfinite(line["loss"]):
+            sys.exit(f"the loss is {line['loss']} by step {step} ({format_losses(line)}). The last "
                      f"checkpoint stays. Look at the data, or give a smaller --lr or --lr-bias")
         if self.rank > 0:
             return
@@ -761,7 +760,7 @@ FLAGS = DATA_FLAGS | {
     "batch-size": dict(type=number(int, 2), help="samples per step, of all processes together; "
                        "default: 256, rgbd 128"),
     "lr": dict(type=RATE, help="learning rate of the weights; default: 0.2, mit 1e-4"),
-    "lr-bias": dict(type=RATE, help="rate of biases and norms; default: 0.0048, mit 1e-4"),
+    "lr-bias": dict(type=RATE, help="learning rate of biases and norms; default: 0.0048, mit 1e-4"),
     "weight-decay": dict(type=number(float, 0, 1),
                          help="weight decay, not of biases and norms; default: 1e-6, mit 0.01"),
     "seed": dict(type=number(int, 0, 2 ** 63 - 1), help="seed of all that is random; default: 0"),
@@ -775,8 +774,9 @@ FLAGS = DATA_FLAGS | {
 
 def open_pretraining_data(args, sources, checkpoint):
     """Opens the data set; a run that goes on keeps the statistics that it measured at its start."""
-    goes_on = checkpoint and args.scenario == "custom"
-    inputs = checkpoint["settings"].get("inputs") if goes_on else None
+    inputs = None
+    if checkpoint and args.scenario == "custom":
+        inputs = checkpoint["settings"].get("inputs")
     data = open_dataset(args.scenario, args.data, args.size, args.split, args.depth_unit, args.seed,
                         inputs=inputs, declared=(args.as1, args.as2), reduce=True)
     if "depth" not in data.modalities:

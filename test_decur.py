@@ -429,7 +429,7 @@ def test_weights_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"),
+    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"), ({1: torch.zeros(2)}, "file.pth"),
     ({"model": {}, "args": argparse.Namespace(lr=0.2)}, "file.pth .*could run code"),
     ({"net": {}, "epoch": 3}, "file.pth: net .*first keys are net epoch"),
     ({"conv1.weight": torch.tensor([math.nan])}, "file.pth: conv1.weight")])
@@ -3874,7 +3874,7 @@ def one_step(gpu, monkeypatch, args, net, make_optimizer, batch):
     that prints nothing.  The gradients are made up, because autograd needs a driver."""
     net.to(gpu, non_blocking=True)
     run = argparse.Namespace(args=args, device=gpu, world=1, rank=0, draws=drawn(4), losses=[],
-                             step=1, steps=10 ** 6, finite=torch.ones((), device=gpu) > 0,
+                             step=1, steps=10 ** 6,
                              optimizer=make_optimizer(net, args), batches=lambda: [batch])
 
     def log(loss, *others):
