@@ -450,7 +450,9 @@ def choose_layer(net, name):
 
 def main(argv=None):
     args = get_args(argv)
-    device = read_environment()[-1]
+    rank, _, device = read_environment()
+    if rank > 0:                                # under torchrun the first process does all
+        return
     if args.sweep:
         return sweep(args, device)
     net, settings = open_net(args.checkpoint, device)

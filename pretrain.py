@@ -223,6 +223,8 @@ def main(argv=None):
         for m, E in encoders.items():
             export(args.out / f"encoder{m}.pth", E, rows[m], settings)
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
+    if device.type == "cuda":
+        run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
     leave()
     return 128 + run.stopped if run.stopped else 0  # a shell's exit code for a signal
 
@@ -311,7 +313,11 @@ def check_equal(settings, others, names, flag, where):
 def make_run_folder(args, settings, process):
     """Makes --out with args.json and, unless --resume finds one, an empty log.jsonl."""
     make_folder(args.out)
-    (args.out / "log.jsonl").touch()            # from now on --out is in use
+    try:
+        open(args.out / "log.jsonl", "a" if args.resume else "x").close()  # --out is in use now
+    except FileExistsError:
+        raise BadInput(f"--out {args.out}: another run has just begun there. Give a new "
+                       f"--out") from None
     _, world, device = process
     record = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
                   torch=str(torch.__version__))

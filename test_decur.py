@@ -865,6 +865,16 @@ def test_a_first_batch_that_cannot_be_read_leaves_no_folder(scenes, tmp_path):
     assert not out.exists()
 
 
+def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(tmp_path):
+    """Both find the folder empty; the second to make its log is refused."""
+    begin = partial(pretrain.make_run_folder, process=(0, 1, torch.device("cpu")))
+    args = [argparse.Namespace(out=tmp_path, resume=False, data=name) for name in "ab"]
+    assert pretrain.find_checkpoint(tmp_path, resume=False) is None
+    begin(args[0], {})
+    is_refused(f"--out {tmp_path}: another run", begin, args[1], {})
+    assert json.loads((tmp_path / "args.json").read_text())["data"] == "a"
+
+
 def test_torchrun_trains_on_two_cpu_processes(scenes, tmp_path):
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     result = subprocess.run(**command(flags_of(scenes, tmp_path), torchrun))
