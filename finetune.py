@@ -388,7 +388,7 @@ def compute_ranking_metrics(scores, labels):
     "macro" is the mean over the classes that have a positive label."""
     each = [average_precision(s, y) for s, y in zip(scores.T, labels.T)]
     defined = [value for value in each if value is not None]
-    macro = sum(defined) / len(defined) if defined else None
+    macro = math.fsum(defined) / len(defined) if defined else None
     return {"mAP micro": average_precision(scores, labels), "mAP macro": macro}, each
 
 

@@ -3222,7 +3222,7 @@ def test_a_label_that_joins_others_is_told(name, joined):
 
 
 def test_classes_that_are_not_trained_on_are_told(own):
-    """After --labels: of 24 training samples 2 remain, of which none has the class tree."""
+    """After --labels: of 24 training samples 2 remain, and neither has the class tree."""
     args, samples, _, _ = own_task("tree.csv", "--split train --test-split test --labels 0.1")
     chosen = finetune.choose_subset(len(samples), args.labels, 0)
     counts = finetune.count_classes(samples, chosen, 0)
