@@ -19,12 +19,8 @@ import copy
 import csv
 import json
 import math
-import os
 import re
-import statistics
 import sys
-import time
-from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,13 +33,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, BadInput, add_flags, check_mask,
+from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, add_flags, check_mask,
                   count_mask_values, draw_boxes, expand_path, filter_separably, find_images,
                   find_mask_warnings, find_warnings, in_processes, leave_group, make_toy,
                   make_triangle_filter, make_visible, move_to, need, normalise, number,
                   open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
                   resize, run_main, show_progress, to_unit_range, write_text)
-from decur import MITS, RESNETS, branch, mit, start_as_segformer
+from decur import MITS, branch, mit, start_as_segformer
 from pretrain import (FLAGS, Run, check_batch, collect_settings, describe_input, distribute,
                       fill_in, find_checkpoint, hash_file, join, leave, load_checkpoint,
                       make_loader, make_run_folder, measure_statistics, mixed_precision,
@@ -56,14 +52,13 @@ NYU40 = ("wall floor cabinet bed chair sofa table door window bookshelf picture 
          "desk shelves curtain dresser pillow mirror floor_mat clothes ceiling books fridge tv "
          "paper towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub "
          "bag otherstructure otherfurniture otherprop").split()
-# scenario: which the encoders were pretrained on.  model: used unless --model is given.
+# scenario: which the encoders were pretrained on.
 TASKS = {
-    "bigearthnet": dict(scenario="sar-optical", data="data/bigearthnet", classes=tuple(CLASSES19),
-                        model="late"),
-    "geonrw": dict(scenario="rgb-dem", data="data/rgb-dem", classes=GEONRW, model="fcn"),
-    "sunrgbd": dict(scenario="rgbd", data="data/rgbd", classes=tuple(NYU40[:37]), model="fcn"),
-    "nyuv2": dict(scenario="rgbd", data="data/nyuv2", classes=tuple(NYU40), model="fcn"),
-    "custom": dict(scenario="custom", data=None, classes=None, model=None),
+    "bigearthnet": dict(scenario="sar-optical", data="data/bigearthnet", classes=tuple(CLASSES19)),
+    "geonrw": dict(scenario="rgb-dem", data="data/rgb-dem", classes=GEONRW),
+    "sunrgbd": dict(scenario="rgbd", data="data/rgbd", classes=tuple(NYU40[:37])),
+    "nyuv2": dict(scenario="rgbd", data="data/nyuv2", classes=tuple(NYU40)),
+    "custom": dict(),
 }
 # A recipe is a list of (settings, their source).  size: the height of a training crop in pixels.
 # scale: the share of the frame's area that a crop covers.  modality: 1, 2, or 0 for both.
@@ -78,10 +73,11 @@ FCN_RGBD = [
 # together with its mirror image.
 CMX_NYU = dict(modality=0, batch_size=8, optimizer="adamw", lr=6e-5, weight_decay=0.01,
                schedule="warm poly", size=480, scale=None, test_scales=(0.75, 1.0, 1.25))
+TOY = dict(backbone="resnet-toy", modality=0, size=48)
 OWN = dict(modality=0, batch_size=32, epochs=50, optimizer="adamw", lr=1e-4, weight_decay=0.01,
            schedule="poly", scale=(0.5, 1.0), test_crop=1.0, split=None, test_split=None,
-           test_share=0.2, ignore=255, as1=None, as2=None)
-RECIPES = {
+           ignore=255)
+RECIPES = {                                     # by task and model; a task's first is its default
     ("bigearthnet", "late"): [
         (dict(backbone="resnet50", batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
               weight_decay=0.0, momentum=0.9, schedule="steps", scale=(0.8, 1.0)), "paper, App. B"),
@@ -98,23 +94,24 @@ RECIPES = {
                        (CMX_NYU | dict(steps=50000), "CMX, NYUv2")],
     ("custom", "late"): [(OWN, "here")],
     ("custom", "fcn"): [(OWN, "here")],
+    ("toy", "late"): [(TOY | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05,
+                                  weight_decay=0.0, momentum=0.9, schedule="steps",
+                                  scale=(0.8, 1.0), test_crop=1.0), "--toy")],
+    ("toy", "fcn"): [(TOY | dict(batch_size=32, epochs=8, optimizer="adamw", lr=1e-3,
+                                 weight_decay=0.01, schedule="poly", scale=(0.5, 1.0)), "--toy")],
+    ("toy", "cmx"): [(CMX_NYU | TOY | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3,
+                                           embed=64), "--toy")],
 }
-LINEAR = {"bigearthnet": (dict(lr=0.5), "paper, App. B"), "custom": (dict(lr=1e-2), "here"),
-          "toy late": (dict(lr=0.5), "--toy"), "toy fcn": (dict(lr=1e-2), "--toy")}
-# With --toy every task but bigearthnet can have every model.
-TOY_SETTINGS = dict(backbone="resnet-toy", modality=0, steps=None, size=48)
-TOY_RECIPES = {
-    "late": TOY_SETTINGS | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05,
-                                weight_decay=0.0, momentum=0.9, schedule="steps",
-                                scale=(0.8, 1.0), test_crop=1.0),
-    "fcn": TOY_SETTINGS | dict(batch_size=32, epochs=8, optimizer="adamw", lr=1e-3,
-                               weight_decay=0.01, schedule="poly", scale=(0.5, 1.0)),
-    "cmx": CMX_NYU | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3, size=48, embed=64),
+# With --linear these come first.
+LINEAR = {
+    ("bigearthnet", "late"): [(dict(lr=0.5), "paper, App. B")],
+    ("custom", "late"): [(dict(lr=1e-2), "here")], ("custom", "fcn"): [(dict(lr=1e-2), "here")],
+    ("toy", "late"): [(dict(lr=0.5), "--toy")], ("toy", "fcn"): [(dict(lr=1e-2), "--toy")],
 }
 OTHER_SETTINGS = dict(backbone="resnet50", size=224, epochs=None, steps=None, test_crop=None,
                       part=None, test_scales=(1.0,), embed=512, split="train", test_split="test",
-                      cached=False, modality=0, labels=1.0, seed=0, depth_unit=1000.0,
-                      save_every=10.0, save_images=0)
+                      modality=0, labels=1.0, seed=0, depth_unit=1000.0, save_every=10.0,
+                      save_images=0)
 
 
 # ---- the protocol ----
@@ -157,22 +154,23 @@ def test(net, data, train_counts, args, device, rank=0, world=1):
     net.eval()
     n, C = len(data), len(data.classes)
     first, last = rank * n // world, (rank + 1) * n // world
-    matrix = torch.zeros(C, C, dtype=torch.int64, device=device)    # row: label, column: prediction
-    ranking = torch.zeros(2, n, C, device=device)  # scores and labels; 0 in other processes' rows
+    # row: label, column: prediction; of multi-label tasks scores and labels, 0 in others' rows
+    total = torch.zeros(C, C, dtype=torch.int64, device=device)
+    if data.kind == "multi-label":
+        total = torch.zeros(2, n, C, device=device)
     for x, target in read_batches(data, np.arange(first, last), args, device, world, "test"):
         scores = compute_scores(net, x, args.test_scales)           # NxC, or NxCxHxW
         if target.ndim == 3 and scores.shape[2:] != target.shape[1:]:
             scores = F.interpolate(scores, target.shape[1:], mode="bilinear")
         if data.kind == "multi-label":
-            ranking[:, first:first + len(scores)] = torch.stack((scores, target))
+            total[:, first:first + len(scores)] = torch.stack((scores, target))
         else:
-            matrix += count_confusions(scores.argmax(1), target, C, -1)
+            total += count_confusions(scores.argmax(1), target, C, -1)
         for k in range(min(len(scores), args.save_images - first)):
             images = [batch[k] for batch in x]
             save_prediction(args, data, first + k, images, target[k], scores[k])
         first += len(scores)
-    ranking, matrix = sum_over_processes(ranking).cpu(), sum_over_processes(matrix).cpu()
-    return summarise(data, ranking, matrix, train_counts)
+    return summarise(data, sum_over_processes(total).cpu(), train_counts)
 
 
 def compute_scores(net, x, scales):
@@ -195,9 +193,7 @@ def compute_scores(net, x, scales):
 def scale_rate(name, step, steps):
     """Returns the learning rate at a step, as a fraction of its base."""
     if name == "steps":                         # App. B: "by factor 10 at 60 and 80 epochs" of 100
-        if 10 * step < 6 * steps:
-            return 1.0
-        return 0.1 if 10 * step < 8 * steps else 0.1 ** 2
+        return 0.1 ** sum(10 * step >= tenths * steps for tenths in (6, 8))
     if name == "constant":
         return 1.0
     warm = steps // 50 if name == "warm poly" else 0  # CMX: 10 of 500 epochs, linearly from 0
@@ -206,11 +202,10 @@ def scale_rate(name, step, steps):
 
 def make_transfer_optimizer(net, args):
     trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [dict(params=trained)]
-    if args.model == "cmx":                     # no weight decay on biases and norms
-        weights = [p for p in trained if p.ndim > 1]
-        others = [p for p in trained if p.ndim < 2]
-        groups = [dict(params=weights), dict(params=others, weight_decay=0.0)]
+    weights = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim < 2]  # biases and norms
+    decay = 0.0 if args.model == "cmx" else args.weight_decay       # CMX does not decay these
+    groups = [dict(params=weights), dict(params=others, weight_decay=decay)]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay)
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
@@ -393,7 +388,7 @@ def compute_ranking_metrics(scores, labels):
     "macro" is the mean over the classes that have a positive label."""
     each = [average_precision(s, y) for s, y in zip(scores.T, labels.T)]
     defined = [value for value in each if value is not None]
-    macro = statistics.fmean(defined) if defined else None
+    macro = math.fsum(defined) / len(defined) if defined else None
     return {"mAP micro": average_precision(scores, labels), "mAP macro": macro}, each
 
 
@@ -421,82 +416,77 @@ def compute_counting_metrics(matrix, kind):
     return {name: mean, "accuracy": (hit.sum() / matrix.sum()).item()}, each
 
 
-def summarise(data, ranking, matrix, train_counts):
+def iou_and_accuracy(pred, gt, num_classes, ignore):
+    """Returns mIoU and pixel accuracy, both None if no pixel has a label.
+
+    pred, gt    classes, of one shape; pixels whose label equals `ignore` do not count"""
+    counts = count_confusions(pred, gt, num_classes, ignore)
+    metrics, _ = compute_counting_metrics(counts, "segmentation")
+    return metrics["mIoU"], metrics["accuracy"]
+
+
+def summarise(data, total, train_counts):
     """Returns the metrics; their yardstick: the same metrics of a guess that never looks at the
     image; and for each class its score and its numbers of training and test labels.
 
-    ranking       2xNxC   scores and labels of a multi-label task: the guess ranks every image by
-                          how often each class occurs in training
-    matrix        CxC     confusions of other tasks: the guess is the most frequent training class
+    total         2xNxC   scores and labels of a multi-label task: the guess ranks every image by
+                          how often each class occurs in training;
+                  or CxC  confusions of other tasks: the guess is the most frequent training class
     train_counts  C       images (in masks: pixels) of each class in what was trained on"""
     if data.kind == "multi-label":
-        scores, labels = ranking
+        scores, labels = total                                      # NxC each
         metrics, each = compute_ranking_metrics(scores, labels)
-        frequencies = train_counts.float().expand_as(labels)        # NxC
-        yardstick, _ = compute_ranking_metrics(frequencies, labels)
-        test_counts = labels.sum(0)
-        guess = "every image is ranked by how often each class occurs in training"
+        yardstick, _ = compute_ranking_metrics(train_counts.float().expand_as(labels), labels)
+        test_counts = labels.sum(0).long()
     else:
-        metrics, each = compute_counting_metrics(matrix, data.kind)
-        most, guessed = int(train_counts.argmax()), torch.zeros_like(matrix)
-        guessed[:, most] = matrix.sum(1)
+        metrics, each = compute_counting_metrics(total, data.kind)
+        test_counts, guessed = total.sum(1), torch.zeros_like(total)
+        guessed[:, train_counts.argmax()] = test_counts
         yardstick, _ = compute_counting_metrics(guessed, data.kind)
-        test_counts, guess = matrix.sum(1), f"always {data.classes[most]}"
-    counts = {}
-    for name, trained, tested in zip(data.classes, train_counts.tolist(), test_counts.tolist()):
-        counts[name] = dict(train=int(trained), test=int(tested))
-    return dict(metrics=metrics, yardstick=yardstick, guess=guess,
-                classes=dict(zip(data.classes, each)), counts=counts)
+    columns = dict(classes=each, train_labels=train_counts.tolist(),
+                   test_labels=test_counts.tolist())
+    result = {name: dict(zip(data.classes, values)) for name, values in columns.items()}
+    return dict(metrics=metrics, yardstick=yardstick, **result)
 
 
 # ---- the model of a run, and weights into it ----
 
-def build_model(args, data, device="cpu"):
-    """Returns the model of the settings on the device, and a line for each of the --weights in its
-    encoders."""
-    sample, modalities = data[0], select_modalities(args)
+def build_model(args, data):
+    """Returns the model of the settings, and a line for each of the --weights in its encoders."""
+    sample, modalities, num_classes = data[0], select_modalities(args), len(data.classes)
     channels = [sample[m].shape[0] for m in modalities]
     if args.part:
-        net, lines = build_with_projectors(args, channels, len(data.classes))
-    else:
-        net, lines = build_with_encoders(args, channels, len(data.classes)), ["random weights"]
-        if args.weights != ["none"]:
-            rows = [data.inputs[m] for m in modalities]
-            lines = start_from(args.weights, net.encoders, args, rows)
-    net.to(device)
-    if torch.device(device).type == "cuda" and args.backbone in RESNETS:
-        net.to(memory_format=torch.channels_last)
-    return net, lines
-
-
-def build_with_encoders(args, channels, num_classes):
+        return build_with_projectors(args, channels, num_classes)
     if args.model == "cmx":
-        return CMX(args.backbone, num_classes, channels, args.embed)
-    encoders = [branch(args.backbone, c, ()).E for c in channels]
-    if args.model == "fcn":
-        return FCN(encoders, num_classes)
-    return LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
+        net = CMX(args.backbone, num_classes, channels, args.embed)
+    else:
+        encoders = [branch(args.backbone, c, ()).E for c in channels]
+        if args.model == "fcn":
+            net = FCN(encoders, num_classes)
+        else:
+            net = LateFusion(encoders, [E.dims[-1] for E in encoders], num_classes)
+    if args.weights == ["none"]:
+        return net, ["random weights"]
+    return net, start_from(args.weights, net.encoders, args, [data.inputs[m] for m in modalities])
 
 
 def build_with_projectors(args, channels, num_classes):
     """--part: returns late fusion of a part of the embeddings, instead of the encoders' features,
     and a line about it."""
-    file, part, settings = args.weights[0], args.part, args.pretraining[0]
-    state = load_checkpoint(file)["model"]      # refuses files without projectors
-    K, Kc = settings["K"], settings["Kc"]
-    start, stop = {"common": (0, Kc), "unique": (Kc, K), "all": (0, K)}[part]
-    need(start < stop, f"--part {part}: {file} has {Kc} common of {K} dimensions, so that this "
-         f"part is empty; give another --part")
-    branches = nn.ModuleDict()
-    for m, c in zip(select_modalities(args), channels):
-        branches[f"f{m + 1}"] = branch(settings["backbone"], c, settings["widths"])
-    try:
+    file, branches = args.weights[0], nn.ModuleDict()
+    with reading(file, "a pretraining's checkpoint.pt that fits", "give another as --weights"):
+        checkpoint = load_checkpoint(file)
+        settings, state = checkpoint["settings"], checkpoint["model"]
+        K, Kc = settings["K"], settings["Kc"]
+        for m, c in zip(select_modalities(args), channels):
+            branches[f"f{m + 1}"] = branch(settings["backbone"], c, settings["widths"])
         branches.load_state_dict({key: t for key, t in state.items() if key[:2] in branches})
-    except RuntimeError as error:
-        raise BadInput(f"--weights {file}: {' '.join(str(error).split())[:300]}") from None
+    start, stop = {"common": (0, Kc), "unique": (Kc, K), "all": (0, K)}[args.part]
+    need(start < stop, f"--part {args.part} is empty, because {Kc} of the {K} dimensions of {file} "
+         f"are common. Give another --part")
     dims = [stop - start] * len(branches)
     net = LateFusion(branches.values(), dims, num_classes, slice(start, stop))
-    return net, [f"{file}: {stop - start} {part} dimensions of each modality's {K}"]
+    return net, [f"{file}: {args.part} dimensions, {stop - start} of each modality's {K}"]
 
 
 # ---- samples ----
@@ -504,46 +494,37 @@ def build_with_projectors(args, channels, num_classes):
 class Labelled:
     """Samples of a task: (x1, x2, target).
 
-    kind       "multi-label": the target has C zeros and ones; "single-label": it is a class;
-               "segmentation": HxW classes, -1 where there is no label
-    target_of  name -> target, where the data set itself has no labels
-    ids        the names of these samples; by default all of the data set's"""
+    kind          "multi-label": the target has C zeros and ones; "single-label": it is a class;
+                  "segmentation": HxW classes, -1 where there is no label
+    read_label    returns the label of a name: C zeros and ones; or a class or a mask of classes,
+                  counted from 1, where 0 is no label.  Reads no image"""
 
-    def __init__(self, data, classes, kind, target_of=None, ids=None):
-        self.data, self.classes, self.kind, self.target_of = data, classes, kind, target_of
-        self.ids, self.inputs, self.epoch = ids or data.ids, data.inputs, 0
-        self.index_of = {name: i for i, name in enumerate(data.ids)}
+    def __init__(self, data, classes, kind, read_label):
+        self.data, self.classes, self.kind, self.read_label = data, classes, kind, read_label
+        self.ids, self.inputs, self.epoch = data.ids, data.inputs, 0
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, i):
-        name = self.ids[i]
         self.data.epoch = self.epoch            # seasons of made-up satellite scenes
-        x1, x2, *target = self.data[self.index_of[name]]
-        if self.target_of:
-            x1, x2, target = x1[0], x2[0], [self.target_of(name)]  # the first views
+        x1, x2, *label = self.data[i]
+        if not label:                           # pairs without labels: take their first views
+            x1, x2, label = x1[0], x2[0], [self.read_label(self.ids[i])]
         if x1.shape[-2:] != x2.shape[-2:]:      # one's own: one box will be cut out of both
             x2 = resize(to_unit_range(x2)[None], x1.shape[-2:])[0]
+        if self.kind == "multi-label":
+            return x1, x2, label[0]
         if self.kind == "segmentation":
-            check_mask(name, target[0], x1.shape[-2:], len(self.classes))
-            return x1, x2, target[0] - 1        # in files 0 is no label
-        return x1, x2, target[0]
+            check_mask(self.ids[i], label[0], x1.shape[-2:], len(self.classes))
+        return x1, x2, label[0] - 1
 
     def count_labels(self, i):
-        """Returns C counts of a sample: of its pixels, or of the image itself.  Reads no image."""
-        name, C = self.ids[i], len(self.classes)
-        if self.target_of:
-            target = self.target_of(name)
-        elif self.kind == "multi-label":
-            target = torch.from_numpy(self.data.labels[name])
-        else:
-            target = torch.from_numpy(read_mask(self.data.files[2][name])).clamp(min=0)
+        """Returns C counts of a sample: of its pixels, or of the image itself."""
+        label = torch.as_tensor(self.read_label(self.ids[i]))
         if self.kind == "multi-label":
-            return target.long()
-        if self.kind == "single-label":
-            return F.one_hot(target, C)
-        return target.flatten().bincount(minlength=C + 1)[1:]
+            return label.long()
+        return label.flatten().bincount(minlength=len(self.classes) + 1)[1:]
 
 
 def open_task(args, rank):
@@ -560,28 +541,34 @@ def open_task(args, rank):
 
 def open_published_task(args, rank):
     """Opens the data sets of both splits, or the made-up scenes that stand for them."""
-    task, name, target_of = TASKS[args.task], args.task, None
-    classes, size, num_classes = task["classes"], args.size, None
+    task, name, size, both = TASKS[args.task], args.task, args.size, []
+    kind = "multi-label" if args.model == "late" else "segmentation"
+    classes, labels = task["classes"], None
     if task["scenario"] == "rgbd":
         size = math.ceil(2 * size / 3)          # its canvas is 3/2 as high
     if args.toy:
         make_toy(task["scenario"], args.data, rank=rank)
-        classes, num_classes = SCENE_CLASSES, len(SCENE_CLASSES)
+        classes = SCENE_CLASSES
     if args.toy and args.model == "late":       # classes are the objects in a scene, not its mask
-        name, classes, num_classes = task["scenario"], SCENE_CLASSES[1:], None
-        target_of = partial(make_factors_target, read_factors(args.data))
-    kind = "multi-label" if args.model == "late" else "segmentation"
-    both = []
+        name, classes, labels = task["scenario"], SCENE_CLASSES[1:], {}
+        for scene, shapes in read_factors(args.data).items():       # three shapes of four
+            labels[scene] = F.one_hot(torch.tensor(shapes), len(SHAPES)).flatten().float()
     for split in (args.split, args.test_split):
-        data = open_dataset(name, args.data, size, split, args.depth_unit, classes=num_classes)
-        both.append(Labelled(data, classes, kind, target_of))
+        data = open_dataset(name, args.data, size, split, args.depth_unit,
+                            classes=None if labels else len(classes))
+        if kind == "multi-label":
+            read_label = (labels or data.labels).get
+        else:
+            read_label = partial(read_classes, data.files[2], range(1, len(classes) + 1))
+        both.append(Labelled(data, classes, kind, read_label))
     return both
 
 
-def make_factors_target(factors, scene):
-    """Returns 12 zeros and ones: which of four shapes each of a scene's three objects has."""
-    need(scene in factors, f"factors.csv lacks {scene}; make the scenes again: data.py toy")
-    return F.one_hot(torch.tensor(factors[scene]), len(SHAPES)).flatten().float()
+def read_classes(files, values, name):
+    """Reads the mask of a name: k + 1 where the mask has the k-th of the sorted values, else 0."""
+    mask, values = read_mask(files[name]), np.array(values)
+    k = np.searchsorted(values, mask).clip(max=len(values) - 1)
+    return torch.from_numpy(np.where(values[k] == mask, k + 1, 0))
 
 
 def choose_subset(n, fraction, seed):
@@ -682,16 +669,31 @@ def prepare_batch(batch, args, inputs, device, draws=None):
 
 # ---- --task custom: one's own pairs and labels ----
 
+CSV_FORM = ("one `name,label` a line, such as `scene7,forest`; several labels of a name are "
+            "several lines; the first line may be the header `name,label`")
+
+
 def open_custom_task(args):
     """Opens one's own pairs and labels.  Returns the samples of both splits, and lines about
     them."""
     pairs, lines = open_own_pairs(args)
-    open_labels = open_own_table if is_table(args.target) else open_own_masks
-    named, classes, kind, target_of, more = open_labels(args, pairs)
+    if args.model == "late":
+        named, describe = read_label_table(args.target), describe_labels
+    else:
+        named = find_images(args.target, (".png", ".tif", ".tiff", ".npy"))
+        describe = describe_masks
+    strangers = sorted(set(named) - set(pairs.ids))
+    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair. The "
+         f"pairs have names such as {pairs.ids[0]}. Give masks of equal names, a pattern such as "
+         f"'masks/*_mask.png', or a csv with {CSV_FORM}")
+    classes, kind, read_label, more = describe(args, named)
     need(len(classes) > 1, f"--target {args.target} has {len(classes)} classes {classes}. Give "
          f"labels of 2 classes or more")
-    ids = [name for name in pairs.ids if name in named]
-    both = [Labelled(pairs, classes, kind, target_of, part) for part in split_names(args, ids)]
+    ids, both = [name for name in pairs.ids if name in named], []
+    for part in split_names(args, ids):
+        data = copy.copy(pairs)
+        data.ids = part
+        both.append(Labelled(data, classes, kind, read_label))
     lines.append(f"{len(ids)} of {len(pairs)} pairs have labels: {kind}, {len(classes)} classes")
     return both, lines + more
 
@@ -703,58 +705,18 @@ def open_own_pairs(args):
     encoders --as1 and --as2 say what the images are."""
     sources, inputs = args.pretraining, None
     if all(source.get("scenario") == "custom" for source in sources):
-        inputs = list(sources[0]["inputs"])
-        for m, source in zip(select_modalities(args), sources):
-            inputs[m] = source["sees"]
+        inputs = [source["sees"] for source in sources]
+        if len(sources) == 1:                   # the other modality is normalised, but not seen
+            inputs = sources[0]["inputs"]
     pairs = open_dataset("custom", [args.data1, args.data2], args.size,
                          depth_unit=args.depth_unit, inputs=inputs, declared=(args.as1, args.as2))
     lines = list(pairs.notes)
     for m, source in zip(select_modalities(args), sources):
-        row, seen = pairs.inputs[m], source.get("sees")
-        if seen and seen["name"] in MODALITIES and row["name"] != seen["name"]:
-            lines.append(f"warning: the encoder of modality {m + 1} was trained on {seen['name']}, "
-                         f"but --data{m + 1} is normalised as {row['name']}; if these images are "
-                         f"{seen['name']} ({seen['range']}), give --as{m + 1} {seen['name']}")
+        seen = source.get("sees", pairs.inputs[m])["name"]
+        if seen in MODALITIES and seen != pairs.inputs[m]["name"]:
+            lines.append(f"warning: the encoder of modality {m + 1} was trained on {seen}. If the "
+                         f"images of --data{m + 1} are {seen}, give --as{m + 1} {seen}")
     return pairs, lines
-
-
-def is_table(target):
-    return Path(target).suffix.lower() == ".csv"
-
-
-def check_names(args, named, pairs):
-    """Refuses labels of names that no pair has."""
-    strangers = sorted(set(named) - set(pairs.ids))
-    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair. The "
-         f"pairs have names such as {pairs.ids[0]}. Give masks of equal names, a pattern such as "
-         f"'masks/*_mask.png', or a csv with {CSV_FORM}")
-
-
-CSV_FORM = ("one `name,label` a line, such as `scene7,forest`; several labels of a name are "
-            "several lines; the first line may be the header `name,label`")
-
-
-def open_own_table(args, pairs):
-    """Opens the labels of a csv.  Returns {name: labels}, the classes, the kind of the task, a
-    function name -> target, and lines about the labels."""
-    labels, lines = read_label_table(args.target), []
-    check_names(args, labels, pairs)
-    classes, kind, targets = sorted(set().union(*labels.values())), "multi-label", {}
-    for name, own in labels.items():
-        targets[name] = torch.tensor([float(label in own) for label in classes])
-    odd = [name for name, own in labels.items() if len(own) != 1]
-    if not odd:
-        kind = "single-label"
-        targets = {name: target.argmax() for name, target in targets.items()}
-    elif len(odd) < len(labels) / 20:
-        lines.append(f"warning: {len(odd)} of {len(labels)} names in --target have no label or "
-                     f"several, such as {odd[0]}, so that the task is multi-label; if that is not "
-                     f"meant, correct their lines")
-    joined = find_joined_labels(classes)
-    if joined:
-        lines.append(f"warning: classes such as {joined[0]!r} look like several labels in one; if "
-                     f"they are, write {CSV_FORM}")
-    return labels, classes, kind, targets.get, lines
 
 
 def read_label_table(file):
@@ -762,90 +724,70 @@ def read_label_table(file):
     leaves empty."""
     labels = {}
     with reading(file, "a csv"):
-        for line in csv.reader(read_lines(file), strict=True):
-            cells = [cell.strip() for cell in line]
-            need(len(cells) == 2, f"{file} has {len(cells)} columns in the line {cells}; expected "
+        lines = [line for line in read_lines(file) if line != "name,label"]
+        for cells in csv.reader(lines, strict=True):
+            need(len(cells) == 2, f"{file} has {len(cells)} columns in the line {cells}. Give "
                  f"{CSV_FORM}")
-            name, label = cells
-            if not labels and cells == ["name", "label"]:
-                continue
-            labels.setdefault(name, set())
-            if label:
-                labels[name].add(label)
+            name, label = [cell.strip() for cell in cells]
+            labels.setdefault(name, set()).update({label} - {""})
     return labels
 
 
-def find_joined_labels(labels):
-    """Returns the labels that a separator splits into parts which all occur elsewhere: as labels
-    or, unless the separator is a space, as parts of other labels."""
-    joined = []
-    for separator in "|;,/&+ ":
-        parts_of = {}
-        for label in labels:
-            parts_of[label] = {part.strip() for part in label.split(separator)}
-        known = set(labels)
-        if separator != " ":                    # names of classes share words
-            counts = Counter(part for parts in parts_of.values() for part in parts)
-            known = {part for part, n in counts.items() if n > 1}
-        joined += [label for label, parts in parts_of.items() if len(parts) > 1 and parts <= known]
-    return joined
+def describe_labels(args, labels):
+    """Returns the classes, the kind of the task, a function name -> label, and lines about
+    {name: the set of its labels}."""
+    classes, label_of = sorted(set().union(*labels.values())), {}
+    kind, lines = "single-label", []
+    odd = [name for name, own in labels.items() if len(own) != 1]
+    if odd:
+        kind = "multi-label"
+        lines.append(f"{len(odd)} of {len(labels)} names in --target have several labels or none, "
+                     f"such as {odd[0]}, so that the task is multi-label")
+    for name, own in labels.items():
+        ones = torch.tensor([float(label in own) for label in classes])
+        label_of[name] = ones if odd else ones.argmax() + 1
+    joined = [c for c in classes if set(re.split(r"[|;,/&+ ]+", c)) <= set(classes) - {c}]
+    if joined:
+        lines.append(f"warning: classes such as {joined[0]!r} look like several labels in one. If "
+                     f"they are, write {CSV_FORM}")
+    return classes, kind, label_of.get, lines
 
 
-def open_own_masks(args, pairs):
-    """Opens masks.  Returns what `open_own_table` does; each value but --ignore is a class."""
-    files = find_images(args.target, (".png", ".tif", ".tiff", ".npy"))
-    check_names(args, files, pairs)
+def describe_masks(args, files):
+    """Returns what `describe_labels` does of {name: mask}; each value but --ignore is a class."""
     counts = count_mask_values(files)
     total = sum(pixels for pixels, _ in counts.values())
-    values = sorted(value for value in counts if value >= 0 and value != args.ignore)
-    need(len(values) <= 256, f"--target {args.target} holds {len(values)} values, such as "
-         f"{values[:3]}; masks may have 256 classes at most, one value for each")
-    labelled = sum(counts[value][0] for value in values)
-    held = [f"{value} ({counts[value][0] / total:.2%})" for value in values]
-    lines = [f"masks hold {', '.join(held)}; without a label (--ignore {args.ignore}, negative or "
-             f"no data) {1 - labelled / total:.2%} of the pixels"]
-    if labelled < total / 2:
-        lines.append(f"warning: most pixels of the masks have no label; if {args.ignore} is a "
-                     f"class, give another --ignore, such as -1")
-    considered = {value: counts[value] for value in values}
-    lines += [f"warning: {warning}" for warning in find_mask_warnings(considered)]
-    classes = [str(value) for value in values]
-    return files, classes, "segmentation", partial(read_own_mask, files, values), lines
-
-
-def read_own_mask(files, values, name):
-    """Returns the mask of a name: k + 1 where it has the k-th of the values, otherwise 0."""
-    mask = torch.from_numpy(read_mask(files[name]))
-    target = torch.zeros_like(mask)
-    for k, value in enumerate(values):
-        target[mask == value] = k + 1
-    return target
+    counts = {value: n for value, n in counts.items() if value >= 0 and value != args.ignore}
+    shares = {value: pixels / total for value, (pixels, _) in counts.items()}
+    held = ", ".join(f"{value} ({share:.2%})" for value, share in shares.items())
+    lines = [f"masks hold {held}; {1 - sum(shares.values()):.2%} of the pixels have no label "
+             f"(--ignore {args.ignore}, negative, or no data)"]
+    lines += [f"warning: {warning}" for warning in find_mask_warnings(counts)]
+    classes = [str(value) for value in counts]
+    return classes, "segmentation", partial(read_classes, files, list(counts)), lines
 
 
 def split_names(args, ids):
-    """Returns names to train on and names to test on: of two lists, or of a seeded share."""
+    """Returns names to train on and names to test on: of two lists, or of a seeded fifth."""
     if args.split:
         names = dict.fromkeys(ids)
-        splits = [read_list(Path(file), names) for file in (args.split, args.test_split)]
-        shared = sorted(set(splits[0]) & set(splits[1]))
+        train, test = [read_list(Path(file), names) for file in (args.split, args.test_split)]
+        shared = sorted(set(train) & set(test))
         need(not shared, f"{len(shared)} names are in both {args.split} and {args.test_split}, "
              f"such as {shared[:1]}; test on samples that are not trained on")
-        return splits
-    order = np.random.default_rng((args.seed, len(ids))).permutation(len(ids))
-    n = round(args.test_share * len(ids))
-    need(0 < n < len(ids), f"--test-share {args.test_share} of {len(ids)} labelled samples is {n}; "
-         f"give a share that leaves samples both for training and for testing, or more labels")
-    names = np.array(ids, object)
-    return names[np.sort(order[n:])].tolist(), names[np.sort(order[:n])].tolist()
+        return train, test
+    test = [ids[i] for i in sorted(choose_subset(len(ids), 0.2, args.seed))]
+    return sorted(set(ids) - set(test)), test
 
 
 # ---- pictures ----
 
 def save_prediction(args, data, i, x, target, scores):
-    """Draws inputs, label and prediction side by side; below, the classes in their colours."""
+    """Draws inputs, label and prediction side by side; below, the names of the classes in the
+    colours of the classes."""
     names = ["no label", *data.classes]
-    colours = np.random.default_rng(0).integers(50, 256, (len(names), 3), np.uint8)
-    colours[0] = 0
+    colours = np.random.default_rng(0).integers(100, 256, (len(names), 3), np.uint8)
+    colours[0] = 80
     labels = [target.cpu().numpy() + 1, scores.argmax(0).cpu().numpy() + 1]  # HxW each
     panels = []
     for image, m in zip(x, select_modalities(args)):
@@ -854,14 +796,12 @@ def save_prediction(args, data, i, x, target, scores):
     panels += [colours[label] for label in labels]
     wide = Image.fromarray(np.concatenate(panels, 1))
     wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
-    legend = [(f"{data.ids[i]}: {len(x)} inputs, label, prediction", (90, 90, 90))]
+    legend = [(f"{data.ids[i]}: {len(x)} inputs, label, prediction", (255, 255, 255))]
     legend += [(names[k], tuple(colours[k].tolist())) for k in np.unique(labels)]
-    sheet = ImageOps.expand(wide, (0, 0, 0, 20 * len(legend)), (90, 90, 90))
+    sheet = ImageOps.expand(wide, (0, 0, 0, 20 * len(legend)))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for j, (text, colour) in enumerate(legend):
-        top = wide.height + 20 * j
-        draw.rectangle((4, top + 4, 16, top + 16), colour)
-        draw.text((22, top + 1), text, (255, 255, 255), font)
+    for line, (text, colour) in enumerate(legend):
+        draw.text((4, wide.height + 20 * line), text, colour, font)
     (args.out / "images").mkdir(exist_ok=True)
     sheet.save(args.out / "images" / f"{data.ids[i].replace('/', '_')}.png")
 
@@ -869,10 +809,9 @@ def save_prediction(args, data, i, x, target, scores):
 # ---- a run ----
 
 def main(argv=None):
-    args, sources, changed = get_args(argv)
+    args, sources = get_args(argv)
     if args.table:
         return print_table(args.table)
-    started = time.time()
     rank, world, device = process = read_environment()
     checkpoint = find_checkpoint(args.out, args.resume)             # or None
     step = checkpoint["step"] if checkpoint else 0
@@ -882,12 +821,16 @@ def main(argv=None):
     # ---- data ----
     (data, test_data), lines = open_task(args, rank)
     chosen = choose_subset(len(data), args.labels, args.seed)
-    args.steps = count_steps(args, len(chosen), world)
+    check_batch(args.batch_size, len(chosen), world)
+    args.steps = args.steps or args.epochs * (len(chosen) // args.batch_size)
     counts = count_classes(data, chosen[rank::world], args.workers)
 
     # ---- model ----
     torch.manual_seed(args.seed)
-    net, more = build_model(args, data, device)
+    net, more = build_model(args, data)
+    net.to(device)
+    if device.type == "cuda":
+        net.to(memory_format=torch.channels_last)
     if args.linear:
         freeze(net, data, chosen, args, device, resumed=bool(checkpoint))
     optimizer = make_transfer_optimizer(net, args)
@@ -911,25 +854,15 @@ def main(argv=None):
         make_run_folder(args, settings, process)
     run = Run(args, settings, net, optimizer, loader, step, args.steps,
               len(indices) // args.batch_size, partial(scale_rate, args.schedule), process)
-    lines += more + describe_training(args, data, counts, len(chosen))
+    lines += more + describe_training(args, data, counts.tolist(), len(chosen))
     run.introduce(sources, lines, find_warnings(data.data))
     train(run, net, model, args, data.inputs)
     if not run.stopped:
         result = test(net, test_data, counts, args, device, rank, world)
         check_frozen(net, frozen)
-        result["seconds"] = time.time() - started
-        finish(run, args, result, changed, sorted(data.ids[i] for i in chosen))
+        finish(run, args, result, sorted(data.ids[i] for i in chosen))
     leave()
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
-
-
-def count_steps(args, n, world):
-    """Returns the number of steps of a run on n samples.  Refuses a batch that does not fit."""
-    if args.epochs != 0:                        # 0: the model is only tested
-        check_batch(args.batch_size, n, world)
-    if args.steps is not None:
-        return args.steps
-    return args.epochs * max(1, n // args.batch_size)
 
 
 def count_classes(data, indices, workers):
@@ -943,21 +876,18 @@ def count_classes(data, indices, workers):
 def describe_training(args, data, counts, n):
     """Returns lines: how many samples are trained on, and what is wrong with them."""
     lines = [f"trained on {n} of {len(data)} training samples"]
-    lines += warn_of_missing_classes(data.classes, counts.tolist(), f"{n} samples trained on")
-    stopped = {source["file"]: source.get("stopped") for source in args.pretraining}
-    for file, where in stopped.items():
-        if where:
-            lines.append(f"warning: the pretraining behind {file} was stopped {where}")
+    lines += warn_of_missing_classes(data.classes, counts, "samples trained on")
+    for source in args.pretraining:
+        if source.get("stopped"):
+            lines.append(f"warning: {source['file']} was stopped {source['stopped']}")
     return lines
 
 
 def warn_of_missing_classes(classes, counts, where):
     """Returns at most one line: the classes that do not occur."""
     missing = [name for name, n in zip(classes, counts) if not n]
-    if not missing:
-        return []
-    return [f"warning: {len(missing)} of {len(classes)} classes do not occur in the {where}: "
-            f"{', '.join(missing)}"]
+    words = f"warning: {len(missing)} of {len(classes)} classes do not occur in the {where}: "
+    return [words + ", ".join(missing)] if missing else []
 
 
 def freeze(net, data, chosen, args, device, resumed):
@@ -978,174 +908,111 @@ def check_frozen(net, frozen):
             sys.exit("a frozen encoder has changed, which must not be: the results are void")
 
 
-def finish(run, args, result, changed, ids):
+def finish(run, args, result, ids):
     """Writes results.json and ids.txt, and prints the scores, each beside its yardstick."""
-    result |= run.settings | describe_run_for_table(args, run.settings, changed)
-    result["pretraining"] = args.pretraining
+    result |= run.settings
+    result |= dict(pretraining=args.pretraining, run=identify_run(args, run.settings))
     if run.rank == 0:
         write_text(args.out / "ids.txt", "".join(f"{name}\n" for name in ids))
         write_text(args.out / "results.json", json.dumps(result, indent=1, default=str))
-    counts = result["counts"]
-    trained, tested = (sum(n[part] for n in counts.values()) for part in ("train", "test"))
-    score = {"mIoU": "IoU", "mAP micro": "AP"}.get(next(iter(result["metrics"])), "accuracy")
-    run.print(f"  {'class':36s} {score:>10s}  share of the labels in training and test")
-    for name, value in result["classes"].items():
-        shares = counts[name]["train"] / max(1, trained), counts[name]["test"] / max(1, tested)
-        run.print(f"  {name:40s} {format_percent(value):>6s} {shares[0]:8.2%} {shares[1]:8.2%}")
-    test_counts = [n["test"] for n in counts.values()]
-    run.print(*warn_of_missing_classes(counts, test_counts, "test samples"))
+    trained, tested = result["train_labels"], result["test_labels"]
+    run.print(f"  {'class':36s} {'score':>6s} {'labels in training':>20s} {'in test':>14s}")
+    for name, score in zip(trained, to_percent(result["classes"].values())):
+        run.print(f"  {name:36s} {score:6.1f} {trained[name]:20d} {tested[name]:14d}")
+    run.print(*warn_of_missing_classes(tested, tested.values(), "test samples"))
     if args.linear:
         run.print("the frozen encoders have not changed by one bit")
     run.print(f"{format_scores([result])}  on {result['test_samples']} test samples",
-              f"a guess, without a look at the image: {result['guess']}",
+              "a guess: the score without a look at the images, from the classes in training",
               f"wrote {args.out}/results.json")
 
 
 # ---- --table: what was run ----
 
-# Seeds, settings that follow from others, and those that `describe_run_for_table` adds itself.
-NOT_COMPARED = ("seed", "K", "Kc", "widths", "channels", "modalities", "inputs", "sees", "file",
-                "linear", "weights_sha256", "num_classes", "steps")
-# What `name_result` says of every run.
-NAMED = ("toy", "task", "model", "weights", "protocol", "labels", "data1", "data2", "target")
-PRETRAININGS = dict(decur="DeCUR", barlowtwins="Barlow Twins (w/o intra&decoup.)",
-                    vicreg="VICReg", simclr="SimCLR-cross", clip="CLIP")
+METHOD_NAMES = dict(barlowtwins="Barlow Twins (w/o intra&decoup.)", vicreg="VICReg",
+                    simclr="SimCLR-cross", clip="CLIP")
+# Table 4's names of DeCUR without one term or both, by (no_intra, common == 1)
+DECUR_NAMES = {(False, False): "DeCUR", (True, False): "w/o intra", (False, True): "w/o decoup.",
+               (True, True): METHOD_NAMES["barlowtwins"]}
+TITLE = ("task", "model", "weights", "protocol", "labels")  # begin each line
+# Settings by which runs are not told apart: seeds, and what follows from other settings.
+NOT_COMPARED = ("seed", "weights_sha256", "file", "inputs", "sees", "channels", "modalities",
+                "widths", "K", "Kc", "steps")
 
 
-def describe_run_for_table(args, settings, changed):
-    """Returns what --table needs to know of a run.
-
-    what     {name: value}; runs of equal values differ only by their seeds.  A file counts by its
-             content, a pretraining by its settings
-    shown    {name: text} where another text than the value is printed: the names of files
-    changed  the names of the settings that are not the defaults
-    seeds    of the run and of the pretrainings behind it"""
-    what, shown = describe_weights(args), {}
-    what |= dict(task=args.task, toy=args.toy, protocol="linear" if args.linear else "fine-tuned")
+def identify_run(args, settings):
+    """Returns {name: value} of all that tells runs apart but their seeds.  A file counts by its
+    content, a pretraining by its settings."""
+    run = dict(settings)
     if args.task == "custom":
         for name in ("data1", "data2", "target", "split", "test_split"):
-            what[name], shown[name] = identify_file(getattr(args, name))
-    for name, value in settings.items():
-        if name not in NOT_COMPARED:
-            what.setdefault(name, value)
-    seeds = [args.seed, *(source.get("seed") for source in args.pretraining)]
-    return dict(what=what, shown=shown, changed=list(changed), seeds=seeds)
+            run[name] = name_file(getattr(args, name))
+    for m, source in enumerate(args.pretraining, 1):
+        run |= {f"pretraining {m} {name}": value for name, value in source.items()}
+    run = {name: str(run[name]) for name in run if name.split()[-1] not in NOT_COMPARED}
+    weights = dict.fromkeys(name_weights(source) for source in args.pretraining)
+    return run | dict(task=f"toy {args.task}" if args.toy else args.task,
+                      weights=" and ".join(weights), labels=f"{100 * args.labels:g}% of the labels",
+                      protocol="linear" if args.linear else "fine-tuned")
 
 
-def identify_file(path):
-    """Returns what stands for the content of a file (for folders and patterns, the path itself),
-    and a text to print."""
-    if path is None or not Path(path).is_file():
-        path = path and os.path.normpath(path)
-        return path, path
-    short = hash_file(path)[:8]
-    return short, f"{Path(path).name} ({short})"
+def name_weights(source):
+    """Returns the paper's name of the pretraining behind an encoder, or the file of others."""
+    if "method" not in source:
+        return name_file(source["file"])
+    if source["method"] == "decur":
+        return DECUR_NAMES[source["no_intra"], source["common"] == 1]
+    return METHOD_NAMES[source["method"]]
 
 
-def describe_weights(args):
-    """Returns {name: value} of what the encoders started from.  Where the encoders differ, the
-    values of both stand in the text."""
-    names, values = [], {}
-    for source in args.pretraining:
-        name, settings = name_pretraining(source)
-        names.append(name)
-        for key, value in settings.items():
-            values.setdefault(f"pretraining {key}", []).append(str(value))
-    values["weights"] = names
-    return {key: " and ".join(dict.fromkeys(texts)) for key, texts in values.items()}
-
-
-def name_pretraining(source):
-    """Returns the paper's name of the pretraining behind an encoder, and its settings."""
-    if "method" not in source:                  # weights of others
-        names = dict(none="random", imagenet="ImageNet")
-        return names.get(source["file"]) or identify_file(source["file"])[1], {}
-    settings = {name: value for name, value in source.items() if name not in NOT_COMPARED}
-    settings["input"] = describe_input(source["sees"])
-    if settings["common"] == 1 and settings["no_intra"]:            # Table 4: the same loss
-        settings.update(method="barlowtwins", no_intra=False)
-    name = PRETRAININGS[settings["method"]]
-    if settings["no_intra"]:
-        name = "w/o intra"
-    elif settings["method"] == "decur" and settings["common"] == 1:
-        name = "w/o decoup."
-    if settings.get("modality"):
-        name += ", one modality"
-    if settings.get("stopped"):
-        name += f", stopped {settings['stopped']}"
-    return name, settings
+def name_file(path):
+    """Returns the name of a file with a hash of its content; of a folder or a pattern its path."""
+    if path and Path(path).is_file():
+        return f"{Path(path).name} ({hash_file(path)[:8]})"
+    return str(path)
 
 
 def print_table(folders):
-    """Prints a line for all runs that differ only by their seeds: what they are; settings that are
-    not the defaults, or differ from those of other runs that begin alike; scores."""
-    results = []
-    for folder in folders:
-        file = Path(folder) / "results.json"
-        if file.is_file():
-            try:
-                results.append(read_results(file))
-            except BadInput as error:           # the other runs are listed all the same
-                print(f"left out: {error}")
-    need(results, f"--table {' '.join(folders)}: no folder has a results.json that can be read; "
-         f"give the --out of runs of finetune.py")
+    """Prints a line for all runs that differ only by their seeds: what they are; in what they
+    differ from other runs whose lines begin alike; scores."""
     groups, values = {}, {}
-    for r in results:
-        groups.setdefault(json.dumps(r["what"], sort_keys=True), []).append(r)
-        for name, value in r["what"].items():   # of runs whose lines begin alike
-            values.setdefault((*name_result(r), name), set()).add(json.dumps(value))
-    lines = []
-    for runs in groups.values():
-        result, start = runs[0], name_result(runs[0])
-        words = list(start)
-        for name, value in result["what"].items():
-            differs = len(values[*start, name]) > 1
-            if name not in NAMED and (differs or name in result["changed"]):
-                words.append(f"{name} {result['shown'].get(name, value)}")
-        seeds = len({json.dumps(r["seeds"]) for r in runs})
-        over = "1 seed" if seeds == 1 else f"{seeds} seeds"
-        if len(runs) > seeds:
-            over += f" in {len(runs)} runs"
-        words += [format_scores(runs), f"({over}, {result['test_samples']} test samples)"]
-        lines.append("  ".join(words))
-    print(*sorted(lines), sep="\n")
+    for file in [Path(folder) / "results.json" for folder in folders]:
+        if not file.is_file():                  # a pretraining, or a run that is not done
+            continue
+        result = read_json(file, "results of finetune.py")
+        need("run" in result, f"{file} is from an older version of finetune.py. Run its command "
+             f"again, or leave it out")
+        run = result["run"]
+        title = "  ".join(run[name] for name in TITLE)
+        seeds = [source.get("seed") for source in [result, *result["pretraining"]]]
+        # a run that was repeated with the same seeds counts once
+        groups.setdefault((title, str(sorted(run.items()))), {})[str(seeds)] = result
+        for name, value in run.items():
+            values.setdefault((title, name), set()).add(value)
+    need(groups, f"--table {' '.join(folders)}: no folder has a results.json. Give the --out of "
+         f"runs of finetune.py")
+    for (title, _), runs in sorted(groups.items()):
+        results = list(runs.values())
+        differences = [f"{name} {value}" for name, value in results[0]["run"].items()
+                       if len(values[title, name]) > 1]
+        print(title, *differences, format_scores(results), f"seeds: {len(results)}",
+              f"test samples: {results[0]['test_samples']}", sep="  ")
 
 
-def read_results(file):
-    result = read_json(file, "results of finetune.py")
-    kinds = dict(what=dict, shown=dict, changed=list, seeds=list, metrics=dict, yardstick=dict,
-                 test_samples=int)
-    odd = [name for name, kind in kinds.items() if not isinstance(result.get(name), kind)]
-    need(not odd, f"{file} is damaged or from an older version (it lacks {' '.join(odd)}); run its "
-         f"command again")
-    return result
-
-
-def name_result(result):
-    """Returns the words with which the line of a run begins."""
-    what, shown = result["what"], result["shown"]
-    words = [f"toy {what['task']}" if what["toy"] else what["task"], what["model"],
-             what["weights"], what["protocol"], f"{100 * what['labels']:g}% of the labels"]
-    words += [shown[name] for name in ("data1", "data2", "target") if name in shown]
-    return tuple(words)
-
-
-def format_scores(runs):
+def format_scores(results):
     """Returns mean and standard deviation over the seeds, in percent, and their yardsticks."""
     words = []
-    for metric in runs[0]["metrics"]:
-        values = [r["metrics"][metric] for r in runs if r["metrics"][metric] is not None]
-        text = format_percent(statistics.mean(values) if values else None)
-        if len(values) > 1:
-            text += f" +- {format_percent(statistics.stdev(values))}"
-        guesses = [r["yardstick"][metric] for r in runs if r["yardstick"][metric] is not None]
-        guess = format_percent(statistics.mean(guesses) if guesses else None)
-        words.append(f"{metric} {text} (a guess: {guess})")
+    for name in results[0]["metrics"]:
+        scores = to_percent(result["metrics"][name] for result in results)
+        guesses = to_percent(result["yardstick"][name] for result in results)
+        deviation = f" +- {scores.std(ddof=1):.1f}" if len(results) > 1 else ""
+        words.append(f"{name} {scores.mean():.1f}{deviation} (a guess: {guesses.mean():.1f})")
     return "  ".join(words)
 
 
-def format_percent(value):
-    return "undefined" if value is None else f"{100 * value:.1f}"
+def to_percent(values):
+    """Returns an array of percents, where None, an undefined score, is nan."""
+    return 100 * np.array(list(values), float)
 
 
 # ---- command line ----
@@ -1165,76 +1032,51 @@ TRANSFER_FLAGS = FLAGS | {
                                     "lines `name,label`"),
     "ignore": dict(type=number(int, -2 ** 31), help="with custom: value in masks that is no label, "
                    "as all negative values are; default: 255"),
-    "test-share": dict(type=number(float, 0, 1), help="with custom: share of the samples to test "
-                       "on, unless there are lists; default: 0.2"),
-    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: "
-                  "fcn, with bigearthnet or a csv late"),
-    "backbone": FLAGS["backbone"] | dict(help="encoders; default: resnet50, of cmx mit_b2 or b5"),
+    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: fcn, "
+                  "with bigearthnet or a csv late"),
     "weights": FLAGS["weights"] | dict(help="weights to start from: one file for both encoders, a "
                                        "file for each, imagenet, or none (random)"),
     "part": dict(choices=("common", "unique", "all"), help="dimensions of the embedding to "
                  "classify; default: the encoder's features"),
     "linear": dict(action="store_true", help="freeze the encoders; default: fine-tuning"),
-    "cached": dict(action="store_true", default=None, help="with --linear: compute the features "
-                   "once, not augmented, which is fast"),
-    "epochs": dict(type=number(int, 0), help=f"passes over the data; 0: only test; {RECIPE}"),
+    "cached": dict(action="store_true", help="with --linear: fast, features without augmentation"),
+    "epochs": FLAGS["epochs"] | dict(help=f"passes over the data; {RECIPE}"),
     "batch-size": dict(type=number(int, 1), help=f"samples per step, of all processes; {RECIPE}"),
     "lr": FLAGS["lr"] | dict(help=f"learning rate at the start; {RECIPE}"),
     "weight-decay": FLAGS["weight-decay"] | dict(help=f"weight decay; {RECIPE}"),
-    "out": FLAGS["out"] | dict(help="folder of the run; default: runs/TASK-MODEL-WEIGHTS-seedN, "
-                               "with settings that are not the defaults"),
+    "out": FLAGS["out"] | dict(help="folder; default: runs/TASK-MODEL-WEIGHTS-seedN"),
     "save-images": dict(type=number(int, 0), metavar="N", help="draw N test samples; default: 0"),
 }
 
 
 def get_args(argv=None):
-    """Returns the settings; {name: its source}; {name: value} of the settings that are not the
-    defaults."""
+    """Returns the settings, and {name: its source} of those that have a default."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Transfer (Tables 1-3). A "
                                      "setting that is not given is the paper's for the task.")
     for title, names in (
             ("what to run", "task table toy"),
             ("data", "data split test-split labels modality depth-unit size workers"),
-            ("--task custom", "data1 data2 as1 as2 target ignore test-share"),
+            ("--task custom", "data1 data2 as1 as2 target ignore"),
             ("model", "model backbone weights bgr part linear cached"),
             ("optimization and run", "epochs batch-size lr weight-decay seed out resume save-every "
              "save-images")):
         add_flags(parser.add_argument_group(title), TRANSFER_FLAGS, names)
     args = parser.parse_args(argv)
-    sources, changed = ({}, {}) if args.table else fill_in_settings(args)
-    return args, sources, changed
-
-
-def fill_in_settings(args):
-    """Fills in every setting that was not given.  Returns what `fill_in` does."""
+    if args.table:
+        return args, {}
     need(args.task and args.weights, "nothing to do: give --task and --weights (a file, or none), "
          "or --table")
-    task, model, tables = TASKS[args.task], TASKS[args.task]["model"], []
-    where = f"data/toy-{task['scenario']}" if args.toy else task["data"]
-    if args.task == "custom":
-        need(args.data1 and args.data2 and args.target and not args.data and not args.toy,
-             "--task custom needs --data1, --data2 and --target, and has no --data and no --toy")
-        where = [args.data1, args.data2]
-        model = "late" if is_table(args.target) else "fcn"
-    args.data = args.data or where
-    args.model = args.model or model
     args.pretraining = read_sources(args.weights)
-    if args.epochs is not None:
-        tables.append((dict(steps=None), "--epochs"))
-    if args.linear:
-        tables.append(LINEAR.get(f"toy {args.model}" if args.toy else args.task, ({}, "")))
-    if args.toy:
-        tables.append((TOY_RECIPES[args.model], "--toy"))
-    first = args.pretraining[0]
-    if args.task == "custom" and "method" in first:
-        tables.append((dict(backbone=first["backbone"], size=first["size"]), "--weights"))
-    tables += RECIPES.get((args.task, args.model), [])
-    sources, changed = fill_in(args, [*tables, (OTHER_SETTINGS, "default")])
+    choose_data_and_model(args)
+    sources, _ = fill_in(args, list_settings(args))
     if args.modality and len(args.pretraining) == 2:
         args.pretraining = [args.pretraining[args.modality - 1]]
-    check_transfer_flags(args, model)
-    args.out = Path(args.out or f"runs/{name_run(args, changed)}")
-    return sources, changed
+    check_transfer_flags(args)
+    toy = "toy-" if args.toy else ""
+    weights = [Path(file).parent.name or Path(file).stem for file in args.weights]
+    name = "-".join([args.task, args.model, *dict.fromkeys(weights), f"seed{args.seed}"])
+    args.out = Path(args.out or f"runs/{toy}{name}")
+    return args, sources
 
 
 def read_sources(files):
@@ -1243,55 +1085,57 @@ def read_sources(files):
     sources = []
     for file in files:
         settings, rows = read_pretraining(file)
-        sources += [dict(settings, sees=row, file=file) for row in rows] or [dict(file=file)]
+        for row in rows:
+            sources.append({"stopped": None, **settings, "file": file, "sees": row,
+                            "input": describe_input(row)})
+        if not rows:
+            sources.append(dict(file=file))
     return sources
 
 
-def name_run(args, changed):
-    """Returns the name of the default --out: TASK-MODEL-WEIGHTS-...-seedN, where ... are the
-    settings that are not the defaults."""
-    starts = []
-    for file in args.weights:
-        path = Path(file)                       # or none, imagenet
-        ours = re.fullmatch(r"checkpoint\.pt|encoder[12]\.pth", path.name)
-        starts.append(path.resolve().parent.name if ours else path.stem)
-    task = f"toy-{args.task}" if args.toy else args.task
-    words = [task, args.model, "-".join(dict.fromkeys(starts)), "linear" if args.linear else ""]
-    if args.target:
-        words.append(Path(args.target).stem)
-    for name, value in changed.items():
-        if name not in ("seed", "save_every", "save_images"):
-            words.append(name if value is True else f"{name}{value}")
-    words = [re.sub(r"[^\w.]+", "-", word).strip("-") for word in [*words, f"seed{args.seed}"]]
-    return "-".join(word for word in words if word)
+def choose_data_and_model(args):
+    """Sets --data and --model.  Refuses flags that do not fit the task."""
+    custom, task = args.task == "custom", TASKS[args.task]
+    for name in ("data1", "data2", "as1", "as2", "target", "ignore"):
+        need(custom or getattr(args, name) is None, f"--{name} works only with --task custom")
+    models = [model for name, model in RECIPES if name == args.task]
+    if custom:
+        need(args.data1 and args.data2 and args.target and not args.data and not args.toy,
+             "--task custom needs --data1, --data2 and --target, and has no --data and no --toy")
+        args.data = [args.data1, args.data2]
+        models = ["late" if args.target.lower().endswith(".csv") else "fcn"]
+    args.data = args.data or (f"data/toy-{task['scenario']}" if args.toy else task["data"])
+    args.model = args.model or models[0]
+    if args.toy and args.task != "bigearthnet":
+        models = ("late", "fcn", "cmx")
+    need(args.model in models, f"--task {args.task} has no --model {args.model}; give --model "
+         f"{' or '.join(models)}")
 
 
-def check_transfer_flags(args, model):
-    """Refuses settings that do not go together.  model: the task's."""
-    custom, cmx, late = args.task == "custom", args.model == "cmx", args.model == "late"
-    fits = args.model == model or (args.task, args.model) in RECIPES and not custom
-    fits = fits or args.toy and args.task != "bigearthnet"
-    need(fits, f"--task {args.task} has no --model {args.model}; give --model {model}")
-    for name in ("data1", "data2", "as1", "as2", "target"):
-        need(custom or not getattr(args, name), f"--{name} works only with --task custom")
-    for name in ("ignore", "test_share"):
-        need(custom or getattr(args, name) is None,
-             f"--{name.replace('_', '-')} works only with --task custom")
-    need(not custom or not Path(args.target).is_file() or is_table(args.target),
-         f"--target {args.target} is a file, but no .csv; give {CSV_FORM}; or a folder of masks")
-    need(not late or not args.save_images, f"--save-images works only with segmentation, but this "
-         f"is --model {args.model}")
+def list_settings(args):
+    """Returns [(settings, their source)].  The first that names a setting gives its default."""
+    name, tables, first = "toy" if args.toy else args.task, [], args.pretraining[0]
+    if args.epochs:
+        tables.append((dict(steps=None), "--epochs"))
+    if args.linear:
+        tables += LINEAR.get((name, args.model), [])
+    if args.task == "custom" and "method" in first:
+        tables.append((dict(backbone=first["backbone"], size=first["size"]), "--weights"))
+    return tables + RECIPES[name, args.model] + [(OTHER_SETTINGS, "default")]
+
+
+def check_transfer_flags(args):
+    """Refuses settings that do not go together."""
+    late = args.model == "late"
+    need(not late or not args.save_images, "--save-images does not work with --model late, which "
+         "predicts no masks")
     for name in ("part", "cached"):
         need(not getattr(args, name) or args.linear and late,
              f"--{name} works only with --linear and --model late")
-    need(not args.part or "K" in args.pretraining[0],
-         "--part works only with the checkpoint.pt of a pretraining as --weights")
-    need(not cmx or args.backbone in MITS and not args.modality,
+    need(args.model != "cmx" or args.backbone in MITS and not args.modality,
          "--model cmx works only with a mit as --backbone and with both modalities")
-    need(not custom or bool(args.split) == bool(args.test_split),
+    need(args.task != "custom" or bool(args.split) == bool(args.test_split),
          "--split and --test-split are two files of names: give both, or neither")
-    need(args.size >= 48 or args.backbone not in MITS,              # CMX also tests at scale 3/4
-         f"--size {args.size} is too small for {args.backbone}; give 48 or more")
 
 
 if __name__ == "__main__":
