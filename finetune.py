@@ -1068,7 +1068,7 @@ def get_args(argv=None):
          "or --table")
     args.pretraining = read_sources(args.weights)
     choose_data_and_model(args)
-    sources, _ = fill_in(args, list_settings(args))
+    sources = fill_in(args, list_settings(args))
     if args.modality and len(args.pretraining) == 2:
         args.pretraining = [args.pretraining[args.modality - 1]]
     check_transfer_flags(args)

@@ -827,19 +827,17 @@ def list_defaults(scenario, method, backbone, toy):
 def fill_in(args, tables):
     """Sets each setting that was not given: the first table that names a setting has its default.
 
-    Returns {name: source} of all settings, and {name: value} of those given differently."""
-    sources, changed = {}, {}
+    Returns {name: source} of all settings."""
+    sources = {}
     for table, source in tables:
         for name, value in table.items():
             if name in sources:
                 continue
-            given = getattr(args, name, None)
-            sources[name] = source if given is None else "command line"
-            if given is None:
+            sources[name] = "command line"
+            if getattr(args, name, None) is None:
+                sources[name] = source
                 setattr(args, name, value)
-            elif given != value:
-                changed[name] = given
-    return sources, changed
+    return sources
 
 
 def get_args(argv=None):
@@ -854,7 +852,7 @@ def get_args(argv=None):
                                      "save-every")):
         add_flags(parser.add_argument_group(title), FLAGS, names)
     args = parser.parse_args(argv)
-    sources, _ = fill_in(args, list_defaults(args.scenario, args.method, args.backbone, args.toy))
+    sources = fill_in(args, list_defaults(args.scenario, args.method, args.backbone, args.toy))
     check_flags(args)
     widths = [] if args.projector == "none" else args.projector.split("-")
     need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
