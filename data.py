@@ -78,12 +78,7 @@ except ImportError:                             # Windows: two runs of prepare a
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
 
 TREE = "the first lines of data.py show the tree"
-SCENES = "or try made-up scenes: --toy"
-
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
-IMAGES = (*PICTURE_SUFFIXES, ".tif", ".tiff", ".npy")
-PILLOW_MODES = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "RGB", "YCbCr": "RGB", "L": "L",
-           "LA": "L", "1": "L"}                 # Pillow's 8-bit modes, and what they are read as
+IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy")
 
 
 class BadInput(Exception):
@@ -444,20 +439,16 @@ class Packed:
         return list(x1), list(x2)
 
 
-def open_ssl4eo(root, split="all", seed=0, strict=True):
+def open_ssl4eo(root, names, seed):
     """Opens SSL4EO-S12: what `prepare` packed, or else the raw tree."""
     packed = root if (root / "ids.txt").is_file() else root / "packed"
     if (packed / "ids.txt").is_file():
-        rows, unpaired = find_rows(packed, 4), []
+        rows, unpaired = find_rows(packed), []
         read = functools.partial(read_packed, packed, rows)
     else:
         rows, unpaired = find_locations(root)
-        need(not (strict and unpaired), f"{len(unpaired)} locations under {root} are in only one "
-             f"of s1/ and s2c/, such as {unpaired[:1]}.  Download the other folder, or remove the "
-             f"one that is there")
         read = functools.partial(read_season, root)
-    ids = list(rows) if split == "all" else read_list(root / f"{split}.txt", rows)
-    return Packed(ids, read, unpaired, seed)
+    return Packed(read_list(root / names, rows) if names else list(rows), read, unpaired, seed)
 
 
 def open_bigearthnet(root, split):
@@ -465,38 +456,27 @@ def open_bigearthnet(root, split):
     packed = root / "packed" / split
     need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt.  Run `python data.py prepare "
          f"--task bigearthnet --data {root}` first, with {split}.csv under {root}")
-    rows = find_rows(packed, 1)
-    with reading(packed / "labels.npy", "packed labels"):
-        labels = np.load(packed / "labels.npy")
-        need(labels.shape[1] == len(CLASSES19) and labels.dtype == np.uint8, "of other classes")
-        labels = {name: labels[row] for name, row in rows.items()}
+    rows, labels = find_rows(packed), np.load(packed / "labels.npy")
+    labels = {name: labels[row] for name, row in rows.items()}
     return Packed(list(rows), functools.partial(read_packed, packed, rows), labels=labels)
 
 
-def find_rows(packed, seasons):
+def find_rows(packed):
     """Reads ids.txt.  Returns {name: the number of its row}.  A line that begins with # stands for
     a damaged sample, whose row is empty."""
     lines = read_lines(packed / "ids.txt")
-    shapes = {open_season(packed / f"season{k}.npy").shape for k in range(seasons)}
-    need(len(shapes) == 1 and shapes.pop()[0] == len(lines), f"{packed}: the season files must "
-         f"have one size, and a row for each of the {len(lines)} lines of ids.txt.  Delete "
-         f"{packed} and prepare it again")
+    for path in sorted(packed.glob("*.npy")):
+        with reading(path, "packed bytes", f"delete {packed} and prepare it again"):
+            n = len(np.load(path, mmap_mode="r"))
+        need(n == len(lines), f"{path} has {n} rows, but ids.txt {len(lines)} lines.  Delete "
+             f"{packed} and prepare it again")
     return {name: row for row, name in enumerate(lines) if not name.startswith("# ")}
 
 
 def read_packed(packed, rows, name, season):
-    return open_season(packed / f"season{season}.npy")[rows[name]]
-
-
-@functools.lru_cache                            # once per process: pickling would copy the file
-def open_season(path):
-    """Opens a season file as an array with a row of S^2 91/12 bytes per sample.  It stays open."""
-    with reading(path, "a packed season"):
-        a = np.load(path, mmap_mode="r")
-        side = (a.shape[1] * 12 / 91) ** 0.5
-    need(a.dtype == np.uint8 and side > 0 and side % 6 == 0, f"{path} holds {a.dtype} {a.shape}; "
-         f"expected rows of bytes.  Delete {path.parent} and prepare it again")
-    return a
+    """Reads a row of S^2 91/12 bytes.  The file is opened anew, because a map that is kept would be
+    copied whole into each worker."""
+    return np.load(packed / f"season{season}.npy", mmap_mode="r")[rows[name]]
 
 
 def find_locations(root):
@@ -504,7 +484,7 @@ def find_locations(root):
     a list of the others.  97 of the 251,079 numbers have no folder; some names are shorter."""
     need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
          f"{root} holds SSL4EO-S12 v1.1, which has other values.  Download v1.0; {TREE}")
-    s1, s2 = (set(list_folders(root / name, r"\d{6,7}")) for name in ("s1", "s2c"))
+    s1, s2 = set(list_folders(root / "s1")), set(list_folders(root / "s2c"))
     return {name: name for name in sorted(s1 & s2)}, sorted(s1 ^ s2)
 
 
@@ -512,7 +492,7 @@ def read_season(root, name, season):
     """Reads a season of SSL4EO-S12, 0 to 3 by date, from the raw tree.  Returns a row of bytes."""
     bands = {}
     for folder, names in (("s1", S1), ("s2c", S2)):
-        where = Path(root) / folder / name
+        where = root / folder / name
         # by date, because the names of S1 begin with the satellite
         dates = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
         need(len(dates) == 4, f"{where} holds {len(dates)} seasons, expected 4.  Download them")
@@ -555,22 +535,11 @@ DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airpor
              "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats")
 
 
-def list_patches(root, split_file, partner):
-    """Reads a split's list of BigEarthNet-MM.  Returns {S2 name: S1 name}, without the patches in
-    the lists of snow and of clouds.
-
-    partner    returns {S2 name: S1 name}; it is called for a list that has only S2 names"""
-    lines = [re.split(r"\s*,\s*", line) for line in read_lines(split_file)]
-    columns = set(map(len, lines))
-    need(len({line[0] for line in lines}) == len(lines) and columns in ({1}, {2}),
-         f"{split_file}: expected `S2 name,S1 name` in all lines, or only an S2 name in all lines, "
-         f"and each name once")
-    pairs = dict(lines) if columns == {2} else {s2: partner().get(s2, "?") for s2, in lines}
-    for name in ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv"):
-        if (root / name).is_file():
-            for s2 in read_lines(root / name):
-                pairs.pop(s2, None)
-    return pairs
+def list_patches(split_file, partner):
+    """Reads a split's list of BigEarthNet-MM, whose lines are `S2 name,S1 name` or only an S2 name.
+    Returns {S2 name: S1 name}.  The official lists have no patches with snow or clouds."""
+    names = [line.split(",")[0].strip() for line in read_lines(split_file)]
+    return {name: partner().get(name, "?") for name in names}
 
 
 def find_partners(folder):
@@ -593,12 +562,12 @@ def read_patch(folders, pair):
             bands[band] = read_band(folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
     bands["B10"] = np.zeros_like(bands["B1"])   # encoders of SSL4EO-S12 expect 13 bands
     path = folders[1] / s2 / f"{s2}_labels_metadata.json"
-    names, target = read_json(path, "labels").get("labels"), np.zeros(len(CLASSES19), np.uint8)
-    need(isinstance(names, list), f"{path} has the labels {names}; expected a list of classes")
-    for name in names:
-        need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
-        if name in CLASSES43:
-            target[CLASSES43[name]] = 1
+    target = np.zeros(len(CLASSES19), np.uint8)
+    with reading(path, "labels"):
+        for name in read_json(path, "labels")["labels"]:
+            need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
+            if name in CLASSES43:
+                target[CLASSES43[name]] = 1
     return [pack_bands(bands, s2, BIGEARTHNET_S1), target]
 
 
@@ -613,30 +582,22 @@ class Folders:
     unpaired   the names that lack a file
     inputs     two rows of MODALITIES, which say how `read_input` and `encode` treat the images
     canvases   per modality (H, W) to which its images are resized, or None
-    sizes      per modality (H, W) that its images must have, or None
     classes    the largest class that a mask may hold; None: there are no masks
     notes      lines to print: what the images were taken for"""
 
-    def __init__(self, files, ids, unpaired, inputs, canvases=(None, None), sizes=(None, None),
-                 classes=None, depth_unit=1000.0, notes=()):
+    def __init__(self, files, ids, unpaired, inputs, canvases=(None, None), classes=None,
+                 depth_unit=1000.0, notes=()):
         self.files, self.ids, self.unpaired, self.inputs = files, ids, unpaired, inputs
-        self.canvases, self.sizes, self.classes = canvases, sizes, classes
-        self.depth_unit, self.notes = depth_unit, list(notes)
-        self.modalities = tuple(row["name"] for row in inputs)
+        self.canvases, self.classes, self.depth_unit = canvases, classes, depth_unit
+        self.notes, self.modalities = notes, tuple(row["name"] for row in inputs)
 
     def __len__(self):
         return len(self.ids)
 
     def read_raw(self, i):
         """Reads both images in the units of their files: CxHxW, NaN where a value is missing."""
-        name, raw = self.ids[i], []
-        for files, row, size in zip(self.files, self.inputs, self.sizes):
-            a = read_input(files[name], row)
-            need(size in (None, a.shape[1:]), f"{files[name]} has {a.shape[1:]} pixels, the first "
-                 f"image of its folder {size}.  Cut all into tiles of one size: `python data.py "
-                 f"prepare --scenario custom --data1 ... --data2 ... --size 64 --out tiles`")
-            raw.append(a)
-        return raw
+        name = self.ids[i]
+        return [read_input(files[name], row) for files, row in zip(self.files, self.inputs)]
 
     def __getitem__(self, i):
         raw = self.read_raw(i)
@@ -662,28 +623,23 @@ def read_input(path, row):
     a, name = read_image(path), row["name"]
     C, stored = len(a), stored_type(path, a)
     if name in COLOUR_KINDS:
-        need(stored == np.uint8 and C in (1, 3), f"{path} has {C} channels of {stored}; {name} "
-             f"works only with 8 bits and 3 channels, or 1 that is grey.  Scale the values to "
-             f"0..255, or use --scenario custom with another --as")
-        a = a if C == 3 else np.repeat(a, 3, 0)
+        fits, expected = stored == np.uint8 and C in (1, 3), "3 of uint8, or 1 that is grey"
     elif name == "depth":
-        need(stored.kind in "ui" and stored.itemsize > 1 and C == 1, f"{path} has {C} channels of "
-             f"{stored}; depth works only with one channel of 16 bits, --depth-unit steps a metre")
+        fits = stored.kind in "ui" and stored.itemsize > 1 and C == 1
+        expected = "1 of uint16, --depth-unit steps per metre"
+    elif name == "dem":
+        fits, expected = C == 1, "1, heights in metres"
+    else:
+        fits = C == len(row["bands"]) and row.get("dtype", str(stored)) == str(stored)
+        expected = f"{len(row['bands'])} of {row.get('dtype', 'any type')}, like the other images"
+    need(fits, f"{path} has {C} channels of {stored}; {name} expects {expected}.  Are --data1 and "
+         f"--data2 swapped, or is another --as right?")
+    if name in COLOUR_KINDS and C == 1:
+        a = np.repeat(a, 3, 0)
+    elif name == "depth":
         a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
     elif name == "dem":                         # nothing on Earth is below -500 m or above 9000 m
-        need(C == 1, f"{path} has {C} channels; dem works only with one, heights in metres")
-        a = a.astype(np.result_type(a, np.float32), copy=False)
-        a = np.where((a > -500) & (a < 9000), a, a.dtype.type(np.nan))
-    else:
-        bands = row["bands"]
-        need(C == len(bands), f"{path} has {C} channels; {name} works only with {len(bands)} here: "
-             f"{', '.join(bands)}.  Are --data1 and --data2 swapped?")
-    if "dtype" in row:
-        need(str(stored) == row["dtype"], f"{path} holds {stored}; expected {row['dtype']}, like "
-             f"the other images of this folder or like those the checkpoint was trained on.  Are "
-             f"--data1 and --data2 swapped?")
-        need(np.abs(a[np.isfinite(a)].astype(float)).max(initial=0) < 1e30,
-             f"{path} holds values beyond 1e30; expected NaN where there is no value")
+        a = np.where((a > -500) & (a < 9000), a, np.array([np.nan], np.float32))
     need(a.dtype.kind != "f" or np.isfinite(a).any(),
          f"{path} has not one valid value for {name}.  Take the sample out")
     return a
@@ -702,57 +658,49 @@ def encode(a, row, canvas, depth_unit):
     """Turns what `read_input` read into a tensor CxHxW, uint8 or float32 in [0, 1].
     A missing value becomes the mean of the normaliser, which is 0 once it is normalised."""
     name = row["name"]
-    if name == "depth":
-        a = encode_depth(a[0], canvas, depth_unit)[None]
-    elif name == "dem":
+    if name == "dem":
         return torch.from_numpy(stretch(a)).expand(3, -1, -1)
-    elif name == "sar":
-        a = np.stack([to_8bit(band, x, SSL4EO_S1) for band, x in zip(S1, a)])
-    elif name == "ms":
-        a = np.stack([to_8bit(band, x, {}) for band, x in zip(row["bands"], a)])
-    else:
-        if row.get("raw_mean"):
-            mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
-            a = np.where(np.isfinite(a), (a - mean) / (6 * std) + 0.5, 0.5)
-            a = a.clip(0, 1).astype(np.float32)
-        elif a.dtype != np.uint8:               # 8 bits, with a no-data tag
-            a = np.where(np.isfinite(a), a / 255, np.array(row["mean"])[:, None, None])
-            a = a.astype(np.float32)
-        if canvas:
-            a = resize_array(a, canvas)
+    if name in ("sar", "ms"):
+        a = np.stack([to_8bit(band, x, SSL4EO_S1) for band, x in zip(row["bands"], a)])
+        return torch.from_numpy(a)
+    if name == "depth":
+        a = a / depth_unit                      # metres
+    elif row.get("raw_mean"):
+        mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
+        a = (a - mean) / (6 * std) + 0.5
+    elif a.dtype != np.uint8:                   # 8 bits, with a no-data tag
+        a = a / 255
+    if canvas:
+        a = resize_array(a, canvas)
+    if name == "depth":
+        a = a / MAX_DEPTH
+    if a.dtype != np.uint8:
+        a = np.where(np.isfinite(a), a, np.array(row["mean"])[:, None, None])
+        a = a.clip(0, 1).astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(a))
 
 
 def resize_array(a, size):
     """Resizes CxHxW with Pillow: 8 bits and floats bilinear, antialiased; other integers to the
-    nearest pixel, because a value such as 0 may stand for no reading."""
-    kind, how = np.float32, Image.Resampling.BILINEAR
-    if a.dtype == np.uint8 and len(a) == 3:     # faster than one channel at a time
-        image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))
-        return np.moveaxis(np.array(image.resize(size[::-1], how)), -1, 0)
-    if a.dtype == np.uint8:
-        kind = np.uint8
-    elif a.dtype.kind in "iu":
-        kind, how = np.int32, Image.Resampling.NEAREST
-    resized = [Image.fromarray(x.astype(kind)).resize(size[::-1], how) for x in a]
-    return np.stack([np.array(image) for image in resized]).astype(a.dtype, copy=False)
+    nearest pixel, because a value such as 0 may stand for no reading.
+
+    Floats may be NaN where values are missing: the mean of the valid ones counts, so that holes do
+    not bleed."""
+    if a.dtype.kind == "f":
+        valid = np.isfinite(a)
+        weight = resize_channels(valid, size, np.float32, Image.Resampling.BILINEAR)
+        a = resize_channels(np.where(valid, a, 0), size, np.float32, Image.Resampling.BILINEAR)
+        return np.where(weight > 0, a / np.maximum(weight, 1e-6), np.nan)
+    if a.dtype != np.uint8:
+        return resize_channels(a, size, np.int32, Image.Resampling.NEAREST).astype(a.dtype)
+    if len(a) != 3:
+        return resize_channels(a, size, np.uint8, Image.Resampling.BILINEAR)
+    image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))  # faster as one image
+    return np.moveaxis(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR)), -1, 0)
 
 
-def encode_depth(steps, canvas, depth_unit):
-    """Turns depth in steps, HxW with NaN in holes, into metres / MAX_DEPTH in [0, 1]."""
-    z = steps[None] / depth_unit
-    if canvas:
-        z = resize_valid(z, canvas)
-    z = np.where(np.isfinite(z), z / MAX_DEPTH, MODALITIES["depth"]["mean"])
-    return z[0].clip(0, 1).astype(np.float32)
-
-
-def resize_valid(a, size):
-    """Resizes floats CxHxW with NaN where values are missing: the mean of the valid ones counts,
-    so that holes do not bleed."""
-    weight = resize_array(np.isfinite(a).astype(np.float32), size)
-    values = resize_array(np.where(np.isfinite(a), a, 0).astype(np.float32), size)
-    return np.where(weight > 0, values / np.maximum(weight, 1e-6), np.nan)
+def resize_channels(a, size, kind, how):
+    return np.stack([Image.fromarray(x.astype(kind)).resize(size[::-1], how) for x in a])
 
 
 def stretch(dem):
@@ -764,62 +712,31 @@ def stretch(dem):
     return np.where(valid, x, x[valid].mean()).astype(np.float32)
 
 
-def open_geonrw(root, split="all", classes=None, strict=True):
+def open_geonrw(root, names, classes, strict):
     """Opens GeoNRW as `prepare` cut it: patches of 250x250 pixels, 16 of each tile.
     Paper: 6,942 training scenes.  Here: the 40 training cities of the data set's makers, because
     the paper does not list its scenes."""
     cropped = root / "cropped" if (root / "cropped").is_dir() else root
-    need((cropped / "rgb").is_dir(), f"no {root}/cropped.  Run `python data.py prepare --scenario "
-         f"rgb-dem --data {root}` first; {TREE}")
-    parts = ("rgb", "dem", "seg") if classes else ("rgb", "dem")
-    inputs = MODALITIES["aerial"], MODALITIES["dem"]
-    found = find_triples([cropped / part for part in parts], cropped, split, strict)
-    return Folders(*found, inputs, classes=classes)
+    where = [cropped / "rgb", cropped / "dem", cropped / "seg"]
+    found = find_samples(where if classes else where[:2], names and cropped / names, strict)
+    return Folders(*found, (MODALITIES["aerial"], MODALITIES["dem"]), classes=classes)
 
 
-def open_rgbd(root, size, split="all", depth_unit=1000.0, classes=None, strict=True):
+def open_rgbd(root, names, size, depth_unit, classes, strict):
     """Opens RGB-depth frames: RGB/, HHA/ or, if there is none, Depth/; and Label/ for a task.
 
     Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
     224).  All sensors lie within 4 % of its shape 4:3, and half of its area is more than S x S
     pixels.  The paper pretrains on all 10,335 frames of SUN RGB-D."""
-    second = "Depth" if (root / "Depth").is_dir() and not (root / "HHA").is_dir() else "HHA"
-    raw = any((root / name).is_dir() for name in ("SUNRGBD", "kv1", "kv2", "realsense", "xtion"))
-    need((root / "RGB").is_dir() or not raw, f"{root} holds the tree of SUN RGB-D, but not yet "
-         f"RGB/ and HHA/.  Run `python data.py prepare --scenario rgbd --data {root}` first")
-    for folder in ("RGB", second):
-        need((root / folder).is_dir(), f"no {root / folder}; looked for RGB/, and for HHA/ or "
-             f"Depth/; {list_contents(root)}.  Rename or link the folders; {TREE}")
-    where = [root / "RGB", root / second]
-    if classes:
-        where.append(root / ("Label" if (root / "Label").is_dir() else "labels"))
-    inputs = MODALITIES["rgb"], MODALITIES[second.lower()]
-    found = find_triples(where, root, split, strict)
-    canvas = size * 3 // 2, size * 2
-    return Folders(*found, inputs, (canvas, canvas), classes=classes, depth_unit=depth_unit)
+    plain = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
+    second = "Depth" if plain else "HHA"
+    where = [root / "RGB", root / second, root / "Label"]
+    found = find_samples(where if classes else where[:2], names and root / names, strict)
+    inputs, canvas = (MODALITIES["rgb"], MODALITIES[second.lower()]), (size * 3 // 2, size * 2)
+    return Folders(*found, inputs, (canvas, canvas), classes, depth_unit)
 
 
-def find_triples(where, lists, split, strict):
-    """Finds the images of two folders, and the masks of a third if there is one.  Returns their
-    {name: path}, the names in the split, and the names that lack a file."""
-    files = [find_images(folder, IMAGES) for folder in where]
-    ids, unpaired = pair_names(*files[:2], where[:2], strict and split == "all")
-    if split != "all":
-        ids = read_list(lists / f"{split}.txt", dict.fromkeys(ids))
-    if len(where) == 3:
-        missing = [name for name in ids if name not in files[2]]
-        need(not (strict and missing), f"{len(missing)} images have no mask in {where[2]}, such as "
-             f"{missing[:1]}.  Add the masks, or remove the images; `data.py check` lists all")
-        ids, unpaired = [name for name in ids if name in files[2]], unpaired + missing
-    return files, ids, unpaired
-
-
-AS = (*MODALITIES, "photo", "overhead")         # what --as1 and --as2 may declare
-SEEN = dict(photo="a camera's, one side is up", overhead="from above, flipped both ways",
-            aerial="colours from above, flipped both ways")
-
-
-def open_own_pairs(where, names, inputs, declared, size, depth_unit, strict, reduce):
+def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
     """Opens one's own pairs: two folders, or two patterns with stars.
 
     names      the file of a list, or None for all pairs
@@ -827,101 +744,87 @@ def open_own_pairs(where, names, inputs, declared, size, depth_unit, strict, red
     what its first image looks like."""
     where = [os.path.normpath(path) for path in where]
     stars = [max(1, pattern.count("*")) for pattern in where]
-    need(where[0] != where[1] and stars[0] == stars[1], f"{where[0]} and {where[1]}: expected two "
-         f"different folders, or two patterns with as many stars, which stand for equal names")
-    files = [find_images(pattern, IMAGES) for pattern in where]
-    ids, unpaired = pair_names(*files, where, strict and not names)
-    if names:
-        ids = read_list(Path(names), dict.fromkeys(ids))
-    rows, notes, sizes, canvases = [], [], [], []
+    need(where[0] != where[1] and stars[0] == stars[1], f"{where[0]} and {where[1]}: give two "
+         f"folders, or two patterns with as many stars, which stand for equal names")
+    files, ids, unpaired = find_samples(where, names, strict)
+    rows, notes, canvases = [], [], []
     for m, (pattern, side) in enumerate(zip(where, files)):
         paths, given = [side[name] for name in ids], declared[m]
-        first, a = read_first(paths, strict)
-        if not given and not inputs:
-            given = "aerial" if len(a) == 3 and stored_type(first, a) == np.uint8 else "overhead"
-            notes.append(f"{pattern}: {len(a)} channels of {stored_type(first, a)}, taken for "
-                         f"{given} ({SEEN[given]}).  Give --as{m + 1} if the images are "
-                         f"{', '.join(kind for kind in AS if kind != given)}")
+        first, a = read_first(paths)
         if inputs:
             need(given in (None, inputs[m]["name"]), f"--as{m + 1} {given}: the checkpoint was "
                  f"trained on {inputs[m]['name']}.  Leave --as{m + 1} out")
             rows.append(inputs[m])
-        elif given in MODALITIES:
-            rows.append(MODALITIES[given] if given != "ms" else make_ms_row(len(a)))
         else:
-            rows.append(measure_inputs(given, first, a, paths, strict))
+            rows.append(describe_own(given, first, a, paths))
+        if not inputs and not given:
+            notes.append(f"{pattern}: {len(a)} channels of {stored_type(first, a)}, taken for "
+                         f"{rows[m]['name']}.  --as{m + 1} declares another of {', '.join(AS)}")
         H, W = a.shape[1:]
-        sizes.append((H, W))
         # as `rgbd` does; not from above, where crops are as small as a fifth of the area
         large = reduce and rows[m]["name"] in CAMERAS and min(H, W) > 2 * size
-        side = size * 3 // 2 / min(H, W)
-        canvases.append((round(side * H), round(side * W)) if large else None)
-    return Folders(files, ids, unpaired, rows, canvases, sizes, None, depth_unit, notes)
+        scale = size * 3 // 2 / min(H, W)
+        canvases.append((round(scale * H), round(scale * W)) if large else None)
+    return Folders(files, ids, unpaired, rows, canvases, None, depth_unit, notes)
 
 
-def read_first(paths, strict):
+AS = (*MODALITIES, "photo", "overhead")         # what --as1 and --as2 may declare
+
+
+def read_first(paths):
     """Reads the first image that can be read, because it says what its folder holds.  Returns its
     path and the image."""
-    reason = "there is none"
     for path in paths:
-        try:
+        with contextlib.suppress(BadInput):     # reading the sample, or `check`, will tell it
             return path, read_image(path)
-        except BadInput as error:
-            if strict:
-                raise
-            reason = error                      # `check` will list it
-    raise BadInput(f"none of {len(paths)} images can be read; the last: {reason}")
+    return paths[0], read_image(paths[0])       # raises BadInput
 
 
-def make_ms_row(C):
-    """Makes the row of MODALITIES for C bands of reflectance x 10000."""
-    if C == len(S2):
-        return MODALITIES["ms"]
-    bands = [f"band {c + 1}" for c in range(C)]
-    return MODALITIES["ms"] | dict(bands=bands, mean=(0.0,) * C, std=(1.0,) * C)
+def describe_own(kind, first, a, paths):
+    """Makes the row of MODALITIES for one's own images.  kind: what they are declared as, or None;
+    first, a: the path of an image, and the image."""
+    C, stored = len(a), stored_type(first, a)
+    if kind is None:
+        kind = "aerial" if C == 3 and stored == np.uint8 else "overhead"
+    if kind == "ms" and C != len(S2):
+        bands = [f"band {c + 1}" for c in range(C)]
+        return MODALITIES["ms"] | dict(bands=bands, mean=(0.0,) * C, std=(1.0,) * C)
+    if kind in MODALITIES:
+        return MODALITIES[kind]
+    bands = [f"channel {c + 1}" for c in range(C)]
+    return measure_inputs(dict(name=kind, bands=bands, dtype=str(stored)), paths)
 
 
-def measure_inputs(name, first, a, paths, strict, most=200):
-    """Makes the row of MODALITIES for one's own images, from at most 200 of them.
+def measure_inputs(row, paths, most=200):
+    """Completes the row of MODALITIES for images without a normaliser, from at most 200 of them.
 
     mean, std          of x in [0, 1], per channel
     raw_mean, raw_std  in the units of the files; None for 8 bits, where x is the value / 255"""
-    row = dict(name=name, bands=[f"channel {c + 1}" for c in range(len(a))],
-               dtype=str(stored_type(first, a)))
-    # squares: of the deviations from the mean; sums of x^2 would lose small spreads (1.6e9 +- 1000)
-    n, mean, squares = (np.zeros(len(a)) for _ in range(3))
-    low, high = np.full(len(a), np.inf), np.full(len(a), -np.inf)
+    numbers, C = [], len(row["bands"])
     for path in show_progress(spread_evenly(paths, most), "measuring"):
-        try:
-            values = read_input(path, row).reshape(len(a), -1).astype(float)
-        except BadInput:
-            if strict:
-                raise
-            continue                            # `check` will list it
-        for c, x in enumerate(values):
-            x = x[np.isfinite(x)]
-            if x.size:                          # the update of Chan, Golub and LeVeque (1979)
-                shift, both = x.mean() - mean[c], n[c] + x.size
-                squares[c] += ((x - x.mean()) ** 2).sum() + shift ** 2 * n[c] * x.size / both
-                mean[c] += shift * x.size / both
-                n[c], low[c], high[c] = both, min(low[c], x.min()), max(high[c], x.max())
-    std = np.sqrt(squares / np.maximum(n, 1))
-    std[low >= high] = 1                        # a constant channel, or one without a value
+        with contextlib.suppress(BadInput):     # reading the sample, or `check`, will tell it
+            x = np.ma.masked_invalid(read_input(path, row).reshape(C, -1).astype(float))
+            numbers.append([x.count(1), x.mean(1).filled(0), x.var(1).filled(0)])
+    need(numbers, f"not one valid value in {len(paths)} images such as {paths[0]}")
+    n, means, variances = np.array(numbers).swapaxes(0, 1)              # images x C each
+    total = np.maximum(n.sum(0), 1)
+    mean = (n * means).sum(0) / total
+    std = np.sqrt((n * (variances + (means - mean) ** 2)).sum(0) / total)
+    std[std <= 1e-12 * np.abs(mean)] = 1        # a constant channel, or one without a value
     if row["dtype"] == "uint8":
         return row | dict(range="0 to 255", mean=(mean / 255).tolist(), std=(std / 255).tolist(),
                           raw_mean=None, raw_std=None)
     return row | dict(range="the channel's mean -+ 3 standard deviations, clipped",
-                      mean=[0.5] * len(mean), std=[1 / 6] * len(mean),
-                      raw_mean=mean.tolist(), raw_std=std.tolist())
+                      mean=[0.5] * C, std=[1 / 6] * C, raw_mean=mean.tolist(), raw_std=std.tolist())
 
 
 # ---- files of depth and of cameras ----
 
 def read_metres(path, depth_unit):
     """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
-    steps = np.array(open_image(path))
-    need(steps.ndim == 2 and steps.dtype.kind in "ui" and steps.dtype.itemsize > 1,
-         f"{path} is {steps.dtype} {steps.shape}; expected depth as one 16-bit channel")
+    steps, = read_band(path)
+    need(steps.dtype.kind in "ui" and steps.dtype.itemsize > 1, f"{path} is {steps.dtype}; "
+         f"expected depth of 16 bits")
     if depth_unit is None:
         return sunrgbd_depth(steps)
     return np.where(steps < 65535, steps / depth_unit, 0)
@@ -942,7 +845,6 @@ def sunrgbd_depth(raw):
 def read_intrinsics(path):
     """3x3 camera matrix from nine numbers, on three lines or on one."""
     form = "the nine numbers fx 0 cx  0 fy cy  0 0 1 of a camera, in pixels"
-    need(os.path.isfile(path), f"no {path}; write it by hand: {form}")
     with reading(path, form):
         K = np.array(Path(path).read_text("utf-8-sig").split(), float).reshape(3, 3)
     need(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0,
@@ -1044,65 +946,62 @@ def find_gravity(N):
 
 # ---- files by their names ----
 
-def find_images(where, suffixes=PICTURE_SUFFIXES):
+def find_images(where, suffixes=IMAGES):
     """Finds the images of a folder, or of a pattern with stars.  Returns {name: path}, sorted.
 
-    The name of an image in a folder is its stem.  The name of an image of a pattern is what the
-    stars stand for, joined by _.  Hidden files are left out."""
+    The name of an image is what the stars stand for, joined by _.  A folder is the pattern
+    folder/*, and a star at the end does not stand for a suffix.  Hidden files are left out."""
     files, where = {}, Path(where).as_posix()
-    folder, parts = where, [f"{where}/", ""]
-    if "*" in where and not os.path.isdir(where):
-        parts = where.split("*")
-        folder = os.path.dirname(parts[0]) or "."
-    need(os.path.isdir(folder), f"no folder {folder}, where images were looked for; "
-         f"{list_contents(folder)}; {TREE}")
+    parts = where.split("*")
+    if len(parts) == 1 or os.path.isdir(where):
+        parts = [f"{where}/", ""]
     form = re.compile("([^/]*)".join(map(re.escape, parts)), re.DOTALL)
     for path in sorted(glob.glob("*".join(map(glob.escape, parts)))):
-        if os.path.splitext(path)[1].lower() not in suffixes:
+        stem, suffix = os.path.splitext(path.replace(os.sep, "/"))
+        if suffix.lower() not in suffixes:
             continue
-        name = "_".join(form.fullmatch(path.replace(os.sep, "/")).groups())
+        name = "_".join(form.fullmatch(stem if not parts[-1] else stem + suffix).groups())
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
-        if folder == where:
-            name = os.path.splitext(name)[0]
-        need(name not in files, f"{path} and {files.get(name)} have the same name {name!r}; remove "
-             f"one of the two files")
+        need(name not in files, f"{path} and {files.get(name)} have the same name; remove one")
         files[name] = path
-    need(files, f"no image under {where}, where {', '.join(suffixes)} were looked for; "
-         f"{list_contents(folder)}; {TREE}")
+    need(files, f"no image under {where} ({', '.join(suffixes)}); {list_contents(where)}.  Run "
+         f"`data.py prepare` if it makes this folder; {TREE}")
     return dict(sorted(files.items()))
 
 
-def list_contents(path, most=4):
+def list_contents(path):
     """Says what is in a folder; if the folder does not exist, what is in the nearest one above."""
-    folder = Path(path)
-    while not folder.is_dir() and folder != folder.parent:
+    folder = Path(path).absolute()
+    while not folder.is_dir():
         folder = folder.parent
-    names = sorted(os.listdir(folder))
-    if not names:
-        return f"{folder} is empty"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{folder} has {', '.join(names[:most])}{more}"
+    return f"{folder} has {', '.join(sorted(os.listdir(folder))[:4]) or 'nothing'}"
 
 
-def pair_names(files1, files2, where, strict):
-    """Returns the names that are in both of two {name: path}, and the names that are in only one.
+def find_samples(where, names=None, strict=True):
+    """Finds images with equal names in two folders or patterns, and in a third one of masks.
 
-    Refuses names that are in only one if strict is true, or if no name is in both."""
-    both, unpaired = sorted(files1.keys() & files2.keys()), sorted(files1.keys() ^ files2.keys())
-    if unpaired and (strict or not both):
-        first = [name for name in unpaired if name in files1][:2]
-        second = [name for name in unpaired if name in files2][:2]
-        raise BadInput(f"{len(unpaired)} images have no partner: under {where[0]} {first}, under "
-                       f"{where[1]} {second}; {len(both)} names are in both.  The two images of a "
-                       f"pair need equal names: rename or remove the others.  If the names differ "
-                       f"by a fixed part, give patterns, such as --data1 'chips/*_A.tif' --data2 "
-                       f"'chips/*_B.tif'; the stars stand for the equal part")
-    return both, unpaired
+    names      the file of a list: only the names in it count
+    strict     refuse names that lack a file; names that all lack one are refused in any case
+    Returns {name: path} for each of `where`, the names that have all files, and the others."""
+    files = [find_images(folder) for folder in where]
+    found = sorted(set().union(*files))
+    if names:
+        found = read_list(names, dict.fromkeys(found))
+    whole = set.intersection(*map(set, files))
+    ids = [name for name in found if name in whole]
+    unpaired = [name for name in found if name not in whole]
+    if unpaired and (strict or not ids):
+        have = ""
+        for folder, side in zip(where, files):
+            have += f"  {folder} has {[name for name in unpaired if name in side][:2]}."
+        raise BadInput(f"{len(unpaired)} names are not in all folders, {len(ids)} are.{have}  Give "
+                       f"the images of a sample equal names, or remove those without a partner.  "
+                       f"If the names differ by a fixed part, give patterns, whose stars stand for "
+                       f"the equal part: --data1 'chips/*_A.tif' --data2 'chips/*_B.tif'")
+    return files, ids, unpaired
 
 
 # ---- readers ----
-
-TIFF_SUFFIXES = (".tif", ".tiff")
 IMAGE_TIFFS = ("MINISBLACK", "RGB", "YCBCR")    # photometric kinds
 INDEX_TIFFS = ("MINISBLACK", "PALETTE")
 
@@ -1115,10 +1014,10 @@ def reading(path, kind, remedy="copy or download it again, or take it out"):
     except BadInput:
         raise
     except Exception as error:                  # a damaged file raises nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, FileNotFoundError):
             remedy = f"give a file that exists: {list_contents(path)}"
-        if "imagecodecs" in str(error):         # LZW of several bands, zstd, JPEG, predictor 3
+        if "imagecodecs" in reason:             # LZW, zstd, JPEG, predictor 3
             remedy = "pip install imagecodecs, or save it without compression"
         raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
 
@@ -1139,47 +1038,41 @@ def read_image(path, indices=False):
 
     indices: True for masks; an image with a palette then gives its indices, not its colours."""
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in TIFF_SUFFIXES:
+    if suffix in (".tif", ".tiff"):
         a = read_tiff(path, INDEX_TIFFS if indices else IMAGE_TIFFS)
     elif suffix == ".npy":
-        with reading(path, "a numpy array"):
-            a = np.load(path, allow_pickle=False)
+        with reading(path, "a numpy array"), open(path, "rb") as file:
+            a = np.lib.format.read_array(file, allow_pickle=False)
     else:
         image = open_image(path)
-        need(image.format == "PNG" or not indices, f"{path} is a {image.format} image; a mask is a "
-             f"PNG, a TIFF or an npy file, because JPEG changes the indices where two classes "
-             f"meet: make the mask again from its source")
-        mode = PILLOW_MODES.get(image.mode, image.mode)
-        if mode != image.mode and not indices:
-            # Pillow takes GeoNRW's fourth band, near infrared, for alpha, which is only dropped
-            image = image.convert(mode)
+        need(image.format == "PNG" or not indices, f"{path} is a {image.format} image, which has "
+             f"other indices where two classes meet; make the mask again as PNG, TIFF or npy")
+        if image.mode in ("RGBA", "P", "CMYK", "YCbCr") and not indices:
+            image = image.convert("RGB")        # Pillow takes GeoNRW's near infrared for alpha
+        if image.mode == "LA":
+            image = image.convert("L")
         a = np.array(image)
-    types = "uifb" if indices else "uif"
-    is_image = isinstance(a, np.ndarray) and a.dtype.kind in types and a.ndim in (2, 3) and a.size
-    need(is_image, f"{path} holds {getattr(a, 'dtype', type(a).__name__)} of the shape "
-         f"{np.shape(a)}; expected real numbers of the shape HxW, HxWxC or CxHxW")
-    if suffix not in TIFF_SUFFIXES and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
+    need(a.dtype.kind in "uifb" and a.ndim in (2, 3) and a.size, f"{path} holds {a.dtype} of the "
+         f"shape {a.shape}; expected real numbers of the shape HxW, HxWxC or CxHxW")
+    if suffix not in (".tif", ".tiff") and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
         a = a.transpose(2, 0, 1)                # HxWxC; a TIFF says which axes it has
     return a.reshape(-1, *a.shape[-2:])
 
 
 def read_tiff(path, kinds):
-    """Reads a TIFF of one of these photometric kinds as CxHxW in its own type; skips overviews.
-
-    Pixels with the no-data value of the header become NaN, which makes the array float."""
+    """Reads a TIFF of one of these photometric kinds, HxW or CxHxW, in its own type; skips
+    overviews.  Pixels with the no-data value of the header become NaN, which makes the array
+    float."""
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
         image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
         page, axes, shape = image.keyframe, image.axes, image.shape
         kind = page.photometric.name
         need(not others and kind in kinds, f"{path} holds {1 + len(others)} of the kind {kind}; "
              f"expected one image of the kind {' or '.join(kinds)}: convert the file")
-        need(len(shape) in (2, 3), f"{path} has the shape {shape}; expected HxW, or one such image "
-             f"for each band: save each time or depth to a file of its own")
         # Written by tifffile.imwrite, HxWxC can look like many bands with few rows.
         need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]),
              f"{path} of the shape {shape} could be HxWxC or CxHxW; save it with its bands first")
-        a = np.moveaxis(decode_tiff(path, image), (axes.index("Y"), axes.index("X")), (-2, -1))
-        a = a.reshape(-1, *a.shape[-2:])
+        a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
         if kind == "RGB" and set(page.extrasamples) & {1, 2}:
             a = a[:3]                           # alpha is dropped, as that of a png
@@ -1190,27 +1083,11 @@ def read_tiff(path, kinds):
         return a
 
 
-def decode_tiff(path, series):
-    """Returns the pixels of a TIFF's series.
-
-    Without imagecodecs, tifffile cannot decode LZW, which is common in maps.  Pillow can, but it
-    reads only one band, or three of 8 bits; where it reads less, the first error stands."""
-    try:
-        return series.asarray()
-    except ValueError as error:
-        if "imagecodecs" not in str(error):
-            raise
-        with contextlib.suppress(OSError):      # Pillow cannot decode it either
-            a = np.array(Image.open(path, formats=["TIFF"]))
-            if a.shape == series.shape:
-                return a.astype(series.dtype)   # Pillow widens 16 bits with a sign to 32
-        raise
-
-
-def read_band(path):
-    """Reads an image of one band as 1xHxW."""
-    a = read_image(path)
-    need(len(a) == 1, f"{path} holds {len(a)} bands; expected one band: a file for each band")
+def read_band(path, indices=False):
+    """Reads an image of one channel as 1xHxW."""
+    a = read_image(path, indices)
+    need(len(a) == 1, f"{path} has {len(a)} channels; expected one: each band in its own file, "
+         f"and in masks the index of a class, without colours")
     return a
 
 
@@ -1218,15 +1095,12 @@ def read_mask(path):
     """Reads a mask as HxW int64, as it is stored: an image with a palette gives its indices.
 
     -1 is no label: the no-data value that the header declares, NaN, and every negative value."""
-    a = read_image(path, indices=True)
-    need(len(a) == 1, f"{path} has {len(a)} channels; expected one channel with the index of a "
-         f"class in each pixel: make the mask again, without colours")
+    a, = read_band(path, indices=True)
     if a.dtype.kind == "f":
         a = np.where(np.isfinite(a), a, -1)
-    with np.errstate(invalid="ignore"):         # beyond 64 bits; refused in the next line
-        mask = a[0].astype(np.int64)
-    need((mask == a[0]).all(), f"{path} holds {a[0][mask != a[0]][:1]}; expected whole numbers, "
-         f"because they are indices of classes: make the mask again from its source")
+    mask = a.astype(np.int64)
+    need((mask == a).all(), f"{path} holds {a[mask != a][:1]}; expected whole numbers, because "
+         f"they are indices of classes: make the mask again from its source")
     return np.maximum(mask, -1)
 
 
@@ -1264,13 +1138,13 @@ def find_mask_warnings(counts):
     Both blend the indices of two classes into indices between them, a few pixels of each."""
     total = sum(pixels for pixels, _ in counts.values())
     mask_size = total / max((masks for _, masks in counts.values()), default=1)
-    handful = max(10, mask_size / 1000)
-    rare = [value for value, (pixels, masks) in counts.items() if pixels / masks < handful]
+    rare = [value for value, (pixels, masks) in counts.items()
+            if pixels / masks < max(10, mask_size / 1000)]
     if len(rare) < 3 or 2 * len(rare) <= len(counts):
         return []
     return [f"{len(rare)} of the {len(counts)} values in the masks, such as {rare[:3]}, occur in a "
-            f"handful of pixels of a mask: the masks were probably resized bilinearly, or saved "
-            f"as JPEG.  Make them again from their source, and resize them by the nearest pixel"]
+            f"handful of pixels of a mask: were the masks resized bilinearly, or saved as JPEG?  "
+            f"Make them again from their source, and resize them by the nearest pixel"]
 
 
 def read_lines(path):
@@ -1287,8 +1161,6 @@ def read_list(path, names):
 
     A line, or its first column, is a name or the path of an image with that name, such as
     `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`."""
-    need(os.path.isfile(path), f"no {path}, a list with one name per line; "
-         f"{list_contents(Path(path).parent)}; write the list, or use --split all")
     lines = {}                                  # by their names
     for line in read_lines(path):
         name = match_name(line, names) or match_name(re.split(r"[\s,]", line)[0], names)
@@ -1306,12 +1178,11 @@ def match_name(text, names):
     return next((name for name in forms if name in names), None)
 
 
-def list_folders(folder, names=".*"):
-    """Returns the names of the folders in a folder that match a pattern, sorted."""
-    need(os.path.isdir(folder), f"no folder {folder}; {list_contents(folder)}; {TREE}; {SCENES}")
+def list_folders(folder):
+    """Returns the names of the folders in a folder, sorted."""
+    need(os.path.isdir(folder), f"no folder {folder}; {list_contents(folder)}; {TREE}")
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries
-                      if re.fullmatch(names, entry.name) and entry.is_dir())
+        return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 # ---- from data sets to batches ----
@@ -1330,23 +1201,20 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
     classes    how many classes the masks may have, if not the task's
     custom:    inputs: the rows that a checkpoint kept; declared: the values of --as1 and --as2;
                reduce: photos much larger than the crop are reduced, as those of rgbd are"""
-    depth_unit = depth_unit or 1000.0
+    depth_unit, names = depth_unit or 1000.0, None
+    if split != "all":
+        names = Path(split) if name == "custom" else f"{split}.txt"
     if name == "custom":
-        names = None if split == "all" else split
-        return open_own_pairs(root, names, inputs, declared, size, depth_unit, strict, reduce)
-    root = Path(root)
-    need(root.is_dir(), f"no folder {root}; {TREE}; give --data; {SCENES}")
-    classes = classes or NUM_CLASSES.get(name)
+        return open_own(root, names, inputs, declared, size, depth_unit, strict, reduce)
+    root, classes = Path(root), classes or NUM_CLASSES.get(name)
+    need(root.is_dir(), f"no folder {root}; {TREE}; give --data, or try --toy")
     if name == "sar-optical":
-        data = open_ssl4eo(root, split, seed, strict)
-    elif name == "bigearthnet":
-        data = open_bigearthnet(root, split)
-    elif name in ("rgb-dem", "geonrw"):
-        data = open_geonrw(root, split, classes, strict)
-    else:
-        data = open_rgbd(root, size, split, depth_unit, classes, strict)
-    need(data.ids or data.unpaired, f"no sample of {name}, split {split}, under {root}; {TREE}")
-    return data
+        return open_ssl4eo(root, names, seed)
+    if name == "bigearthnet":
+        return open_bigearthnet(root, split)
+    if name in ("rgb-dem", "geonrw"):
+        return open_geonrw(root, names, classes, strict)
+    return open_rgbd(root, names, size, depth_unit, classes, strict)
 
 
 class Samples:
@@ -1394,20 +1262,14 @@ def epoch_batches(n, batch_size, seed, epoch):
 def check_mask(path, label, image_size, num_classes):
     """Refuses a mask HxW of another size than its image, or with labels beyond 0 to num_classes.
 
-    0 is no label.  Data sets that begin with class 0 have 255 for no label; if 0 and 255 occur
-    beside each other, 0 is a class, and writing 0 for 255 alone would take that class away."""
+    The remedy keeps class 0 of data sets that begin with it and have 255 for no label: there it
+    would be lost if 0 were written for 255 alone."""
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
     need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
          f"{tuple(image_size)}; make the mask again for this image")
-    remedy = "write 0 for every other value, or take the mask out"
-    if high == 255 and (label == num_classes).any():
-        remedy = "write 0 for 255"
-    elif high == 255 and low == 0:
-        remedy = "classes begin at 0 here: add 1 to the others, then write 0 for 255"
-    elif high == 255:
-        remedy = "write 0 for 255; if classes begin at 0 here, add 1 to the others first"
     need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}; "
-         f"expected 0 (no label) to {num_classes}: {remedy}")
+         f"expected 1 to {num_classes}, and 0 for no label.  If classes begin at 0 here, add 1 to "
+         f"all of them; then write 0 for every value that is no class, such as 255")
 
 
 # ---- what the network sees ----
@@ -1652,10 +1514,20 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         # On a full disk torch.save raises a RuntimeError, whose context is the OSError.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if isinstance(reason, OSError) and reason.errno:
-            raise OSError(reason.errno, reason.strerror, str(path)) from None
+        for reason in (error, error.__context__):
+            if isinstance(reason, OSError):
+                raise OSError(reason.errno, reason.strerror, str(path)) from None
         raise
+
+
+# What the text of a RuntimeError may contain, and what to do about it.
+REMEDIES = {
+    "out of memory|can't allocate memory":
+        "Give a smaller --batch-size, or in pretraining a narrower --projector",
+    "DataLoader worker|shared memory|</?torch_":
+        "Is the memory or /dev/shm full?  Give fewer --workers, or enlarge it (docker --shm-size)",
+    "stack expects each tensor":
+        "`data.py prepare --scenario custom` cuts images of any size into tiles of one size"}
 
 
 def write_text(path, text):
@@ -1688,8 +1560,6 @@ def number(kind, low, high=math.inf):
 
 def expand_path(text):
     """Reads a file, folder or pattern, for argparse's type=; ~ stands for the home folder."""
-    if not text:                                # a variable of the shell that is not set gives this
-        raise argparse.ArgumentTypeError("the name is empty; give a file or folder")
     return os.path.expanduser(text)
 
 
@@ -1750,8 +1620,7 @@ def run_main(main):
         line = describe_error(error)
         if line is None:
             raise
-        if sys.stderr is not None:
-            sys.stderr.write(f"error: {line}\n")
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -1760,21 +1629,13 @@ def describe_error(error):
     text = str(error).strip()
     if "Traceback" in text:                     # of a worker: the last line holds the message
         text = text.splitlines()[-1]
-    if "DataLoader worker" in text:             # the cause names the signal that killed the worker
-        text = f"{text}; {error.__cause__}"
     text = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(text.splitlines()))
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return (f"{text.split(' GPU ')[0]}  Give a smaller --batch-size, or in pretraining a "
-                f"narrower --projector")
-    if re.search("Bus error|shared memory|</?torch_", text):
-        return ("/dev/shm, where workers hand batches to the main process, is full.  Give fewer "
-                "--workers, or enlarge /dev/shm (docker run --shm-size).  Each worker keeps two "
-                "batches there; a batch of 256 pairs of SSL4EO-S12 takes 535 MB")
-    if "DataLoader worker" in text:
-        return "a worker that reads files was killed.  If the memory is full, give fewer --workers"
-    if "stack expects each tensor" in text:
-        return f"the samples of a batch differ in size ({text}).  Remove those of another size"
-    return None if isinstance(error, RuntimeError) else text
+    if not isinstance(error, RuntimeError):
+        return text
+    for pattern, remedy in REMEDIES.items():
+        if re.search(pattern, text):
+            return f"{text}.  {remedy}"
+    return None
 
 
 # ---- made-up scenes: known factors, one in both modalities and one in each alone ----
@@ -1921,12 +1782,11 @@ def write_satellite(root, rngs, scenes, S=48):
     """Writes satellite scenes as SSL4EO-S12's raw tree, and their labels into Label/."""
     for i, rng in enumerate(rngs):
         seasons, label, classes = draw_satellite_scene(rng, S)
-        for day, bands in zip(("0320T101", "0621T102", "0922T103", "1221T104"), seasons):
-            date = f"2020{day}{i % 1000:03d}"
-            s1 = f"s1/{i:07d}/S1{'AB'[i % 2]}_IW_GRDH_1SDV_{date}_{date}_030000_037000_ABCD"
+        for month, bands in zip(("03", "06", "09", "12"), seasons):
             for band, x in bands.items():
-                season = s1 if band in S1 else f"s2c/{i:07d}/{date}_{date}_T32ULC"
-                save_new(root / season / f"{band}.tif", x)
+                sensor = "s1" if band in S1 else "s2c"
+                folder = root / sensor / f"{i:07d}" / f"2020{month}20T101112"
+                save_new(folder / f"{band}.tif", x)
         save_new(root / "Label" / f"{i:07d}.png", label)
         yield f"{i:07d}", classes
 
@@ -1956,7 +1816,7 @@ TOY_WRITERS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_ae
         "rgbd": (write_indoor, 2048, 512)}      # scenes for training and for tests
 
 
-def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
+def make_toy(scenario, root, scenes=None, held_out=None, rank=0):
     """Writes made-up scenes under root, once, as a whole or not at all; of several processes the
     first does, the others wait.  Beside the scenario's layout, packed or cropped, stand train.txt,
     test.txt and factors.csv, with the classes as indices of SHAPES."""
@@ -1965,10 +1825,9 @@ def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
         time.sleep(0.5)
     if root.is_dir():
         return
-    need(not root.exists(), f"{root} is a file; expected a folder, or a name that is free")
     write, *default = TOY_WRITERS[scenario]
     scenes, held_out = scenes or default[0], held_out or default[1]
-    rngs = [np.random.default_rng((seed, i)) for i in range(scenes + held_out)]
+    rngs = [np.random.default_rng((0, i)) for i in range(scenes + held_out)]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}.part-", dir=root.parent) as folder:
         part = Path(folder) / root.name
@@ -1993,8 +1852,7 @@ def read_factors(root):
     with reading(path, "the classes of made-up scenes"):
         for line in read_lines(path)[1:]:
             scene, *classes = line.split(",")
-            factors[scene] = [range(len(SHAPES)).index(int(k)) for k in classes]
-            need(len(classes) == 3, f"{path} has the line {line}; expected id and three numbers")
+            factors[scene] = [int(k) for k in classes]
     return factors
 
 
@@ -2277,7 +2135,7 @@ def prepare_bigearthnet(root, out, args):
         if (out / split).exists():
             print(f"{out / split} exists: it is prepared already")
             continue
-        pairs = list_patches(root, file, partner)
+        pairs = list_patches(file, partner)
         bad = {s2: f"{file.name} lists it, but its S1 or its S2 folder is missing"
                for s2, s1 in pairs.items() if s2 not in s2_names or s1 not in s1_names}
         jobs = {s2: (s2, s1) for s2, s1 in pairs.items() if s2 not in bad}
@@ -2409,14 +2267,12 @@ def prepare_tiles(where, args):
         need(kind in (None, "depth", "dem"), f"--as{m} {kind} changes no tile: prepare --scenario "
              f"custom takes only depth and dem, of which some values are no reading")
     patterns = [*where, args.target] if args.target else list(where)
-    files = [find_images(pattern, IMAGES) for pattern in patterns]
-    scenes, unpaired = pair_names(*files[:2], where, strict=False)
-    missing = [name for name in scenes if name not in files[-1]]
-    bad = dict.fromkeys(unpaired, "no partner") | dict.fromkeys(missing, "no mask in --target")
-    jobs = {name: (name, [side[name] for side in files]) for name in scenes if name not in bad}
+    files, scenes, unpaired = find_samples(patterns, strict=False)
+    bad = dict.fromkeys(unpaired, "lacks an image or its mask")
+    jobs = {name: (name, [side[name] for side in files]) for name in scenes}
     nodata, declared = (args.nodata1, args.nodata2), (args.as1, args.as2)
     settings = [*patterns, args.size, nodata, declared, args.seed, args.test_share]
-    size = sum(read_first([side[name] for name in jobs], False)[1].nbytes for side in files)
+    size = sum(read_first([side[name] for name in jobs])[1].nbytes for side in files)
     with fill_folder(args.out, json.dumps(settings), len(jobs) * size) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
         left_out = work_through(part, jobs, cut, args, bad)
@@ -2467,7 +2323,7 @@ def resize_like(a, kind, size):
         return np.where(resize_array(valid.astype(np.int32), size) > 0, nearest, np.nan)
     if kind == np.uint8 and valid.all():
         return resize_array(a.astype(kind), size)
-    a = resize_valid(a, size)
+    a = resize_array(a, size)
     return np.floor(a + 0.5) if kind == np.uint8 else a
 
 

@@ -1226,8 +1226,8 @@ def test_lists_name_the_frames_of_a_split(tmp_path):
 
 @pytest.mark.parametrize("kind, text, words", [
     ("list", b"", "it "), ("list", b"\xe9\n", "it .*utf-8"), ("list", b"a\\0\n", "the line"),
-    ("list", b"0\n# more\n", "the line '# more'"), ("list", None, "no .*/it.* has other"),
-    ("list", b"0\n1\n0\n", "names 0 twice"), ("camera", None, "write it by hand: the nine"),
+    ("list", b"0\n# more\n", "the line '# more'"), ("list", None, "it .* has other"),
+    ("list", b"0\n1\n0\n", "names 0 twice"), ("camera", None, "it .*the nine .* has other"),
     ("camera", b"1 2 3", "read as the nine"), ("camera", b"inf 0 1 0 1 1 0 0 1", "expected the"),
     ("camera", b"0 0 1 0 1 1 0 0 1", "above 0"), ("camera", b"5 0 nan 0 5 1 0 0 1", "above 0"),
     ("json", b"", "cannot be read as settings"), ("json", b"[1]", "as settings .*holds a list"),
@@ -1402,20 +1402,18 @@ def test_raw_depth_that_lacks_frames_is_refused_by_their_names(tmp_path):
     is_refused("such as 1: .*RawDepth", prepare, f"--scenario rgbd --data {root}")
 
 
-@pytest.mark.parametrize("write, name, command", [
-    (lambda root: write_sunrgbd(root), "rgbd", "--scenario rgbd"),
-    (lambda root: write_geonrw(root), "rgb-dem", "--scenario rgb-dem"),
-    (lambda root: write_bigearthnet(root), "bigearthnet", "--task bigearthnet")])
-def test_a_tree_that_is_not_prepared_is_refused_with_the_command(write, name, command, tmp_path):
+@pytest.mark.parametrize("write, name", [
+    (lambda root: write_sunrgbd(root), "rgbd"), (lambda root: write_geonrw(root), "rgb-dem"),
+    (lambda root: write_bigearthnet(root), "bigearthnet")])
+def test_a_tree_that_is_not_prepared_is_refused_with_the_command(write, name, tmp_path):
     write(tmp_path)
-    is_refused(f"python data.py prepare {command} --data {tmp_path}", open_dataset, name, tmp_path,
-               16, "train")
+    is_refused("data.py prepare", open_dataset, name, tmp_path, 16, "train")
 
 
 def test_folders_in_small_letters_are_refused_with_what_is_there(tmp_path):
     write_frames(tmp_path, 1)
     (tmp_path / "RGB").rename(tmp_path / "rgb")
-    is_refused(f"no {tmp_path}/RGB.* has .*rgb", open_dataset, "rgbd", tmp_path, 16)
+    is_refused(f"{tmp_path}/RGB .* has .*rgb", open_dataset, "rgbd", tmp_path, 16)
 
 
 # ---- Sentinel-1 and Sentinel-2 ----
@@ -1591,17 +1589,14 @@ def test_prepare_says_how_much_disk_it_will_need(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("write, words", [
-    (npy(np.zeros((2, 4368), np.float32)), r"season3.npy holds float32 \(2, 4368\)"),
-    (npy(np.zeros((1, 4368), np.uint8)), "a row for each of the 2 lines"),
-    (npy(np.zeros((2, 4367), np.uint8)), r"season3.npy holds uint8 \(2, 4367\)"),
-    (lambda path: os.truncate(path, 2 * 4368), "season3.npy cannot be read")])
+    (npy(np.zeros((1, 4368), np.uint8)), "season3.npy has 1 rows.*prepare it again"),
+    (lambda path: os.truncate(path, 2 * 4368), "season3.npy cannot be read.*prepare it again")])
 def test_packed_seasons_are_checked_when_they_are_opened(write, words, tmp_path):
     """S = 24: 24^2 x 91 / 12 = 4368 bytes a location."""
     (tmp_path / "ids.txt").write_text("0000001\n0000002\n")
     for season in range(4):
         np.save(tmp_path / f"season{season}.npy", np.zeros((2, 4368), np.uint8))
     assert len(open_dataset("sar-optical", tmp_path, 8)) == 2
-    data.open_season.cache_clear()
     write(tmp_path / "season3.npy")
     is_refused(words, open_dataset, "sar-optical", tmp_path, 8)
 
@@ -1619,7 +1614,8 @@ def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
     shutil.rmtree(band.parent)
     is_refused("s2c/0000000 holds 3 seasons", read)
     shutil.rmtree(root / "s1" / "000001")
-    is_refused("1 locations .*000001", open_dataset, "sar-optical", root, 8)
+    pairs = open_dataset("sar-optical", root, 8)
+    assert pairs.ids == ["0000000", "0000007"] and pairs.unpaired == ["000001"]
 
 
 def test_ssl4eo_v1_1_is_refused(tmp_path):
@@ -1629,7 +1625,7 @@ def test_ssl4eo_v1_1_is_refused(tmp_path):
 
 
 def write_bigearthnet(root):
-    """Three patches of 12 pixels, the last snowy; five-digit times, CRLF lists of 1, 2 columns."""
+    """Three patches of 12 pixels; five-digit times, CRLF lists of 1 and of 2 columns."""
     pairs = [(f"S2B_MSIL2A_20170924T9302{k}_69_{k}",
               f"S1A_IW_GRDH_1SDV_20170925T04325{k}_35VPK_69_{k}") for k in range(3)]
     for k, (s2, s1) in enumerate(pairs):
@@ -1643,15 +1639,13 @@ def write_bigearthnet(root):
         about = json.dumps({"labels": labels, "corresponding_s2_patch": s2})
         for patch in (patch1, patch2):
             (patch / f"{patch.name}_labels_metadata.json").write_text(about)
-    for name, lines in (("train", list(map(",".join, pairs))),
-                        ("bigearthnet-val", [s2 for s2, _ in pairs[::-1]]),
-                        ("patches_with_seasonal_snow", [pairs[2][0]])):
+    for name, lines in (("train", list(map(",".join, pairs[:2]))),
+                        ("bigearthnet-val", [s2 for s2, _ in pairs[::-1]])):
         (root / f"{name}.csv").write_bytes("\r\n".join([*lines, ""]).encode())
     return pairs
 
 
 def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
-    """The snowy patch is left out."""
     pairs = write_bigearthnet(tmp_path)
     prepare(f"--task bigearthnet --data {tmp_path}")
     task = open_dataset("bigearthnet", tmp_path, 8, "train")
@@ -1665,10 +1659,10 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
     assert len(data.CLASSES19) == 19 and len(data.CLASSES43) + len(data.DROPPED43) == 43
 
 
-def test_a_list_of_s2_names_is_completed_from_the_json_of_the_s1_patches(tmp_path):
+def test_s2_names_are_paired_by_the_json_of_the_s1_patches(tmp_path):
     pairs = write_bigearthnet(tmp_path)
     prepare(f"--task bigearthnet --data {tmp_path}")
-    assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == [s2 for s2, _ in pairs[1::-1]]
+    assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == [s2 for s2, _ in pairs[::-1]]
 
 
 def test_patches_without_both_folders_are_bad(tmp_path):
@@ -1682,9 +1676,7 @@ def test_patches_without_both_folders_are_bad(tmp_path):
 
 @pytest.mark.parametrize("file, text, words", [
     ("json", '{"labels": null}', "labels_metadata.json .*None"), ("json", "5", "metadata.json"),
-    ("json", '{"labels": ["Moon"]}', "metadata.json: 'Moon'"),
-    ("csv", "a\nb,c\n", "train.csv"), ("csv", "a,b\na,c\n", "train.csv"),
-    ("csv", "a,b,c\n", "train.csv")])
+    ("json", '{"labels": ["Moon"]}', "metadata.json: 'Moon'"), ("csv", "a,b\n", "train.csv")])
 def test_lists_and_labels_of_bigearthnet_that_are_none_are_refused(file, text, words, tmp_path):
     (s2, s1), *_ = write_bigearthnet(tmp_path)
     (tmp_path / "train.csv").write_text(f"{s2}, {s1}\n")               # a space does no harm
@@ -1740,7 +1732,7 @@ def test_geonrw_is_split_by_city(geonrw):
 def test_a_patch_without_its_mask_is_refused_in_the_task_alone(geonrw):
     (geonrw / "cropped" / "seg" / "aachen_371_5712_0_2.png").unlink()
     assert len(open_dataset("rgb-dem", geonrw, 8, "train")) == 16
-    is_refused("cropped/seg.* .*aachen_371_5712_0_2", open_dataset, "geonrw", geonrw, 8, "train")
+    is_refused(r"aachen_371_5712_0_2.* cropped/seg has \[\]".replace(" c", ".*c"), open_dataset, "geonrw", geonrw, 8, "train")
 
 
 @pytest.mark.parametrize("part, a, words", [
@@ -1798,24 +1790,6 @@ def test_what_a_tiff_declares_as_no_data_is_nan(x, tmp_path):
     assert y.dtype == np.float32 and np.isnan(y[0]).tolist() == [[False, True], [False, False]]
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
-def test_lzw_of_one_band_is_read_also_without_imagecodecs(dtype, tmp_path):
-    x = np.array([[0, 1, 2], [250, 7, 9]], dtype)
-    if dtype == np.int16:                       # Pillow writes such values with 32 bits
-        x = x.astype(np.int32)
-    Image.fromarray(x).save(tmp_path / "a.tif", compression="tiff_lzw")
-    y = read_image(tmp_path / "a.tif")
-    assert (y[0] == x).all() and y.dtype == x.dtype
-
-
-def lzw_of_two_bands(path):
-    """A TIFF that says it is LZW: only imagecodecs would try, and its bytes are damaged."""
-    tifffile.imwrite(path, np.ones((2, 8, 8), np.float32), planarconfig="separate",
-                     photometric="minisblack")
-    with tifffile.TiffFile(path, mode="r+") as tif:
-        tif.pages[0].tags["Compression"].overwrite(5)
-
-
 @pytest.mark.parametrize("name, write", [
     ("a.png", lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n")),
     ("a.png", lambda path: path.write_bytes(save(path, np.eye(99) > 0).read_bytes()[:70])),
@@ -1823,7 +1797,7 @@ def lzw_of_two_bands(path):
     ("a.npy", lambda path: np.savez(open(path, "wb"), a=np.zeros(3))),
     ("a.npy", npy(np.zeros((2, 2), complex))), ("a.npy", npy(np.zeros((0, 3)))),
     ("a.npy", npy(np.zeros(()))), ("a.npy", npy(np.zeros((2, 2), "S3"))),
-    ("a.npy", npy(np.zeros((2, 3, 8, 8)))), ("a.npy", npy(np.ones((2, 2), bool))),
+    ("a.npy", npy(np.zeros((2, 3, 8, 8)))),
     ("a.tif", tiff(np.zeros((8, 8), np.complex64))),
     ("a.tif", tiff(np.zeros((2, 3, 8, 8), np.uint16), photometric="minisblack")),
     ("a.tif", tiff(np.zeros((32, 32, 13), np.uint16))),                     # HxWxC or CxHxW
@@ -1832,7 +1806,7 @@ def lzw_of_two_bands(path):
                    colormap=np.zeros((3, 256), np.uint16))),
     ("a.tif", lambda path: Image.new("L", (8, 8)).save(
         path, save_all=True, append_images=[Image.new("L", (9, 9))])),      # two images
-    ("a.tif", declared(np.eye(8), "none")), ("a.tif", lzw_of_two_bands),
+    ("a.tif", declared(np.eye(8), "none")),
     ("a.tif", lambda path: path.write_bytes(b"II*\0 of which the rest is missing")),
     ("a.tif", lambda path: None)])                                          # no such file
 def test_an_image_that_would_be_misread_is_refused_by_name(name, write, tmp_path):
@@ -1842,7 +1816,7 @@ def test_an_image_that_would_be_misread_is_refused_by_name(name, write, tmp_path
 
 @pytest.mark.skipif(importlib.util.find_spec("imagecodecs") is not None, reason="it is installed")
 def test_what_only_imagecodecs_can_decode_names_it(tmp_path):
-    lzw_of_two_bands(tmp_path / "a.tif")
+    Image.new("L", (8, 8)).save(tmp_path / "a.tif", compression="tiff_lzw")
     is_refused("pip install imagecodecs", read_image, tmp_path / "a.tif")
 
 
@@ -1881,8 +1855,6 @@ def with_palette(indices, colours=range(768)):
     ("a.tif", tiff(INDICES.astype(np.uint16))), ("a.npy", npy(INDICES)),
     ("a.tif", tiff(INDICES.astype(np.uint8), photometric="palette",
                    colormap=np.arange(768, dtype=np.uint16).reshape(3, 256))),
-    ("a.tif", lambda path: Image.fromarray(INDICES.astype(np.uint8)).save(
-        path, compression="tiff_lzw")),
     ("a.png", lambda path: save(path, INDICES.astype(np.uint8))),
     ("a.png", lambda path: save(path, with_palette(INDICES)))])
 def test_a_mask_of_any_type_is_read_as_the_indices_it_stores(name, write, tmp_path):
@@ -1947,14 +1919,11 @@ def test_masks_that_were_resized_bilinearly_are_told(way, told, tmp_path):
     assert len(data.find_mask_warnings(counts)) == told
 
 
-@pytest.mark.parametrize("values, words", [
-    ([0, 1, 40, 255], "for 255$"),              # classes 1 to 40
-    ([0, 1, 39, 255], "begin at 0 here: add 1 to the others, then .* for 255$"),
-    ([1, 39, 255], "for 255; if classes begin at 0"), ([0, 41], "label 41"), ([-1, 0], "label -1")])
-def test_the_remedy_for_255_in_a_mask_keeps_class_0(values, words):
+@pytest.mark.parametrize("values", [[0, 1, 40, 255], [0, 41], [-1, 0]])
+def test_the_remedy_for_values_that_are_no_class_keeps_class_0(values):
     """Where 0 is a class, to write 0 for 255 alone would take that class away."""
-    is_refused(f"a.png .*{words}", data.check_mask, "a.png", torch.tensor([values]),
-               (1, len(values)), 40)
+    is_refused("a.png .* begin at 0 here, add 1 to all of them; then write 0 for", data.check_mask,
+               "a.png", torch.tensor([values]), (1, len(values)), 40)
 
 
 def test_a_mask_of_another_size_than_its_image_is_refused():
@@ -1992,7 +1961,7 @@ def test_names_that_differ_by_a_fixed_part_pair_by_patterns(names1, names2, patt
     assert len(pairs) == 2 and pairs[1][0][0].shape == (1, 8, 9)
     if folders[0] != folders[1]:
         stems = [re.escape(names.split()[0]) for names in (names1, names2)]
-        words = rf"a \['{stems[0]}', .*b \['{stems[1]}', .*--data1 'chips/.* --data2 'chips/"
+        words = rf"a has \['{stems[0]}', .*b has \['{stems[1]}', .*--data1 'chips/.* --data2 'chips/"
         is_refused(words, open_dataset, "custom", folders, 8)
 
 
@@ -2005,17 +1974,15 @@ def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_p
 
 
 @pytest.mark.parametrize("where, words", [
-    ("a/ b/../a", "two different folders"), ("a/*.png b/*_*.png", "as many stars"),
+    ("a/ b/../a", "two folders"), ("a/*.png b/*_*.png", "as many stars"),
     ("a nowhere", "nowhere.*has a, b, c"), ("a b/*.tif", "b/.*tif.*b has 1_x.png"),
-    ("twice a", "1.png .*1.jpg"), ("a c", r"a \[\].*c \['4'\]"),
-    ("flat two", "flat/1.npy has 1 channels"), ("double two", "double/1.npy holds float64"),
-    ("square two", r"square/1.npy has \(8, 8\) .*prepare --scenario custom .*--size")])
+    ("twice a", "1.png .*1.jpg"), ("a c", r"a has \[\].*c has \['4'\]"),
+    ("flat two", "flat/1.npy has 1 channels"), ("double two", "double/1.npy .*float64")])
 def test_folders_that_do_not_pair_or_hold_images_of_two_forms_are_refused(where, words, tmp_path):
     write_pairs(tmp_path, "a/1 a/2 a/3 b/1_x twice/1 c/1 c/2 c/3 c/4 two/0 two/1")
     shutil.copy(tmp_path / "twice" / "1.png", tmp_path / "twice" / "1.jpg")
     first = np.ones((2, 8, 9), np.float32)
     save_arrays(tmp_path / "flat", first, first[:1])
-    save_arrays(tmp_path / "square", first, first[..., :8])
     save_arrays(tmp_path / "double", first, first.astype(float))
     folders = [f"{tmp_path}/{folder}" for folder in where.split()]
     is_refused(words, lambda: open_dataset("custom", folders, 8)[1])
@@ -2307,7 +2274,7 @@ def test_made_up_scenes_are_seeded(scenes, tmp_path):
 @pytest.mark.parametrize("program, flags", [
     (pretrain, "--scenario rgbd --toy"), (finetune, "--task sunrgbd --toy --weights none")])
 def test_of_several_processes_the_first_makes_the_scenes(program, flags, tmp_path, monkeypatch):
-    def make_toy(scenario, root, scenes=None, held_out=None, seed=0, rank=0):
+    def make_toy(scenario, root, scenes=None, held_out=None, rank=0):
         raise BadInput(f"process {rank} makes {scenes}")
 
     monkeypatch.setenv("RANK", "1")
@@ -2367,7 +2334,7 @@ def test_where_a_sensor_s_own_objects_stand_does_not_tell_where_the_other_s_do()
 @pytest.mark.parametrize("scenario, shapes", [
     ("rgbd", [3, 1]), ("sar-optical", [2, 2, 13, 13]), ("rgb-dem", [3, 3])])
 def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, shapes, tmp_path):
-    """Written once, whole, never over a file; packed or cropped; beside lists and factors.csv."""
+    """Written once, whole; packed or cropped; beside lists and factors.csv."""
     root = tmp_path / "toy"
     data.make_toy(scenario, root, 16, 16)
     train = open_dataset(scenario, root, 32, "train")
@@ -2383,7 +2350,6 @@ def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, sh
         assert set(classes_of(rows[name])) <= set(np.unique(label))
     # there is none, and it is not the training set
     is_refused("val", open_dataset, scenario, root, 32, "val")
-    is_refused("factors.csv is a file", data.make_toy, scenario, root / "factors.csv", 16, 16)
 
 
 # ---- what the network sees, and the commands ----
@@ -2606,7 +2572,6 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
     (data, "prepare --scenario rgb-dem --depth-unit 1000", "--depth-unit .*depth"),
     (data, "check --scenario rgb-dem --as1 rgb", "--as1 .*--scenario custom"),
     (data, "check --scenario custom --data1 a --data2 b --as1 rgb --depth-unit 5", "--depth-unit"),
-    (pretrain, "--scenario rgbd --out ''", "--out"),
     (finetune, "--part common", "--part"), (finetune, "--cached --linear", "--cached"),
     (finetune, "--model cmx", "--model fcn"), (finetune, "--model late", "--model fcn"),
     (finetune, "--target masks", "--target"), (finetune, "--ignore 0", "--ignore"),
@@ -2621,20 +2586,21 @@ def test_flags_that_do_not_go_together_are_refused(program, flags, words, capsys
 
 # ---- what the scripts share ----
 
-@pytest.mark.parametrize("number, words", [
-    (signal.SIGKILL, "--workers"), (signal.SIGBUS, "/dev/shm.*--workers")])
-def test_a_worker_that_is_killed_is_one_line_and_not_a_wait(number, words, capsys):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_worker_that_is_killed_is_one_line_and_not_a_wait(number, capsys):
     """The kernel ends a worker by SIGKILL where memory is full, by SIGBUS where /dev/shm is."""
     jobs = data.in_processes(signal.raise_signal, [number] * 8, 2, "test")
-    assert re.fullmatch(f"error: .*{words}.*\n", last_words(capsys, list, jobs))
+    assert re.fullmatch("error: .*/dev/shm.*--workers.*\n", last_words(capsys, list, jobs))
 
 
 @pytest.mark.parametrize("error, words", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total"),
      "2 GiB.*--batch-size.*--projector"),
     (RuntimeError("unable to write to file </torch_7_1_0>: No space left on device (28)"),
-     "/dev/shm.*--workers")])
-def test_memory_that_is_full_is_one_line_with_the_flags_that_take_less(error, words, capsys):
+     "/dev/shm.*--workers"),
+    (RuntimeError("stack expects each tensor to be equal size, but got [3, 8, 8] at entry 0 and"),
+     "prepare --scenario custom")])
+def test_errors_of_torch_that_flags_avoid_are_one_line_with_them(error, words, capsys):
     def fails():
         raise error
 
