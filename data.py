@@ -2148,8 +2148,8 @@ def write_rows(part, files, read, job):
     k, sample = job
     for name, row in zip(files, read(sample)):
         array = np.load(part / name, mmap_mode="r")
-        need(len(row) == array.shape[1], f"its {len(row)} bytes for {name} are not the "
-             f"{array.shape[1]} of the first sample: the images are of another size")
+        need(len(row) == array.shape[1], f"its images have another size: {len(row)} bytes for "
+             f"{name}, of the first sample {array.shape[1]}")
         with open(part / name, "rb+") as file:  # on a full disk the map's write is a bus error
             file.seek(array.offset + k * len(row))
             file.write(row)
