@@ -1531,8 +1531,8 @@ def describe_band(row, c, x, raw):
 
 
 def format_value(value, spread):
-    """Writes a number to a thousandth of the spread of its band or finer: 0, never -0.00018."""
-    return f"{round(value, 3 - math.floor(math.log10(spread))) + 0.0:.10g}"
+    """Writes a number to a hundredth of the spread of its band or finer: 0, never -0.00018."""
+    return f"{round(value, 2 - math.floor(math.log10(spread))) + 0.0:.10g}"
 
 
 def find_fault(row, c, x, raw):

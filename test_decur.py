@@ -2467,9 +2467,9 @@ def test_inputs_that_are_right_draw_no_warning(change, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("value, spread, text", [
-    (-0.00018, 60000, "0"), (0.123456, 0.8, "0.1235"), (-14.1234, 20, "-14.12"),
-    (1e-7, 3e-8, "1e-07"), (1600000003.2, 5000, "1600000003"), (7, 7, "7")])
-def test_numbers_are_written_to_a_thousandth_of_their_spread(value, spread, text):
+    (-0.00018, 60000, "0"), (0.123456, 0.8, "0.123"), (-14.1234, 20, "-14.1"),
+    (1e-7, 3e-8, "1e-07"), (1600000003.2, 500, "1600000003"), (7, 7, "7")])
+def test_numbers_are_written_to_a_hundredth_of_their_spread(value, spread, text):
     assert data.format_value(value, spread) == text
 
 
