@@ -1296,55 +1296,39 @@ def make_visible(x, row):
     return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
 
 
-# Values of a modality that are clipped: what clipping makes of them in x, the share of them that is
-# normal, where they lie, and what to check if there are more, or if nearly all values are equal.
-BEYOND = {
-    "depth": ((1,), 0.05, f"beyond {MAX_DEPTH:g} m", "is --depth-unit right?"),
-    "sar": ((0, 1), 0.25, "beyond 2 standard deviations", "are the files in dB?"),
-    "ms": ((1,), 0.05, "above reflectance 1", "are the files reflectance x 10000?"),
-    "dem": ((), 0, "", "is most of the ground flat, or are most heights missing?"),
-    "measured": ((0, 1), 0.05, "beyond 3 standard deviations",
-                 "are a few values far too large, or are these not the files that were measured?")}
-UNKNOWN_LIMITS = (), 0, "", "are the images nearly of one colour, or of more than 8 bits?"
-UNITS = {"sar": "dB", "ms": "reflectance x 10000", "dem": "m", "depth": "m", "rgb": "of 255",
-         "aerial": "of 255", "hha": "of 255"}
+# For each modality: the unit of its files; the values of x that clipping gives, and the share of
+# them that is normal; the least distance of the quartiles of x; what to check beyond these limits.
+LIMITS = {
+    "sar": ("dB", (0, 1), 0.25, 0.002, "are the files in dB?"),
+    "ms": ("reflectance x 10000", (1,), 0.05, 0.002, "are the files reflectance x 10000?"),
+    "depth": ("m", (1,), 0.05, 0.002, "is --depth-unit right?"),
+    "dem": ("m", (), 0, 0.002, "is most of the ground flat, or are most heights missing?"),
+    "8 bits": ("of 255", (), 0, 0.002, "are the images of one colour, or of more than 8 bits?"),
+    "measured": ("", (0, 1), 0.05, 0.045, "do a few values lie far from all others?  Take them "
+                 "out, or take the logarithm of all")}
 
 
 def find_limits(row):
-    """Returns the line of BEYOND for a row of MODALITIES."""
-    return BEYOND.get("measured" if row.get("raw_mean") else row["name"], UNKNOWN_LIMITS)
+    """Returns the line of LIMITS for a row of MODALITIES."""
+    return LIMITS.get("measured" if row.get("raw_mean") else row["name"], LIMITS["8 bits"])
 
 
-def find_ends(row, band):
-    """Returns what x = 0 and x = 1 are in the unit of the files."""
-    if row.get("raw_mean"):
-        mean, std = row["raw_mean"][band], row["raw_std"][band]
-        return mean - 3 * std, mean + 3 * std
-    if row["name"] == "sar":
-        mean, std = SSL4EO_S1[row["bands"][band]]
-        return mean - 2 * std, mean + 2 * std
-    return {"depth": (0, MAX_DEPTH), "ms": (0, 10000)}.get(row["name"], (0, 255))
-
-
-def look_at(data, i, most=2000):
+def look_at(data, i):
     """Reads a sample.  Returns for each modality CxP values of x in [0, 1], CxP values in the unit
-    of the files (NaN: missing) and the width / height of its image.
-
-    P: at most 2,000 pixels of a view.  Packed has no files, and so neither values nor shapes."""
-    seen, stored, ratios = [], [], []
-    for views in data[i][:2]:
+    of the files (NaN: missing; Packed has no files, and so None) and the image's width / height."""
+    looks = []
+    raws = data.read_raw(i) if hasattr(data, "read_raw") else (None, None)
+    for views, raw in zip(data[i], raws):
         views = views if isinstance(views, list) else [views]
-        seen.append(np.concatenate([take_pixels(to_unit_range(x).numpy(), most) for x in views], 1))
-    if hasattr(data, "read_raw"):
-        for a in data.read_raw(i):
-            stored.append(take_pixels(a, most))
-            ratios.append(a.shape[2] / a.shape[1])
-    return seen, stored, ratios
+        x = np.concatenate([take_pixels(to_unit_range(view).numpy()) for view in views], 1)
+        H, W = (views[0] if raw is None else raw).shape[1:]
+        looks.append((x, None if raw is None else take_pixels(raw), W / H))
+    return looks
 
 
-def take_pixels(a, most):
-    """Takes pixels of CxHxW evenly -> CxP, NaN for all that is not finite."""
-    step = a[0].size // most | 1                # odd, because 32 of 256 would meet 8 columns only
+def take_pixels(a):
+    """Takes about 2,000 pixels of CxHxW evenly -> CxP, NaN for all that is not finite."""
+    step = a[0].size // 2000 | 1                # odd, because 32 of 256 would meet 8 columns only
     a = a.reshape(len(a), -1)[:, ::step].astype(float)
     return np.where(np.isfinite(a), a, np.nan)
 
@@ -1357,29 +1341,29 @@ def describe_inputs(data, indices, workers=0):
     wrong."""
     look = functools.partial(look_at, data)
     # A DataLoader would draw from the random numbers of a run that begins.
-    looks = in_processes(look, indices, workers, "statistics") if workers else map(look, indices)
-    seen, stored, ratios = zip(*looks)
+    looks = list(in_processes(look, indices, workers, "statistics") if workers
+                 else map(look, indices))
     table = [f"{'seen':22s}       1 %    median      99 %  missing  clipped   mean   std "
              f"(normaliser's)  unit"]
     warnings = []
     for m, row in enumerate(data.inputs):
-        label, raw = row["name"], None
+        seen, stored, _ = zip(*(pair[m] for pair in looks))
+        xs, raws = np.concatenate(seen, 1), [None] * len(row["bands"])
+        if stored[0] is not None:
+            raws = np.concatenate(stored, 1)
+        label = row["name"]
         if data.inputs[0]["name"] == data.inputs[1]["name"]:
             label += f" {m + 1}"
-        x = np.concatenate([values[m] for values in seen], 1)
-        if stored[0]:
-            raw = np.concatenate([values[m] for values in stored], 1)
-        bands = range(len(set(row["bands"])))   # a height stands in three equal channels
-        table += [describe_band(label, row, band, x, raw) for band in bands]
-        of_values = warn_of_values(label, row, x)
-        of_bands = warn_of_bands(label, row, x, raw, m + 1)
-        if row.get("raw_mean"):                 # may have any unit: the bands know the cause
-            warnings += of_bands or of_values
-        else:                                   # a wrong unit also makes bands look constant
-            warnings += of_values or of_bands
+        faults = {}                             # what is wrong -> the bands for which it is
+        for c, band in enumerate(dict.fromkeys(row["bands"])):  # a height stands in three channels
+            table.append(f"{label + ' ' + band:22s} {describe_band(row, c, xs[c], raws[c])}")
+            fault = find_fault(row, c, xs[c], raws[c])
+            if fault:
+                faults.setdefault(fault, []).append(band)
+        warnings += [f"{label}, {join_names(bands)}: {fault}" for fault, bands in faults.items()]
     uneven = []
-    for i, ratio in zip(indices, ratios):
-        if ratio and abs(math.log(ratio[0] / ratio[1])) > 0.05:
+    for i, ((_, _, ratio1), (_, _, ratio2)) in zip(indices, looks):
+        if abs(math.log(ratio1 / ratio2)) > 0.05:
             uneven.append(data.ids[i])
     if uneven:
         warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
@@ -1388,97 +1372,63 @@ def describe_inputs(data, indices, workers=0):
     return table, warnings
 
 
-def describe_band(label, row, band, x, raw):
+def describe_band(row, c, x, raw):
     """Returns the table's line of one band."""
-    zero, one = find_ends(row, band)
-    values, missing = zero + x[band] * (one - zero), ""
-    if raw is not None:
-        stored = raw[min(band, len(raw) - 1)]   # one channel stands for three that are equal
-        missing = f"{np.isnan(stored).mean():.1%}"
-        if row["name"] != "depth":              # files hold steps, the table metres
-            values = stored[np.isfinite(stored)]
-    low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [math.nan] * 3
-    spread = high - low or abs(half)
+    unit, ends, *_ = find_limits(row)
+    if row["name"] == "depth":                  # files hold steps, the table metres
+        values = x * MAX_DEPTH
+    elif raw is not None:
+        values = raw[np.isfinite(raw)]
+    elif row["name"] == "ms":
+        values = x * 10000
+    else:
+        mean, std = SSL4EO_S1[row["bands"][c]]
+        values = mean + (4 * x - 2) * std
+    low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [0.0] * 3
+    spread = high - low or abs(half) or 1
     numbers = " ".join(f"{format_value(value, spread):>9s}" for value in (low, half, high))
-    clipped = np.isin(x[band], find_limits(row)[0]).mean()
-    return (f"{label + ' ' + row['bands'][band]:22s} {numbers} {missing:>8s} "
-            f"{clipped:8.1%}  {x[band].mean():5.3f} {x[band].std():5.3f} "
-            f"({row['mean'][band]:.3f} {row['std'][band]:.3f})  {UNITS.get(row['name'], '')}")
+    missing = "" if raw is None else f"{np.isnan(raw).mean():.1%}"
+    return (f"{numbers} {missing:>8s} {np.isin(x, ends).mean():8.1%}  {x.mean():5.3f} "
+            f"{x.std():5.3f} ({row['mean'][c]:.3f} {row['std'][c]:.3f})  {unit}")
 
 
 def format_value(value, spread):
-    """Writes a number to about a thousandth of the spread of its band: 0, never -0.00018."""
-    if not 1e-4 < spread < 1e8:
-        return f"{value:.4g}"
-    decimals = max(0, 3 - math.ceil(math.log10(spread)))
-    return f"{round(value, decimals) + 0.0:.{decimals}f}"
+    """Writes a number to a hundredth of the spread of its band or finer: 0, never -0.00018."""
+    return f"{round(value, 2 - math.floor(math.log10(spread))) + 0.0:.10g}"
 
 
-def warn_of_values(label, row, x):
-    """Warns if too many values are clipped, or if nearly all are equal: a wrong unit or scale."""
-    ends, normal, where, question = find_limits(row)
-    clipped = np.isin(x, ends).mean()
-    quarter, half, three = np.percentile(x, (25, 50, 75))
-    if clipped > normal:
-        return [f"{label}: {clipped:.0%} of the values lie {where}: {question}"]
-    too_near = row["name"] == "depth" and half < 0.03
-    nearly_equal = three - quarter < 0.002 and not row.get("raw_mean")
-    if too_near or nearly_equal:
-        return [f"{label}: half of the values lie between {quarter:.4f} and {three:.4f} of the "
-                f"range 0 to 1 that the network sees: {question}"]
-    return []
-
-
-def warn_of_bands(label, row, x, raw, m):
-    """Warns of bands with one value, or none; of a value that stands apart; and of bands that the
-    network sees squeezed, because a few values lie far from all others."""
-    warnings, constant, apart, squeezed = [], [], {}, []
-    for c, band in enumerate(row["bands"]):
-        if x[c].min() == x[c].max() and band != "B10":
-            constant.append(band)               # B10, cirrus, is 0 in Level 2A and nearly 0 in 1C
-        elif raw is not None and row.get("raw_mean"):
-            values = raw[c][np.isfinite(raw[c])]
-            value, share = find_far_value(values)
-            if share:
-                apart.setdefault(value, []).append((share, band))
-            low, high = np.percentile(values, (25, 75)) if len(values) else (-1, 1)
-            if high - low < 0.27 * row["raw_std"][c]:  # 1.35 if they are normally distributed
-                squeezed.append((band, low, high, row["raw_std"][c]))
-    if constant:
-        warnings.append(f"{label}: all pixels of {join_names(constant)} have the same value")
-    for value, found in apart.items():
-        bands = join_names([band for _, band in found])
-        warnings.append(f"{label}: {max(found)[0]:.1%} of the pixels of {bands} have the value "
-                        f"{value:.10g}, which stands apart from all others.  If it means that "
-                        f"there is no data, say so: with --nodata{m} {value:.10g} in `data.py "
-                        f"prepare`, with the tag GDAL_NODATA, or with NaN in its place")
-    if squeezed and not apart:
-        _, low, high, std = squeezed[0]
-        low, high, std = (format_value(value, std) for value in (low, high, std))
-        bands = join_names([band for band, *_ in squeezed])
-        warnings.append(f"{label}: a few far values squeeze all others of {bands}: half of the "
-                        f"values lie between {low} and {high}, but the standard deviation is "
-                        f"{std}.  Take the far values out, or take the logarithm of all")
+def find_fault(row, c, x, raw):
+    """Returns what looks wrong in a band, or None: missing values, one that stands apart, a wrong
+    unit or scale, or values so near to each other that the network sees next to nothing."""
+    _, ends, normal, least, question = find_limits(row)
     if raw is not None and np.isnan(raw).mean() > 0.5:
-        warnings.append(f"{label}: {np.isnan(raw).mean():.0%} of the values are missing")
-    return warnings
+        return "more than half of the values are missing"
+    value = find_far_value(raw[np.isfinite(raw)]) if row.get("raw_mean") else None
+    if value is not None:
+        return (f"the value {value:.10g} occurs again and again, far from all others.  If it means "
+                f"that there is no data, say so: with --nodata1 or --nodata2 {value:.10g} in "
+                f"`data.py prepare`, with the tag GDAL_NODATA, or with NaN in its place")
+    if np.isin(x, ends).mean() > normal:
+        return f"more than {normal:.0%} of the values are clipped: {question}"
+    low, half, high = np.percentile(x, (25, 50, 75))
+    if row["name"] == "depth" and half < 0.03:
+        return f"half of the values are below {0.03 * MAX_DEPTH:.1f} m: {question}"
+    if high - low < least and row["bands"][c] != "B10":  # cirrus: 0 in Level 2A, nearly 0 in 1C
+        return f"half of the values look equal to the network: {question}"
+    return None
 
 
 def find_far_value(values):
-    """Returns the smallest or the largest value, if it repeats and stands apart, and its share.
-
-    Apart: farther from the quartiles of the others than these are from each other, with a gap to
-    the nearest of the others of at least a quarter of that.  No such value: (None, 0)."""
-    for end in (values.min(initial=np.inf), values.max(initial=-np.inf)):
+    """Returns the smallest or the largest value, if it repeats and lies farther from all others
+    than their quartiles lie from each other; else None."""
+    for end in (values.min(), values.max()):
         others = values[values != end]
         repeats = len(values) - len(others)
         if len(others) and repeats >= max(3, 0.0005 * len(values)):
             quarter, three = np.percentile(others, (25, 75))
-            gap = np.abs(others - end).min()
-            beyond = min(abs(quarter - end), abs(three - end))
-            if three > quarter and gap > (three - quarter) / 4 and beyond > three - quarter:
-                return end, repeats / len(values)
-    return None, 0
+            if np.abs(others - end).min() > three - quarter > 0:
+                return end
+    return None
 
 
 def join_names(names, most=3):
@@ -1866,14 +1816,32 @@ def in_processes(function, jobs, workers, text):
     return show_progress(loader, text)
 
 
-def find_problem(dataset, i):
-    """Reads a sample.  Returns what is wrong, or None, and the shapes of its tensors."""
+def attempt(work, job):
+    """Returns work(job) and None; or, if it fails, None and the reason.  A full disk is not the
+    sample's fault, and ends the run."""
     try:
-        sample = dataset[i]
+        return work(job), None
     except Exception as error:                  # a damaged file raises nearly anything
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return f"{kind}{error}", None
-    return None, [tuple(x[0].shape if isinstance(x, list) else x.shape) for x in sample]
+        return None, kind + " ".join(str(error).split())
+
+
+def report_bad(bad, file):
+    """Writes {name: reason} to a file.  Prints each kind of reason once, with an example."""
+    write_text(file, "".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
+    kinds = {}                                  # reason without names and numbers -> its lines
+    for name, reason in bad.items():
+        kind = re.sub(r"\S*[/\d]\S*", "", reason)
+        kinds.setdefault(kind, []).append(f"{name}: {reason}")
+    for lines in kinds.values():
+        print(f"{len(lines):6d} such as {lines[0]}")
+
+
+def read_shapes(dataset, i):
+    """Reads a sample.  Returns the shapes of its tensors."""
+    return [tuple(x[0].shape if isinstance(x, list) else x.shape) for x in dataset[i]]
 
 
 def check(args):
@@ -1889,15 +1857,15 @@ def check(args):
     for note in dataset.notes:
         print(note)
     good, usual = [], None
-    bad = [f"{name}\tno partner" for name in dataset.unpaired]
-    find = functools.partial(find_problem, dataset)
-    found = in_processes(find, range(len(dataset)), args.workers, "check")
-    for i, (problem, shapes) in enumerate(found):
+    bad = dict.fromkeys(dataset.unpaired, "has no partner")
+    read = functools.partial(attempt, functools.partial(read_shapes, dataset))
+    results = in_processes(read, range(len(dataset)), args.workers, "check")
+    for i, (shapes, reason) in enumerate(results):
         usual = usual or shapes
-        if not problem and shapes != usual:
-            problem = f"is of the shapes {shapes}; expected {usual}, as those before"
-        if problem:
-            bad.append(f"{dataset.ids[i]}\t{problem}")
+        if not reason and shapes != usual:
+            reason = f"is of the shapes {shapes}; expected {usual}, as those before"
+        if reason:
+            bad[dataset.ids[i]] = reason
         else:
             good.append(i)
     out.mkdir(parents=True, exist_ok=True)
@@ -1905,51 +1873,30 @@ def check(args):
         few = spread_evenly(good, 200)
         table, warnings = describe_inputs(dataset, few, args.workers)
         print(*table, f"statistics of {len(few)} of {len(dataset)} samples", sep="\n")
-        bad += report_masks(dataset, good, NUM_CLASSES.get(source))
         for line in warnings:
             print(f"warning: {line}")
         contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
         print(f"{out / 'contact-sheet.png'} shows what the network will see: one pair per row, two "
               f"augmented views of {' and two of '.join(dataset.modalities)}")
     print(f"{len(dataset)} samples read, {len(bad)} bad, of which {len(dataset.unpaired)} without "
-          f"a partner")
+          f"a partner; {out / 'bad-ids.txt'} lists what is bad")
     report_bad(bad, out / "bad-ids.txt")
+    if good and getattr(dataset, "classes", None):
+        masks = {dataset.ids[i]: dataset.files[2][dataset.ids[i]] for i in good}
+        report_masks(count_mask_values(masks), dataset.classes)
     return len(bad)
 
 
-def report_masks(dataset, good, num_classes):
-    """Prints the share of pixels without label, the classes that never occur and what looks wrong.
-    Returns a line if the palettes of the masks contradict each other."""
-    if len(getattr(dataset, "files", ())) < 3:
-        return []
-    files = dataset.files[2]
-    try:
-        counts = count_mask_values({dataset.ids[i]: files[dataset.ids[i]] for i in good})
-    except BadInput as error:
-        return [f"masks\t{error}"]
+def report_masks(counts, num_classes):
+    """Prints the share of pixels without label, the classes that never occur and what looks
+    wrong.  counts: of `count_mask_values`."""
     pixels = sum(number for number, _ in counts.values())
-    unlabelled = sum(number for value, (number, _) in counts.items() if value < 1)
+    unlabelled = counts.get(-1, (0, 0))[0] + counts.get(0, (0, 0))[0]
     never = [str(value) for value in range(1, num_classes + 1) if value not in counts]
-    occur = f"all classes from 1 to {num_classes} occur"
-    if never:
-        occur = f"the classes {join_names(never, 20)} never occur"
-    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; {occur}")
+    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; of the classes 1 to "
+          f"{num_classes} never occur: {join_names(never, 20) or 'none'}")
     for line in find_mask_warnings(counts):
         print(f"warning: {line}")
-    return []
-
-
-def report_bad(bad, file):
-    """Writes lines of name, tab, reason to a file.  Prints each kind of reason and an example."""
-    write_text(file, "".join(f"{line}\n" for line in bad))
-    kinds = {}                                  # reason without names and numbers -> its lines
-    for line in bad:
-        kind = re.sub(r"\S*[/\d]\S*", "", line.split("\t", 1)[1])
-        kinds.setdefault(kind, []).append(line)
-    for lines in kinds.values():
-        print(f"{len(lines):6d} such as {lines[0]}".replace("\t", ": "))
-    if bad:
-        print(f"all of them: {file}")
 
 
 def contact_sheet(dataset, indices, path, size):
@@ -1968,20 +1915,15 @@ def contact_sheet(dataset, indices, path, size):
 # ---- prepare: what was downloaded -> one form to train from ----
 
 @contextlib.contextmanager
-def fill_folder(out, settings, size, folders=()):
-    """Yields a folder to fill.  Once the caller is done with it, it becomes `out`; or, if `folders`
-    are named, these move from it into `out`.  A run that was stopped goes on with the same folder,
-    if its settings are the same.
+def fill_folder(out, settings, size):
+    """Yields the folder OUT.part to fill, which becomes `out` once the caller is done with it.  A
+    run that was stopped goes on with the same folder, if its settings are the same.
 
     settings   a text with all that the bytes depend on
     size       about how many bytes will be written"""
-    part, wanted = Path(f"{out}.part"), [Path(out)]
-    if folders:
-        part, wanted = Path(out) / "prepare.part", [Path(out) / folder for folder in folders]
-    there = [path for path in wanted if path.exists()]
-    begun = part.is_dir() and len(there) < len(wanted)  # stopped while the folders moved
-    need(begun or not there, f"{', '.join(map(str, there))} exists, so it is prepared already.  "
-         f"Delete it to prepare it again, or give another --out")
+    part, record = Path(f"{out}.part"), Path(f"{out}.part/settings.txt")
+    need(not Path(out).exists(), f"{out} exists, so it is prepared already.  Delete it to prepare "
+         f"it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
     with open(part / "lock", "w") as lock:
         if fcntl:                               # the lock ends with this process, even if killed
@@ -1989,19 +1931,12 @@ def fill_folder(out, settings, size, folders=()):
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise BadInput(f"another `data.py prepare` writes {part}.  Wait for it") from None
-        record = part / "settings.txt"
         need(not record.is_file() or record.read_text("utf-8") == settings, f"{part} was begun "
              f"with other samples or settings.  Give the settings of that run, or delete {part}")
         write_text(record, settings)
         free = shutil.disk_usage(part).free
         print(f"{out} needs about {size / 1e9:.3f} GB of disk; {free / 1e9:.1f} GB are free")
         yield part
-    for name in (*folders, "bad-ids.txt") if folders else ():
-        if (part / name).exists():              # otherwise moved by a run that was stopped then
-            os.replace(part / name, Path(out) / name)
-    if folders:
-        shutil.rmtree(part)
-        return
     os.replace(part, out)
     for name in ("lock", "settings.txt", "done.jsonl"):
         (Path(out) / name).unlink(missing_ok=True)
@@ -2010,111 +1945,78 @@ def fill_folder(out, settings, size, folders=()):
 NOTED = 256                                     # how many samples at a time are noted as done
 
 
-def attempt(work, item):
-    """Calls work(job) for an item (name, job).  Returns its result and None, or None and the reason
-    why it failed.  A full disk is not the sample's fault, and ends the run."""
-    try:
-        return work(item[1]), None
-    except Exception as error:                  # an odd file raises nearly anything
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return None, kind + " ".join(str(error).split())
-
-
-def do_first(work, jobs):
-    """Returns the result of the first job that does not fail, because it shows the size of all."""
-    need(jobs, f"nothing to prepare; {TREE}")
-    for item in jobs.items():
-        result, reason = attempt(work, item)
-        if result:
-            return result
-    raise BadInput(f"none of {len(jobs)} samples can be read; the last: {reason}")
-
-
-def note_done(log, done, fresh, arrays):
-    """Appends the fresh names to the log of what is done, after their rows are on the disk."""
-    for array in arrays:
-        array.flush()
-    with open(log, "a", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps((name, done[name]))}\n" for name in fresh)
-    fresh.clear()
-
-
-def work_through(part, jobs, work, args, bad, arrays=()):
+def work_through(part, jobs, work, args, bad):
     """Calls work(job) for all of {name: job}, but not for those that an earlier run has done.  If a
-    job fails, the others are done all the same.
+    job fails, the others are done all the same.  work writes files, and may return a number.
 
     bad        {name: reason} of samples that cannot be tried; the jobs that fail are added
-    arrays     work returns a row for each of these arrays, and the rows are stored at the job's
-               place; without arrays, work writes files and returns a number
-    Returns the sum of the numbers.  Raises BadInput if a sample is bad and --skip-bad not given."""
-    log, done = part / "done.jsonl", {}
-    places = {name: k for k, name in enumerate(jobs)}
+    Returns {name: number} of all that is done.  Raises BadInput if a sample is bad, unless
+    --skip-bad is given."""
+    log, text = part / "done.jsonl", ""
     if log.is_file():
-        for line in log.read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line is not whole after a kill
-                name, result = json.loads(line)
-                done[name] = result
-    write_text(log, "".join(f"{json.dumps(item)}\n" for item in done.items()))
-    left = [item for item in jobs.items() if item[0] not in done]
-    fresh, try_work = [], functools.partial(attempt, work)
-    results = in_processes(try_work, left, args.workers, "prepare")
-    try:
-        for (name, _), (result, reason) in zip(left, results):
+        text = log.read_text("utf-8")
+    text = text[:text.rfind("\n") + 1]          # the last line is not whole after a kill
+    write_text(log, text)
+    done = dict(map(json.loads, text.splitlines()))
+    left = [name for name in jobs if name not in done]
+    results = in_processes(functools.partial(attempt, work), [jobs[name] for name in left],
+                           args.workers, "prepare")
+    with open(log, "a", 2 ** 20, "utf-8") as file:
+        for n, (name, (number, reason)) in enumerate(zip(left, results), 1):
             if reason:
                 bad[name] = reason
-                continue
-            for array, row in zip(arrays, result if arrays else ()):
-                array[places[name]] = row
-            done[name] = 0 if arrays else result
-            fresh.append(name)
-            if len(fresh) == NOTED:
-                note_done(log, done, fresh, arrays)
-    finally:
-        note_done(log, done, fresh, arrays)
+            else:
+                done[name] = number
+                file.write(f"{json.dumps((name, number))}\n")
+            if n % NOTED == 0:
+                for path in part.glob("*.npy"):  # rows reach the disk before they count as done
+                    with open(path, "rb+") as rows:
+                        os.fsync(rows.fileno())
+                file.flush()
     file = part / "bad-ids.txt"
     file.unlink(missing_ok=True)
     if bad:
-        write_text(file, "".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
-        first, reason = next(iter(bad.items()))
-        need(args.skip_bad and done, f"{len(bad)} samples cannot be prepared, such as {first}: "
-             f"{reason}.  {file} lists them all.  Mend them and give the same command, or give it "
-             f"with --skip-bad to leave them out")
-        print(f"{len(bad)} bad samples are left out; bad-ids.txt lists them")
-    return sum(done.values())
+        report_bad(bad, file)
+        need(args.skip_bad and done, f"{len(bad)} samples cannot be prepared; {file} lists them.  "
+             f"Mend them and give the same command, or leave them out with --skip-bad")
+    return done
 
 
 def pack(out, jobs, read, files, bad, args):
     """Packs samples into arrays of bytes with one row per sample: ids.txt and `files`.  read(job)
     returns a row for each of the files.  A damaged sample's row is 0; its line begins with `# `."""
-    sizes = list(map(len, do_first(read, jobs)))
-    with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(sizes)) as part:
-        arrays = []
-        for file, size in zip(files, sizes):
-            mode = "r+" if (part / file).is_file() else "w+"
-            arrays.append(np.lib.format.open_memmap(part / file, mode, np.uint8, (len(jobs), size)))
-            if hasattr(os, "posix_fallocate"):  # on a full disk a map's write is a bus error
-                with open(part / file, "rb+") as opened:
-                    os.posix_fallocate(opened.fileno(), 0, os.path.getsize(part / file))
-        work_through(part, jobs, functools.partial(read_equal, read, sizes), args, bad, arrays)
+    rows, reason = None, f"nothing to prepare; {TREE}"
+    for job in jobs.values():
+        rows, reason = attempt(read, job)
+        if rows:                                # it shows the size of all
+            break
+    need(rows, f"none of {len(jobs)} samples can be read; the last: {reason}")
+    with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(map(len, rows))) as part:
+        for file, row in zip(files, rows):
+            if not (part / file).is_file():
+                np.lib.format.open_memmap(part / file, "w+", np.uint8, (len(jobs), len(row)))
+        numbered = {name: (k, job) for k, (name, job) in enumerate(jobs.items())}
+        work_through(part, numbered, functools.partial(write_rows, part, files, read), args, bad)
         write_text(part / "ids.txt", "".join(f"# {name}\n" if name in bad else f"{name}\n"
                                              for name in jobs))
 
 
-def read_equal(read, sizes, job):
-    """Reads the rows of a sample, which must be as long as the rows of the first sample."""
-    rows = read(job)
-    lengths = list(map(len, rows))
-    need(lengths == sizes, f"the images are of another size: {lengths} bytes; the first sample has "
-         f"{sizes}")
-    return rows
+def write_rows(part, files, read, job):
+    """Reads a sample and writes its rows."""
+    k, sample = job
+    for name, row in zip(files, read(sample)):
+        array = np.load(part / name, mmap_mode="r")
+        need(len(row) == array.shape[1], f"its images have another size: {len(row)} bytes for "
+             f"{name}, of the first sample {array.shape[1]}")
+        with open(part / name, "rb+") as file:  # on a full disk the map's write is a bus error
+            file.seek(array.offset + k * len(row))
+            file.write(row)
 
 
 def prepare_ssl4eo(root, out, args):
     """Packs SSL4EO-S12, 60 files per location, into season0.npy to season3.npy: 0.5 MB per row."""
     jobs, unpaired = find_locations(root)
-    bad = {name: "is in only one of s1/ and s2c/" for name in unpaired}
+    bad = dict.fromkeys(unpaired, "is in only one of s1/ and s2c/")
     files = [f"season{k}.npy" for k in range(4)]
     pack(out, jobs, functools.partial(read_seasons, root), files, bad, args)
 
@@ -2124,21 +2026,19 @@ def prepare_bigearthnet(root, out, args):
     folders = root / "BigEarthNet-S1-v1.0", root / "BigEarthNet-v1.0"
     s1_names, s2_names = (set(list_folders(folder)) for folder in folders)
     partner = functools.lru_cache(functools.partial(find_partners, folders[0]))
-    lists = {}
-    for split in ("train", "val", "test"):
-        for file in (root / f"bigearthnet-{split}.csv", root / f"{split}.csv"):
-            if file.is_file():
-                lists[split] = file
-    need(lists, f"no train.csv, val.csv or test.csv under {root}; {TREE}")
+    splits = [name for name in ("train", "val", "test") if (root / f"{name}.csv").is_file()]
+    need(splits, f"no train.csv, val.csv or test.csv under {root}; {TREE}")
     problems = []
-    for split, file in lists.items():
+    for split in splits:
         if (out / split).exists():
             print(f"{out / split} exists: it is prepared already")
             continue
-        pairs = list_patches(file, partner)
-        bad = {s2: f"{file.name} lists it, but its S1 or its S2 folder is missing"
-               for s2, s1 in pairs.items() if s2 not in s2_names or s1 not in s1_names}
-        jobs = {s2: (s2, s1) for s2, s1 in pairs.items() if s2 not in bad}
+        jobs, bad = {}, {}
+        for s2, s1 in list_patches(root / f"{split}.csv", partner).items():
+            if s1 in s1_names and s2 in s2_names:
+                jobs[s2] = s2, s1
+            else:
+                bad[s2] = f"{split}.csv lists it, but its S1 or its S2 folder is missing"
         read = functools.partial(read_patch, folders)
         try:
             pack(out / split, jobs, read, ["season0.npy", "labels.npy"], bad, args)
@@ -2153,237 +2053,198 @@ TEST_CITIES = ("duesseldorf", "herne", "neuss")
 def prepare_geonrw(root, out, args):
     """Cuts each tile of GeoNRW into 4x4 patches: rgb/, dem/ and seg/ with equal names.  test.txt
     has the three test cities of the data set's makers, train.txt the other cities."""
-    parts, jobs, bad = {}, {}, {}
-    for path in root.glob("*/*"):
-        match = re.fullmatch(r"((\d+)_(\d+))_(rgb\.jp2|dem\.tif)", path.name)
+    jobs = {}
+    for path in sorted(root.glob("*/*")):
+        match = re.fullmatch(r"(\d+_\d+)_(rgb\.jp2|dem\.tif)", path.name)
         if match:
-            tile, x, y, _ = match.groups()
-            parts.setdefault((path.parent.name, int(x), int(y), tile), []).append(path)
-    for (city, _, _, tile), paths in sorted(parts.items()):
-        if len(paths) == 2:
-            jobs[f"{city}_{tile}"] = root / city / tile
-        else:
-            bad[f"{city}_{tile}"] = f"has {paths[0].name}, but lacks its partner"
+            jobs[f"{path.parent.name}_{match[1]}"] = path.with_name(match[1])
     need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}; {TREE}")
-    pixels = do_first(read_tile, jobs)[1].size
-    # 8 bytes per pixel: 3 of rgb, 4 of dem, 1 of seg
-    with fill_folder(out, "", len(jobs) * pixels * 8) as part:
-        work_through(part, jobs, functools.partial(cut_geonrw, part), args, bad)
+    # A tile has 1000 x 1000 pixels of 8 bytes: 3 of rgb, 4 of dem, 1 of seg.
+    with fill_folder(out, "", len(jobs) * 8e6) as part:
+        work_through(part, jobs, functools.partial(cut_geonrw, part), args, {})
+        tiles = sorted(path.stem for path in (part / "rgb").iterdir())
         tested = {name for name in jobs if name.split("_")[0] in TEST_CITIES}
-        write_lists(part, part / "rgb", tested)
-
-
-def read_tile(stem):
-    """Reads a tile of GeoNRW: rgb 3xHxW, dem 1xHxW and seg HxW, or None if there is no seg."""
-    rgb, dem = read_image(f"{stem}_rgb.jp2"), read_band(f"{stem}_dem.tif")
-    seg = None
-    if os.path.isfile(f"{stem}_seg.tif"):
-        seg = np.maximum(read_mask(f"{stem}_seg.tif"), 0)
-    sizes = {a.shape[-2:] for a in (rgb, dem, seg) if a is not None}
-    need(len(rgb) == 3 and len(sizes) == 1, f"{stem}: rgb has {len(rgb)} channels, and the sizes "
-         f"are {sizes}; expected 3 channels and equal sizes")
-    need(seg is None or seg.max() < 256, f"{stem}_seg.tif holds {seg is not None and seg.max()}; "
-         f"expected classes, 0 (none) to 10")
-    return rgb, dem, seg
+        write_lists(part, tiles, tested)
 
 
 def cut_geonrw(part, stem):
     """Cuts one tile of GeoNRW into its 16 patches."""
-    rgb, dem, seg = read_tile(stem)
-    outs = part / "rgb", part / "dem", part / "seg"
+    images = {"rgb": read_image(f"{stem}_rgb.jp2"), "dem": read_band(f"{stem}_dem.tif")}
+    need(len(images["rgb"]) == 3, f"{stem}_rgb.jp2 has {len(images['rgb'])} channels, expected 3")
+    if os.path.isfile(f"{stem}_seg.tif"):
+        images["seg"] = read_small_mask(f"{stem}_seg.tif")
     name = f"{stem.parent.name}_{stem.name}"
-    return write_tiles(name, (rgb, dem), seg, (rgb.dtype, dem.dtype), rgb.shape[1] // 4, outs)
+    return write_tiles(part, name, images, {}, images["rgb"].shape[1] // 4)
 
 
-def write_lists(part, folder, test_scenes):
-    """Writes train.txt and test.txt with the tiles in a folder, by their scenes."""
-    names = sorted(os.path.splitext(name)[0] for name in os.listdir(folder))
+def write_lists(part, tiles, test_scenes):
+    """Writes test.txt with the tiles of some scenes, and train.txt with the others."""
     for split, wanted in (("train", False), ("test", True)):
-        these = [name for name in names if (name.rsplit("_", 2)[0] in test_scenes) == wanted]
+        these = [name for name in tiles if (name.rsplit("_", 2)[0] in test_scenes) == wanted]
         write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
 
 
-def write_tiles(name, images, mask, types, size, outs):
+def read_small_mask(path):
+    """Reads a mask as 1xHxW, in 8 bits if its values allow it."""
+    mask = read_mask(path)[None]
+    return mask.astype(np.uint8 if 0 <= mask.min() and mask.max() < 256 else np.int32)
+
+
+def write_tiles(part, scene, images, types, size):
     """Cuts a scene into tiles of size x size pixels with the names <scene>_<row>_<column>.
 
     The rest at the right and the lower border is dropped.  A tile is left out if more than half of
     the values of one of its images are missing.  Returns how many tiles are left out.
 
-    images     CxHxW, NaN where values are missing;  types: in which they are written
-    mask       HxW, or None;  outs: the folders of the images, and of the mask"""
-    H, W = images[0].shape[1:]
-    need(min(H, W) >= size, f"{name} has {H}x{W} pixels, less than --size {size}")
+    images     {folder: CxHxW, NaN where values are missing}
+    types      {folder: the type in which its images are written, if it is not their own}"""
+    sizes = {a.shape[1:] for a in images.values()}
+    need(len(sizes) == 1, f"{scene}: its images and its mask have the sizes {sizes}, not one size")
+    H, W = sizes.pop()
+    need(min(H, W) >= size, f"{scene} has {H}x{W} pixels, less than --size {size}")
     digits, left_out = len(str(max(H, W) // size - 1)), 0
-    spare = [choose_nodata(a, kind) for a, kind in zip(images, types)]
-    for out in outs if mask is not None else outs[:2]:
-        out.mkdir(exist_ok=True)
+    for folder in images:
+        (part / folder).mkdir(exist_ok=True)
     for row in range(H // size):
         for column in range(W // size):
-            box = np.s_[..., row * size:(row + 1) * size, column * size:(column + 1) * size]
-            tiles = [a[box] for a in images]
-            if any(a.dtype.kind == "f" and np.isnan(a).mean() > 0.5 for a in tiles):
+            box = np.s_[:, row * size:(row + 1) * size, column * size:(column + 1) * size]
+            if any(np.isnan(a[box]).mean() > 0.5 for a in images.values()):
                 left_out += 1
                 continue
-            stem = f"{name}_{row:0{digits}d}_{column:0{digits}d}"
-            for a, out, kind, nodata in zip(tiles, outs, types, spare):
-                write_tile(out / stem, a, kind, nodata)
-            if mask is not None:
-                whole = 0 <= mask.min() and mask.max() < 256
-                write_tile(outs[2] / stem, mask[box][None], np.uint8 if whole else np.int32, None)
+            name = f"{scene}_{row:0{digits}d}_{column:0{digits}d}"
+            for folder, a in images.items():
+                write_tile(part / folder / name, a[box], types.get(folder, a.dtype))
     return left_out
 
 
-def choose_nodata(a, kind):
-    """Chooses a number that no valid pixel has to stand for missing values of an integer type.
-    Returns None if no value is missing, or if the type has NaN."""
-    if kind.kind == "f" or a.dtype.kind != "f" or not np.isnan(a).any():
-        return None
-    for value in range(np.iinfo(kind).max, np.iinfo(kind).min - 1, -1):
-        if not (a == value).any():
-            return value
-
-
-def write_tile(path, a, kind, nodata):
+def write_tile(path, a, kind):
     """Writes CxHxW in the type `kind`: 8 bits as png, other types as tif.  Missing values stay
-    missing, always as tif: floats keep NaN, integers get `nodata` and GDAL's tag for it."""
-    if kind == np.uint8 and nodata is None and len(a) in (1, 3):
+    missing, always as tif: floats keep NaN; integers get a value that no valid pixel has (0 if
+    there is none), and GDAL's tag for it."""
+    settings, missing = {}, np.isnan(a)
+    if kind.kind != "f" and missing.any():
+        values = range(np.iinfo(kind).max, np.iinfo(kind).min - 1, -1)
+        nodata = next((value for value in values if not (a == value).any()), 0)
+        a = np.where(missing, nodata, a)
+        settings["extratags"] = [(42113, "s", 0, str(nodata), True)]
+    a = a.astype(kind)
+    if kind == np.uint8 and len(a) in (1, 3) and not settings:
         image = np.moveaxis(a, 0, -1) if len(a) == 3 else a[0]
-        Image.fromarray(np.ascontiguousarray(image, np.uint8)).save(f"{path}.png", compress_level=1)
+        Image.fromarray(np.ascontiguousarray(image)).save(f"{path}.png", compress_level=1)
         return
-    tags = [(42113, "s", 0, str(nodata), True)] if nodata is not None else []
-    a = a if nodata is None else np.where(np.isnan(a), nodata, a)
-    shape = dict(photometric="minisblack", planarconfig="separate") if len(a) > 1 else {}
-    a = a if len(a) > 1 else a[0]
-    tifffile.imwrite(f"{path}.tif", a.astype(kind), extratags=tags, **shape)
+    if len(a) > 1:
+        settings |= dict(photometric="minisblack", planarconfig="separate")
+    tifffile.imwrite(f"{path}.tif", a if len(a) > 1 else a[0], **settings)
 
 
 def prepare_tiles(where, args):
     """Cuts one's own scenes into tiles: <out>/1/, 2/ and label/.  train.txt and test.txt never
     share a scene, because tiles of one scene are too similar to test on."""
     need(args.out and args.size, "prepare --scenario custom needs --size and --out")
-    need(args.depth_unit is None, "--depth-unit: tiles keep the steps of their files.  Give it to "
-         "check and to pretrain.py")
-    for m, kind in enumerate((args.as1, args.as2), 1):
-        need(kind in (None, "depth", "dem"), f"--as{m} {kind} changes no tile: prepare --scenario "
-             f"custom takes only depth and dem, of which some values are no reading")
-    patterns = [*where, args.target] if args.target else list(where)
-    files, scenes, unpaired = find_samples(patterns, strict=False)
-    bad = dict.fromkeys(unpaired, "lacks an image or its mask")
-    jobs = {name: (name, [side[name] for side in files]) for name in scenes}
-    nodata, declared = (args.nodata1, args.nodata2), (args.as1, args.as2)
-    settings = [*patterns, args.size, nodata, declared, args.seed, args.test_share]
-    size = sum(read_first([side[name] for name in jobs])[1].nbytes for side in files)
-    with fill_folder(args.out, json.dumps(settings), len(jobs) * size) as part:
+    declared, nodata = (args.as1, args.as2), (args.nodata1, args.nodata2)
+    need({*declared} <= {None, "depth", "dem"}, f"--as1 {args.as1}, --as2 {args.as2}: only depth "
+         f"and dem change tiles, because some of their values are no reading.  Leave others out")
+    seed, share = args.seed or 0, args.test_share or 0.2
+    patterns = [*where, args.target] if args.target else where
+    files, names, unpaired = find_samples(patterns, strict=False)
+    bad = dict.fromkeys(unpaired, "has no partner, or no mask")
+    jobs = {name: (name, [side[name] for side in files]) for name in names}
+    settings = json.dumps([*patterns, args.size, nodata, declared, seed, share])
+    size = sum(read_first([side[name] for name in names])[1].nbytes for side in files)
+    with fill_folder(args.out, settings, len(jobs) * size) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
-        left_out = work_through(part, jobs, cut, args, bad)
-        tiles = [os.path.splitext(name)[0] for name in os.listdir(part / "1")]
-        scenes = sorted({name.rsplit("_", 2)[0] for name in tiles})
-        print(f"{len(tiles)} tiles of {len(scenes)} scenes; {left_out} are left out, because more "
-              f"than half of their values are missing")
+        left_out = sum(work_through(part, jobs, cut, args, bad).values())
+        tiles = sorted(path.stem for path in (part / "1").iterdir())
         need(tiles, f"no tile is left for {args.out}: are --nodata1 and --nodata2 right?")
-        if len(scenes) == 1:
-            print("no train.txt and test.txt, because one scene cannot be split by scene")
-            return
-        order = np.random.default_rng((args.seed, len(scenes))).permutation(len(scenes))
-        n = min(max(1, round(args.test_share * len(scenes))), len(scenes) - 1)
-        write_lists(part, part / "1", {scenes[k] for k in order[:n]})
-    print(f"train.txt has the tiles of {len(scenes) - n} scenes, test.txt the tiles of {n}")
+        scenes = sorted({name.rsplit("_", 2)[0] for name in tiles})
+        n = min(max(1, round(share * len(scenes))), len(scenes) - 1)
+        order = np.random.default_rng((seed, len(scenes))).permutation(len(scenes))
+        write_lists(part, tiles, {scenes[k] for k in order[:n]})
+    print(f"{len(tiles)} tiles of {len(scenes)} scenes, of which {n} are in test.txt; {left_out} "
+          f"tiles are left out, because more than half of their values are missing")
 
 
 def cut_own(part, size, nodata, declared, job):
     """Reads the images and the mask of a scene, brings them to one size, cuts them into tiles."""
     name, paths = job
-    images, types = [], []
-    for m, path in enumerate(paths[:2]):
+    images, types = {}, {}
+    for folder, path, value, kind in zip("12", paths, nodata, declared):
         a = read_image(path)
-        types.append(stored_type(path, a))
+        types[folder] = stored_type(path, a)
         missing = ~np.isfinite(a)
-        if nodata[m] is not None:               # in all channels: one dark channel is a colour
-            missing = missing | (a == nodata[m]).all(0)
-        if declared[m] in ("depth", "dem"):     # which know values that are no reading
-            missing = missing | ~np.isfinite(read_input(path, MODALITIES[declared[m]]))
+        if value is not None:                   # in all channels: one dark channel is a colour
+            missing = missing | (a == value).all(0)
+        if kind:                                # depth or dem, of which some values are no reading
+            missing = missing | ~np.isfinite(read_input(path, MODALITIES[kind]))
         if missing.any():
             a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
-        images.append(a)
-    H, W = images[0].shape[1:]
-    if images[1].shape[1:] != (H, W):
-        images[1] = resize_like(images[1], types[1], (H, W))
-    mask = read_mask(paths[2]) if len(paths) == 3 else None
-    need(mask is None or mask.shape == (H, W), f"{paths[-1]} has {np.shape(mask)} pixels, "
-         f"{paths[0]} has {(H, W)}; expected masks of the size of the first image")
-    return write_tiles(name, images, mask, types, size, (part / "1", part / "2", part / "label"))
+        images[folder] = a
+    if images["1"].shape[1:] != images["2"].shape[1:]:
+        images["2"] = resize_like(images["2"], types["2"], images["1"].shape[1:])
+    if len(paths) == 3:
+        images["label"] = read_small_mask(paths[2])
+    return write_tiles(part, name, images, types, size)
 
 
 def resize_like(a, kind, size):
-    """Resizes CxHxW of the type `kind`, with NaN where values are missing, and keeps its kind of
-    values: 8 bits stay whole, and other integers are those of the nearest pixel."""
-    valid = np.isfinite(a)
-    if kind.kind in "iu" and kind != np.uint8:
-        nearest = resize_array(np.where(valid, a, 0).astype(kind), size)
-        return np.where(resize_array(valid.astype(np.int32), size) > 0, nearest, np.nan)
-    if kind == np.uint8 and valid.all():
-        return resize_array(a.astype(kind), size)
+    """Resizes CxHxW of the type `kind`, with NaN where values are missing.  Integers of more than 8
+    bits become those of the nearest pixel, because a value between two of them may mean nothing."""
+    if kind.kind != "f" and kind != np.uint8:
+        rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int)
+                         for n, old in zip(size, a.shape[1:]))
+        return a[:, rows[:, None], columns]
     a = resize_array(a, size)
     return np.floor(a + 0.5) if kind == np.uint8 else a
 
 
-def prepare_rgbd(root, args):
+def prepare_rgbd(root, out, args):
     """Makes HHA/ beside RGB/ and Depth/; or RGB/, HHA/ and Label/ from SUN RGB-D's raw tree."""
-    depth_unit = args.depth_unit or 1000.0
+    frames, masks, bad = {}, {}, {}
     if (root / "Depth").is_dir():
-        camera = read_intrinsics(root / "intrinsics.txt")
+        unit, camera = args.depth_unit or 1000.0, read_intrinsics(root / "intrinsics.txt")
         depth = find_images(root / "Depth")
         raw = find_images(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
         bad = {name: "is not in RawDepth/" for name in depth if name not in raw}
-        jobs = {name: (path, raw[name], depth_unit, camera, f"{name}.png")
+        jobs = {name: (name, path, raw[name], unit, camera)
                 for name, path in depth.items() if name not in bad}
-        settings, work, folders = f"{depth_unit} {camera.tolist()}", write_hha, ["HHA"]
+        settings, work = f"{unit} {camera.tolist()}", write_hha
     else:
         need(args.depth_unit is None, "--depth-unit works only with Depth/: SUN RGB-D has its own")
         frames = find_frames(root)
         need(frames, f"no Depth/ and no frame of SUN RGB-D under {root}; looked for Depth/ and "
              f"SUNRGBD/; {list_contents(root)}; {TREE}")
         masks = find_sunrgbd_masks(root, frames)
-        jobs = {name: (folder, masks.get(name), name) for name, folder in frames.items()}
-        settings, work, bad = "SUN RGB-D", link_frame, {}
-        folders = ["HHA", "Label", "RGB"] if masks else ["HHA", "RGB"]  # RGB/ says that all is done
-    with fill_folder(root, settings, 3 * 640 * 480 * len(jobs), folders) as part:
-        for folder in folders:
-            if not (root / folder).is_dir():
-                (part / folder).mkdir(exist_ok=True)
-        work_through(part, jobs, functools.partial(work, part), args, bad)
-    if bad and work is write_hha:
-        print("Their images in RGB/ have no partner now: move them away, or give --split a list")
+        jobs = {name: (name, folder) for name, folder in frames.items()}
+        settings, work = "SUN RGB-D", write_sunrgbd_hha
+    with fill_folder(out, settings, 3 * 640 * 480 * len(jobs)) as part:
+        done = work_through(part, jobs, functools.partial(work, part), args, bad)
+        for name in done.keys() & frames.keys():  # before HHA/, which says that all is done
+            link(only_file(f"{frames[name]}/image"), root / "RGB", name)
+            if name in masks:
+                link(masks[name], root / "Label", name)
 
 
 def write_hha(part, job):
     """Writes the HHA of one frame."""
-    depth, raw, depth_unit, camera, name = job
-    depth_m, raw_m = read_metres(depth, depth_unit), read_metres(raw, depth_unit)
-    try:
-        image = Image.fromarray(hha(fill_holes(depth_m), raw_m, camera))
-    except ValueError as error:
-        raise BadInput(f"{depth}, {raw}: {error}") from None
-    write_atomically(part / "HHA" / name, lambda file: image.save(file, "png"))
-    return 0
+    name, depth, raw, unit, camera = job
+    filled, raw_m = fill_holes(read_metres(depth, unit)), read_metres(raw, unit)
+    image = Image.fromarray(hha(filled, raw_m, camera))
+    write_atomically(part / f"{name}.png", lambda file: image.save(file, "png"))
 
 
-def link_frame(part, job):
-    """Makes RGB/, HHA/ and Label/ of one frame of SUN RGB-D's raw tree."""
-    folder, mask, name = job
-    image, depth, raw = (only_file(os.path.join(folder, kind))
-                         for kind in ("image", "depth_bfx", "depth"))
-    camera = read_intrinsics(os.path.join(folder, "intrinsics.txt"))
-    open_image(image)                           # raises BadInput if the image is damaged
-    write_hha(part, (depth, raw, None, camera, f"{name}.png"))
-    link(image, part / "RGB" / (name + os.path.splitext(image)[1]))
-    if mask:
-        link(mask, part / "Label" / f"{name}.png")
-    return 0
+def write_sunrgbd_hha(part, job):
+    """Writes the HHA of one frame of SUN RGB-D's raw tree.  Raises BadInput if its image or another
+    file is damaged."""
+    name, folder = job
+    image, depth, raw = (only_file(f"{folder}/{kind}") for kind in ("image", "depth_bfx", "depth"))
+    open_image(image)
+    write_hha(part, (name, depth, raw, None, read_intrinsics(f"{folder}/intrinsics.txt")))
 
 
-def link(source, target):
+def link(source, folder, name):
     """Makes a hard link, which takes no disk; a copy on a file system that has no links."""
+    folder.mkdir(exist_ok=True)
+    target = folder / (name + os.path.splitext(source)[1])
     target.unlink(missing_ok=True)
     try:
         os.link(os.path.realpath(source), target)
@@ -2394,16 +2255,11 @@ def link(source, target):
 def find_frames(root):
     """Finds the frames of SUN RGB-D's raw tree: {name: folder}, kv1-b3dodata-img_0063 and so on."""
     tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
-    visited = set()
     for folder, subfolders, _ in os.walk(tree, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:                     # a link leads back
+        if "image" in subfolders:
             subfolders.clear()
-        elif "image" in subfolders or "depth" in subfolders:
-            subfolders.clear()
-            frames[Path(folder).relative_to(tree).as_posix()] = folder
-        visited.add(real)
-    return {frame.replace("/", "-"): folder for frame, folder in sorted(frames.items())}
+            frames["-".join(Path(folder).relative_to(tree).parts)] = folder
+    return dict(sorted(frames.items()))
 
 
 def find_sunrgbd_masks(root, frames):
@@ -2427,42 +2283,36 @@ def fill_holes(z):
 
 def choose_source(args):
     """Returns the scenario or the task of `check` and `prepare`, and its folder or folders.
-    BadInput where flags do not go together, or one would have no effect."""
+    Raises BadInput if flags do not go together, or if one would have no effect."""
     name, own = args.task or args.scenario, [args.data1, args.data2]
     need(bool(args.task) != bool(args.scenario), f"{args.command}: give --scenario or --task")
     if name == "custom":
         need(all(own) and not args.data, "--scenario custom needs --data1 and --data2, not --data")
-        kinds = (args.as1, args.as2)
-        need(args.depth_unit is None or "depth" in kinds, "--depth-unit works only with depth: "
-             "give --as1 depth or --as2 depth as well")
         return name, own
-    for flag in ("data1", "data2", "as1", "as2"):
-        need(not getattr(args, flag), f"--{flag} works only with --scenario custom")
-    need(args.depth_unit is None or name in ("rgbd", "sunrgbd", "nyuv2"),
-         f"--depth-unit works only with depth: {name} has none")
+    for flag in COMMANDS[args.command][1].split():
+        need(getattr(args, flag.replace("-", "_")) is None,
+             f"--{flag} works only with --scenario custom")
     return name, Path(args.data or SHARED_ROOTS.get(name, f"data/{name}"))
+
+
+PREPARE = {                                     # how, and in which folder beside the data
+    "sar-optical": (prepare_ssl4eo, "packed"), "bigearthnet": (prepare_bigearthnet, "packed"),
+    "rgb-dem": (prepare_geonrw, "cropped"), "geonrw": (prepare_geonrw, "cropped"),
+    **dict.fromkeys(("rgbd", "sunrgbd", "nyuv2"), (prepare_rgbd, "HHA"))}
 
 
 def prepare(args):
     """Turns what was downloaded into the one form that the other scripts read."""
     name, root = choose_source(args)
-    own = dict(size=None, target=None, nodata1=None, nodata2=None, seed=0, test_share=0.2)
-    for flag, default in own.items():
-        need(name == "custom" or getattr(args, flag) is None,
-             f"--{flag.replace('_', '-')} works only with --scenario custom")
-        if getattr(args, flag) is None:
-            setattr(args, flag, default)
+    of_frames = name in ("rgbd", "sunrgbd", "nyuv2")
+    need(of_frames or args.depth_unit is None, f"--depth-unit does not work with {name}, because "
+         f"prepare keeps the steps of its files")
+    need(not (of_frames and args.out), f"--out does not work with {name}: HHA/ stands beside RGB/")
     if name == "custom":
         return prepare_tiles(root, args)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data")
-    if name in ("rgbd", "sunrgbd", "nyuv2"):
-        need(not args.out, f"--out does not work with {name}: HHA/ is made beside the depth")
-        return prepare_rgbd(root, args)
-    if name == "sar-optical":
-        return prepare_ssl4eo(root, Path(args.out or root / "packed"), args)
-    if name == "bigearthnet":
-        return prepare_bigearthnet(root, Path(args.out or root / "packed"), args)
-    return prepare_geonrw(root, Path(args.out or root / "cropped"), args)
+    function, folder = PREPARE[name]
+    function(root, Path(args.out or root / folder), args)
 
 
 OWN_IMAGES = dict(type=expand_path, metavar="FILES", nargs="+", action=OnePattern)
@@ -2513,22 +2363,23 @@ COMMAND_FLAGS = DATA_FLAGS | {
     "skip-bad": dict(action="store_true", help="leave damaged samples out; default: do not finish "
                      "until they are mended"),
 }
+# For each command: its flags, those that work only with --scenario custom, and what it does.
 COMMANDS = {
-    "prepare": ("scenario task data data1 data2 as1 as2 target size nodata1 nodata2 test-share "
-                "seed depth-unit out skip-bad workers",
+    "prepare": ("scenario task data depth-unit out skip-bad workers",
+                "data1 data2 as1 as2 target size nodata1 nodata2 test-share seed",
                 "turn what was downloaded into the form that the other scripts read; a run that "
                 "was stopped goes on if the same command is given again"),
-    "check": ("scenario task data data1 data2 as1 as2 split size depth-unit out workers",
+    "check": ("scenario task data split size depth-unit out workers", "data1 data2 as1 as2",
               "read all samples and say what the network will see; exit code 1 if one is bad"),
-    "toy": ("scenario out", "write the made-up scenes of a scenario")}
+    "toy": ("scenario out", "", "write the made-up scenes of a scenario")}
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, (names, text) in COMMANDS.items():
+    for command, (names, custom, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        add_flags(sub, COMMAND_FLAGS, names)
+        add_flags(sub, COMMAND_FLAGS, f"{names} {custom}")
     return parser.parse_args(argv)
 
 

@@ -1331,7 +1331,6 @@ def test_prepare_of_sun_rgbd_gives_folders_of_equal_names(tmp_path):
     prepare(f"--scenario rgbd --data {root}")
     for folder, suffix in (("RGB", ".JPG"), ("HHA", ".png"), ("Label", ".png")):
         assert sorted(os.listdir(root / folder)) == [name + suffix for name in SUNRGBD_NAMES]
-    assert not (root / "prepare.part").exists()
     image = root / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "image" / "a.JPG"
     assert os.path.samefile(image, root / "RGB" / f"{SUNRGBD_NAMES[0]}.JPG")  # takes no disk
     assert open_dataset("rgbd", root, 16).ids == SUNRGBD_NAMES
@@ -1354,11 +1353,10 @@ def test_lists_and_masks_of_sun_rgbd_keep_working_once_it_is_prepared(split, lab
     assert (target == label).all() and target.shape == (24, 32)
 
 
-def test_frames_of_sun_rgbd_are_found_behind_links_which_may_lead_back(tmp_path):
+def test_frames_of_sun_rgbd_are_found_behind_links(tmp_path):
     root = write_sunrgbd(tmp_path)
     (root / "SUNRGBD" / "xtion").rename(root / "away")
     (root / "SUNRGBD" / "xtion").symlink_to(root / "away", target_is_directory=True)
-    (root / "SUNRGBD" / "kv1" / "loop").symlink_to(root / "SUNRGBD")
     assert list(data.find_frames(root)) == SUNRGBD_NAMES
 
 
@@ -1366,9 +1364,9 @@ def test_prepare_of_sun_rgbd_goes_past_a_damaged_frame_and_can_leave_it_out(tmp_
     root = write_sunrgbd(tmp_path)
     (root / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "intrinsics.txt").unlink()
     flags = f"--scenario rgbd --data {root}"
-    is_refused("prepare.part/bad-ids.txt .*--skip-bad", prepare, flags)
+    is_refused("HHA.part/bad-ids.txt .*--skip-bad", prepare, flags)
     assert not (root / "RGB").exists() and not (root / "HHA").exists()
-    bad = (root / "prepare.part" / "bad-ids.txt").read_text()
+    bad = (root / "HHA.part" / "bad-ids.txt").read_text()
     assert re.fullmatch(f"{SUNRGBD_NAMES[0]}\t.*intrinsics.txt.*\n", bad)
     prepare(f"{flags} --skip-bad")
     assert open_dataset("rgbd", root, 16).ids == SUNRGBD_NAMES[1:]
@@ -1385,9 +1383,10 @@ def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
     flags = f"--scenario rgbd --data {root}"
-    is_refused("Depth/2.png .*bad-ids.txt .*--skip-bad", prepare, flags)
+    is_refused("1 samples .*bad-ids.txt .*--skip-bad", prepare, flags)
+    assert "Depth/2.png" in (root / "HHA.part" / "bad-ids.txt").read_text()
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
-    is_refused("prepare.part was begun", prepare, f"{flags} --depth-unit 100")
+    is_refused("HHA.part was begun", prepare, f"{flags} --depth-unit 100")
     write_frames(root, 3)
     prepare(flags)
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "hha")
@@ -1395,11 +1394,12 @@ def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     is_refused("HHA.* exists", prepare, flags)
 
 
-def test_raw_depth_that_lacks_frames_is_refused_by_their_names(tmp_path):
+def test_raw_depth_that_lacks_frames_is_listed_by_their_names(tmp_path):
     root = write_frames(tmp_path, 2)
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "RawDepth" / "0.png", np.full((36, 48), 700, np.uint16))
-    is_refused("such as 1: .*RawDepth", prepare, f"--scenario rgbd --data {root}")
+    is_refused("1 samples", prepare, f"--scenario rgbd --data {root}")
+    assert (root / "HHA.part" / "bad-ids.txt").read_text() == "1\tis not in RawDepth/\n"
 
 
 @pytest.mark.parametrize("write, name", [
@@ -1540,7 +1540,7 @@ def test_prepare_reads_nothing_twice(tmp_path, monkeypatch):
     shutil.move(root / "s1" / "0000002", tmp_path / "away")
     (root / "s1" / "0000002").mkdir()
     flags = f"--scenario sar-optical --data {root}"
-    is_refused("such as 0000002: .*--skip-bad", prepare, flags)
+    is_refused("1 samples .*--skip-bad", prepare, flags)
     (root / "s1" / "0000002").rmdir()
     shutil.move(tmp_path / "away", root / "s1" / "0000002")
     calls = watched(monkeypatch, data, "read_seasons")
@@ -1640,7 +1640,7 @@ def write_bigearthnet(root):
         for patch in (patch1, patch2):
             (patch / f"{patch.name}_labels_metadata.json").write_text(about)
     for name, lines in (("train", list(map(",".join, pairs[:2]))),
-                        ("bigearthnet-val", [s2 for s2, _ in pairs[::-1]])):
+                        ("val", [s2 for s2, _ in pairs[::-1]])):
         (root / f"{name}.csv").write_bytes("\r\n".join([*lines, ""]).encode())
     return pairs
 
@@ -1669,7 +1669,9 @@ def test_patches_without_both_folders_are_bad(tmp_path):
     (s2, s1), (other, _), _ = write_bigearthnet(tmp_path)
     shutil.rmtree(tmp_path / "BigEarthNet-S1-v1.0" / s1)
     flags = f"--task bigearthnet --data {tmp_path}"
-    is_refused(f"such as {s2}: train.csv .*--skip-bad", prepare, flags)
+    is_refused("1 samples .*--skip-bad", prepare, flags)
+    bad = (tmp_path / "packed" / "train.part" / "bad-ids.txt").read_text()
+    assert bad.startswith(f"{s2}\ttrain.csv ")
     prepare(f"{flags} --skip-bad")
     assert open_dataset("bigearthnet", tmp_path, 8, "train").ids == [other]
 
@@ -1680,7 +1682,7 @@ def test_patches_without_both_folders_are_bad(tmp_path):
 def test_lists_and_labels_of_bigearthnet_that_are_none_are_refused(file, text, words, tmp_path):
     (s2, s1), *_ = write_bigearthnet(tmp_path)
     (tmp_path / "train.csv").write_text(f"{s2}, {s1}\n")               # a space does no harm
-    (tmp_path / "bigearthnet-val.csv").unlink()
+    (tmp_path / "val.csv").unlink()
     name = {"json": f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json", "csv": "train.csv"}[file]
     (tmp_path / name).write_text(text)
     is_refused(words, prepare, f"--task bigearthnet --data {tmp_path}")
@@ -1732,17 +1734,16 @@ def test_geonrw_is_split_by_city(geonrw):
 def test_a_patch_without_its_mask_is_refused_in_the_task_alone(geonrw):
     (geonrw / "cropped" / "seg" / "aachen_371_5712_0_2.png").unlink()
     assert len(open_dataset("rgb-dem", geonrw, 8, "train")) == 16
-    is_refused(r"aachen_371_5712_0_2.* cropped/seg has \[\]".replace(" c", ".*c"), open_dataset, "geonrw", geonrw, 8, "train")
+    is_refused("cropped/seg", open_dataset, "geonrw", geonrw, 8, "train")
 
 
-@pytest.mark.parametrize("part, a, words", [
-    ("dem", np.zeros((4, 4), np.float32), r"aachen/371_5712: .*\(4, 4\)"),
-    ("seg", np.full((32, 32), 259, np.uint16), "371_5712_seg.tif")])
-def test_tiles_of_geonrw_that_do_not_fit_are_bad(part, a, words, tmp_path):
+def test_tiles_of_geonrw_that_do_not_fit_are_bad(tmp_path):
+    """One whose heights have another size, one without heights."""
     write_geonrw(tmp_path)
-    save(tmp_path / "aachen" / f"371_5712_{part}.tif", a)
+    save(tmp_path / "aachen" / "371_5712_dem.tif", np.zeros((4, 4), np.float32))
+    shutil.copy(tmp_path / "aachen" / "371_5712_rgb.jp2", tmp_path / "aachen" / "9_9_rgb.jp2")
     flags = f"--scenario rgb-dem --data {tmp_path}"
-    is_refused(words, prepare, flags)
+    is_refused("2 samples", prepare, flags)
     prepare(f"{flags} --skip-bad")
     assert {id.split("_")[0] for id in open_dataset("rgb-dem", tmp_path, 8).ids} == {"herne"}
 
@@ -2185,7 +2186,7 @@ def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys
     prepare(f"{write_large(tmp_path)} --nodata2 -9999")
     tiles = tmp_path / "tiles"
     assert not (tiles / "2" / "s0_0_0.tif").exists() and (tiles / "2" / "s0_0_1.tif").exists()
-    assert "20 tiles of 4 scenes; 4 are left out" in capsys.readouterr().out
+    assert re.search("20 tiles of 4 scenes.* 4 tiles are left out", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("dtype, C", [
@@ -2243,16 +2244,11 @@ def test_scenes_that_cannot_be_cut_are_listed_and_settings_that_differ_refused(t
     assert {path.name[:2] for path in (tmp_path / "tiles" / "1").iterdir()} == {"s0"}
 
 
-def test_integers_are_resized_to_the_nearest_pixel():
-    steps = np.array([[[1000, 0], [0, 3000]]], np.uint16)
-    y = data.resize_like(np.where(steps == 0, np.nan, steps), steps.dtype, (4, 4))
-    assert set(np.unique(y[np.isfinite(y)])) == {1000, 3000} and np.isnan(y).sum() == 8
-
-
-def test_holes_do_not_bleed_where_an_image_is_resized():
-    y = data.resize_like(np.array([[[5.0, np.nan], [5, 5]]]), np.dtype(np.float32), (6, 6))
-    assert np.nanmin(y) == pytest.approx(5) and np.nanmax(y) == pytest.approx(5)
-    assert np.isnan(y).any()
+@pytest.mark.parametrize("dtype, missing", [(np.uint16, 18), (np.float32, 8)])
+def test_holes_do_not_bleed_where_an_image_is_resized(dtype, missing):
+    """2x2 become 6x6 pixels: integers by the nearest pixel, others where a pixel has a share."""
+    y = data.resize_like(np.array([[[5, np.nan], [np.nan, 5]]]), np.dtype(dtype), (6, 6))
+    assert np.isnan(y).sum() == missing and np.allclose(y[np.isfinite(y)], 5)
 
 
 # ---- made-up scenes ----
@@ -2399,17 +2395,18 @@ def one_band_constant(x, u):
 
 
 @pytest.mark.parametrize("write, words", [
-    (wrong_depth_unit, r"depth: 2\d% .*--depth-unit"),
+    (wrong_depth_unit, "depth, depth: .*5%.*--depth-unit"),
     (lambda root: open_dataset("rgbd", write_frames(root), 16, "all", 10000.0),
-     "depth: .*--depth-unit"),
-    (partial(satellite, folder="s1", value=0.1), "sar: 100% .*dB"),
-    (partial(satellite, folder="s2c", value=0.4), "ms: .*x 10000"),
-    (replaced(0.002, -9999), "overhead 1: 0.[123]% .* channel 1, channel 2 .*--nodata1 -9999"),
-    (replaced(0.04, -9999), "overhead 1: [34].[0-9]% .*-9999.*--nodata1 -9999"),
-    (replaced(0.3, 0), "overhead 1: .* 0, .*--nodata1 0 "),
-    (replaced(0.6, np.nan), "overhead 1: 60% .*missing"),
-    (partial(own_arrays, change=lambda x, u: np.exp(3 * (x - 300) / 30)), "overhead 1: .*squeeze"),
-    (partial(own_arrays, change=one_band_constant), "overhead 1: .* channel 2 have the same")])
+     "depth, depth: .*--depth-unit"),
+    (partial(satellite, folder="s1", value=0.1), "sar, VV, VH: .*dB"),
+    (partial(satellite, folder="s2c", value=0.4), "ms, B1, B2, B3 and 9 more: .*x 10000"),
+    (replaced(0.002, -9999), "overhead 1, channel 1, channel 2: .*-9999 .*--nodata1"),
+    (replaced(0.04, -9999), "overhead 1, channel 1, channel 2: .*-9999 .*--nodata1"),
+    (replaced(0.3, 0), "overhead 1, channel 1, channel 2: .* 0 .*--nodata1"),
+    (replaced(0.6, np.nan), "overhead 1, channel 1, channel 2: .*missing"),
+    (partial(own_arrays, change=lambda x, u: np.exp(3 * (x - 300) / 30)),
+     "overhead 1, channel 1, channel 2: .*logarithm"),
+    (partial(own_arrays, change=one_band_constant), "overhead 1, channel 2: .*equal")])
 def test_inputs_that_look_wrong_are_told_and_the_remedy_is_named(write, words, tmp_path):
     """A wrong unit; -9999 in 0.2 and 4 % of the pixels, undeclared; far values; no values."""
     lines = data.find_warnings(write(tmp_path))
@@ -2427,8 +2424,8 @@ def test_inputs_that_are_right_draw_no_warning(change, dtype, tmp_path):
 
 @pytest.mark.parametrize("value, spread, text", [
     (-0.00018, 60000, "0"), (0.123456, 0.8, "0.123"), (-14.1234, 20, "-14.1"),
-    (1e-7, 3e-8, "1e-07"), (1600000003.2, 5000, "1600000003"), (7, 7, "7.00")])
-def test_numbers_are_written_to_a_thousandth_of_their_spread(value, spread, text):
+    (1e-7, 3e-8, "1e-07"), (1600000003.2, 500, "1600000003"), (7, 7, "7")])
+def test_numbers_are_written_to_a_hundredth_of_their_spread(value, spread, text):
     assert data.format_value(value, spread) == text
 
 
@@ -2443,31 +2440,25 @@ def test_check_shows_what_the_network_sees(tmp_path, capsys):
     root = write_frames(tmp_path / "d", 4)
     code, text, bad = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
     assert code == 0 and bad == "" and "of 4 of 4 samples" in text
-    assert re.search(r"\nrgb green +20.0 +20.0 +20.0 .* of 255\n", text)
-    assert re.search(r"\ndepth depth +2\.\d+ .* 0\.1% .* m\n", text)  # two pixels of 1728
+    assert re.search(r"\nrgb green +20 +20 +20 .* of 255\n", text)
+    assert re.search(r"\ndepth depth +2 +2\.15 .* 0\.1% .* m\n", text)  # two pixels of 1728
     assert Image.open(tmp_path / "out" / "contact-sheet.png").size == (4 * 16, 4 * 16)
 
 
 def test_check_lists_what_is_damaged_what_lacks_its_partner_and_what_is_of_another_size(tmp_path,
                                                                                        capsys):
+    """Each kind of reason is printed once."""
     root = write_ssl4eo(tmp_path / "d", ["0000000", "0000001", "0000002", "0000003"])
     write_ssl4eo(root, ["0000004"], S=24)
-    for file in (root / "s1" / "0000001").glob("*/VH.tif"):
-        file.write_bytes(file.read_bytes()[:200])
+    for name in ("0000001", "0000002"):
+        for file in (root / "s1" / name).glob("*/VH.tif"):
+            file.write_bytes(file.read_bytes()[:200])
     shutil.rmtree(root / "s2c" / "0000003")
     code, text, bad = checked(f"--scenario sar-optical --data {root}", tmp_path, capsys)
     names = [line.split("\t")[0] for line in bad.splitlines()]
-    assert code == 1 and names == ["0000003", "0000001", "0000004"]
-    assert "VH.tif" in bad and "of 2 of 4 samples" in text
-
-
-def test_check_prints_each_kind_of_reason_once(tmp_path, capsys):
-    root = write_frames(tmp_path / "d", 5)
-    for name in "13":
-        (root / "RGB" / f"{name}.png").write_bytes(b"nothing")
-    code, text, bad = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
-    assert code == 1 and len(bad.splitlines()) == 2
-    assert len(re.findall("^ +2 such as 1: .*RGB/1.png", text, re.MULTILINE)) == 1
+    assert code == 1 and names == ["0000003", "0000001", "0000002", "0000004"]
+    assert "of 1 of 4 samples" in text
+    assert re.search("^ +2 such as 0000001: .*VH.tif", text, re.MULTILINE)
 
 
 def write_labelled(root, masks):
@@ -2488,29 +2479,20 @@ def test_check_of_a_task_reads_masks_as_transfer_will(tmp_path, capsys):
     assert all(name in bad for name in ("1.png", "2.png", "3.jpg", "4.png"))
 
 
-def test_check_reads_names_that_utf_8_cannot_write(tmp_path, capsys):
-    root = write_frames(tmp_path / "d", 2)
-    for folder in ("RGB", "Depth"):
-        shutil.copy(root / folder / "1.png", root / folder / "\udcff.png")
-    code, text, _ = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
-    assert code == 0 and "3 samples read" in text
-
-
 def test_check_of_a_task_says_which_classes_never_occur(tmp_path, capsys):
     """37 classes, of which masks hold 1 to 30; half of the pixels have no label."""
     mask = np.zeros((36, 48), np.uint8)
     mask[:18] = 1 + np.arange(18)[:, None] % 15
     flags = write_labelled(tmp_path / "d", {"0.png": mask, "1.png": np.where(mask, mask + 15, 0)})
     code, text, _ = checked(flags, tmp_path, capsys)
-    assert code == 0 and "masks: 50.0% " in text and "classes 31, 32, 33, 34, 35, 36, 37 never" in text
+    assert code == 0 and "masks: 50.0% " in text and "occur: 31, 32, 33, 34, 35, 36, 37\n" in text
 
 
-def test_check_of_a_task_refuses_palettes_that_contradict_each_other(tmp_path, capsys):
+def test_check_of_a_task_refuses_palettes_that_contradict_each_other(tmp_path):
     mask, other = np.ones((36, 48)), range(100, 868)
     flags = write_labelled(tmp_path / "d", {"0.png": with_palette(mask),
                                             "1.png": with_palette(mask, other)})
-    code, _, bad = checked(flags, tmp_path, capsys)
-    assert code == 1 and re.search("Label/0.png.*Label/1.png", bad)
+    is_refused("Label/0.png.*Label/1.png", call, data, f"check --out {tmp_path}/out {flags}")
 
 
 def own_noise(root):
@@ -2522,13 +2504,9 @@ def own_noise(root):
     return f"--scenario custom --data1 {one} --data2 {two}"
 
 
-def test_check_of_ones_own_pairs_finds_what_holds_nothing(tmp_path, capsys):
+def test_check_of_ones_own_pairs_finds_what_holds_nothing_or_is_squeezed(tmp_path, capsys):
     code, text, bad = checked(own_noise(tmp_path), tmp_path, capsys)
     assert code == 1 and re.fullmatch("2\t.*one/2.npy .*\n", bad) and "of 2 of 3 samples" in text
-
-
-def test_check_of_ones_own_pairs_tells_what_is_squeezed(tmp_path, capsys):
-    _, text, _ = checked(own_noise(tmp_path), tmp_path, capsys)
     assert "warning: 2 of 2 pairs, such as 0, " in text
 
 
@@ -2557,21 +2535,20 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
 
 @pytest.mark.parametrize("program, flags, words", [
     (data, "check", "--scenario or --task"),
-    (data, "check --scenario custom --data1 x", "--data1 and --data2"),
     (data, "check --scenario custom --data1 x --data2 y --data z", "--data1 and --data2"),
     (data, "check --scenario rgbd --data1 x --data2 y", "--data1"),
     (data, "check --scenario rgb-dem --data ~/nowhere", "no folder /.*/nowhere"),
-    (data, "toy --scenario rgbd --out .", "--out"), (data, "toy --scenario custom", "--scenario"),
+    (data, "toy --scenario rgbd --out .", "--out"),
     (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "--data1.* a.tif"),
-    (data, "prepare --scenario sar-optical --data nowhere", "no folder nowhere"),
     (data, "prepare --scenario rgbd --data .", "no Depth/.*SUNRGBD/"),
     (data, "prepare --scenario custom --data1 a --data2 b", "--size and --out"),
-    (data, "prepare --scenario rgb-dem --size 64", "--size .*--scenario custom"),
+    (data, "prepare --scenario rgb-dem --size 64", "--size .*custom"),
     (data, "prepare --scenario custom --data1 a --data2 b --size 9 --out c --as1 rgb", "--as1 rgb"),
-    (data, "prepare --scenario rgb-dem --test-share 0.3", "--test-share .*--scenario custom"),
-    (data, "prepare --scenario rgb-dem --depth-unit 1000", "--depth-unit .*depth"),
-    (data, "check --scenario rgb-dem --as1 rgb", "--as1 .*--scenario custom"),
-    (data, "check --scenario custom --data1 a --data2 b --as1 rgb --depth-unit 5", "--depth-unit"),
+    (data, "prepare --scenario rgb-dem --test-share 0.3", "--test-share .*custom"),
+    (data, "prepare --scenario rgb-dem --depth-unit 1000", "--depth-unit"),
+    (data, "prepare --scenario rgbd --out x", "--out"),
+    (data, "check --scenario rgb-dem --as1 rgb", "--as1 .*custom"),
+    (pretrain, "--scenario rgbd --out ''", "--out"),
     (finetune, "--part common", "--part"), (finetune, "--cached --linear", "--cached"),
     (finetune, "--model cmx", "--model fcn"), (finetune, "--model late", "--model fcn"),
     (finetune, "--target masks", "--target"), (finetune, "--ignore 0", "--ignore"),
