@@ -39,7 +39,7 @@ The other scripts read that form:
 
     One's own scenes of any size (png, jpg, tif, npy): two folders with equal names, or two patterns
     in quotes, such as --data1 'chips/*_S1.tif' --data2 'chips/*_S2.tif', whose stars stand for the
-    name.  Images of one size need no `prepare`.
+    name.  Images of one size need no `prepare`.  TIFFs packed with LZW need imagecodecs.
 
 A data set gives (views1, views2) for an index.  Each is a list: of one CxHxW tensor (both augmented
 views are made from it) or of two (one for each view); uint8, or float32 in [0, 1].  A transfer task
@@ -667,7 +667,8 @@ def encode(a, row, canvas, depth_unit):
         a = a / depth_unit                      # metres
     elif row.get("raw_mean"):
         mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
-        a = (a - mean) / (6 * std) + 0.5
+        x = ((a - mean) / (6 * std) + 0.5).clip(0, 1)
+        a = np.where(np.isfinite(a), x, np.nan)
     elif a.dtype != np.uint8:                   # 8 bits, with a no-data tag
         a = a / 255
     if canvas:
@@ -1985,12 +1986,13 @@ def work_through(part, jobs, work, args, bad):
 def pack(out, jobs, read, files, bad, args):
     """Packs samples into arrays of bytes with one row per sample: ids.txt and `files`.  read(job)
     returns a row for each of the files.  A damaged sample's row is 0; its line begins with `# `."""
-    rows, reason = None, f"nothing to prepare; {TREE}"
+    rows, reason = None, next(iter(bad.values()), f"nothing to prepare; {TREE}")
     for job in jobs.values():
         rows, reason = attempt(read, job)
         if rows:                                # it shows the size of all
             break
-    need(rows, f"none of {len(jobs)} samples can be read; the last: {reason}")
+    need(rows, f"none of {len(jobs) + len(bad)} samples for {out} can be read; one of the "
+         f"reasons: {reason}")
     with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(map(len, rows))) as part:
         for file, row in zip(files, rows):
             if not (part / file).is_file():

@@ -1608,7 +1608,7 @@ def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
     save(band, np.zeros((3, 3), np.uint16))
     is_refused(r"0000000: B9 has \(3, 3\) .*\(2, 2\)", read)
     save(band, np.zeros((2, 2, 3), np.uint8))
-    is_refused("B9.tif holds 3 bands", read)
+    is_refused("B9.tif has 3", read)
     band.unlink()
     is_refused("B9.tif", read)
     shutil.rmtree(band.parent)
@@ -1676,15 +1676,12 @@ def test_patches_without_both_folders_are_bad(tmp_path):
     assert open_dataset("bigearthnet", tmp_path, 8, "train").ids == [other]
 
 
-@pytest.mark.parametrize("file, text, words", [
-    ("json", '{"labels": null}', "labels_metadata.json .*None"), ("json", "5", "metadata.json"),
-    ("json", '{"labels": ["Moon"]}', "metadata.json: 'Moon'"), ("csv", "a,b\n", "train.csv")])
-def test_lists_and_labels_of_bigearthnet_that_are_none_are_refused(file, text, words, tmp_path):
-    (s2, s1), *_ = write_bigearthnet(tmp_path)
-    (tmp_path / "train.csv").write_text(f"{s2}, {s1}\n")               # a space does no harm
-    (tmp_path / "val.csv").unlink()
-    name = {"json": f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json", "csv": "train.csv"}[file]
-    (tmp_path / name).write_text(text)
+@pytest.mark.parametrize("text, words", [
+    ('{"labels": null}', "labels_metadata.json .*None"), ("5", "metadata.json"),
+    ('{"labels": ["Moon"]}', "metadata.json: 'Moon'")])
+def test_labels_of_bigearthnet_that_are_none_are_refused(text, words, tmp_path):
+    (s2, _), *_ = write_bigearthnet(tmp_path)
+    (tmp_path / f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json").write_text(text)
     is_refused(words, prepare, f"--task bigearthnet --data {tmp_path}")
 
 
@@ -1734,7 +1731,8 @@ def test_geonrw_is_split_by_city(geonrw):
 def test_a_patch_without_its_mask_is_refused_in_the_task_alone(geonrw):
     (geonrw / "cropped" / "seg" / "aachen_371_5712_0_2.png").unlink()
     assert len(open_dataset("rgb-dem", geonrw, 8, "train")) == 16
-    is_refused("cropped/seg", open_dataset, "geonrw", geonrw, 8, "train")
+    is_refused(r"aachen_371_5712_0_2.*cropped/seg has \[\]", open_dataset, "geonrw", geonrw, 8,
+               "train")
 
 
 def test_tiles_of_geonrw_that_do_not_fit_are_bad(tmp_path):
@@ -1962,7 +1960,7 @@ def test_names_that_differ_by_a_fixed_part_pair_by_patterns(names1, names2, patt
     assert len(pairs) == 2 and pairs[1][0][0].shape == (1, 8, 9)
     if folders[0] != folders[1]:
         stems = [re.escape(names.split()[0]) for names in (names1, names2)]
-        words = rf"a has \['{stems[0]}', .*b has \['{stems[1]}', .*--data1 'chips/.* --data2 'chips/"
+        words = rf"a has \['{stems[0]}', .*b has \['{stems[1]}', .*--data1 'chips/.* --data2 "
         is_refused(words, open_dataset, "custom", folders, 8)
 
 
@@ -2078,7 +2076,7 @@ def open_kinds(root, one, two, declared=(None, None), **settings):
     ("colour", "photo", 3), ("bands", "photo", 4), ("bands", "overhead", 4)])
 def test_declared_images_are_read_as_that_modality(folder, kind, C, tmp_path):
     """The modality's own row, so its normaliser, and its augmentations."""
-    other = "height" if folder == "grey" else "grey"
+    other = "height" if folder == "grey" else "grey"  # `photo` may be that of both sides
     pairs = open_kinds(write_kinds(tmp_path), folder, other, (kind, "photo"))
     row, (x, *_) = pairs.inputs[0], pairs[0][0]
     assert row["name"] == kind and len(x) == C == len(row["bands"]) and pairs.notes == []
@@ -2102,11 +2100,6 @@ def test_own_sentinel_chips_are_those_of_ssl4eo(tmp_path):
     sar, ms = np.load(tmp_path / "sar" / "0.npy"), np.load(tmp_path / "bands" / "0.npy")
     assert (x1[1].numpy() == data.to_8bit("VH", sar[1], data.SSL4EO_S1)).all()
     assert (x2[3].numpy() == data.to_8bit("B4", ms[3], {})).all()
-
-
-def test_both_sides_may_be_the_same_modality(tmp_path):
-    pairs = open_kinds(write_kinds(tmp_path), "colour", "grey", ("rgb", "rgb"))
-    assert pairs.modalities == ("rgb", "rgb")
 
 
 @pytest.mark.parametrize("folder, kind", [
