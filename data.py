@@ -439,7 +439,7 @@ class Packed:
         return list(x1), list(x2)
 
 
-def open_ssl4eo(root, names, seed):
+def open_ssl4eo(root, names, seed, strict):
     """Opens SSL4EO-S12: what `prepare` packed, or else the raw tree."""
     packed = root if (root / "ids.txt").is_file() else root / "packed"
     if (packed / "ids.txt").is_file():
@@ -447,6 +447,9 @@ def open_ssl4eo(root, names, seed):
         read = functools.partial(read_packed, packed, rows)
     else:
         rows, unpaired = find_locations(root)
+        need(not (strict and unpaired), f"{len(unpaired)} locations under {root}, such as "
+             f"{unpaired[:1]}, are in only one of s1/ and s2c/.  Complete the download, or remove "
+             f"them; `data.py check` lists them")
         read = functools.partial(read_season, root)
     return Packed(read_list(root / names, rows) if names else list(rows), read, unpaired, seed)
 
@@ -717,7 +720,7 @@ def open_geonrw(root, names, classes, strict):
     """Opens GeoNRW as `prepare` cut it: patches of 250x250 pixels, 16 of each tile.
     Paper: 6,942 training scenes.  Here: the 40 training cities of the data set's makers, because
     the paper does not list its scenes."""
-    cropped = root / "cropped" if (root / "cropped").is_dir() else root
+    cropped = root / "cropped"
     where = [cropped / "rgb", cropped / "dem", cropped / "seg"]
     found = find_samples(where if classes else where[:2], names and cropped / names, strict)
     return Folders(*found, (MODALITIES["aerial"], MODALITIES["dem"]), classes=classes)
@@ -965,8 +968,7 @@ def find_images(where, suffixes=IMAGES):
         name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
         need(name not in files, f"{path} and {files.get(name)} have the same name; remove one")
         files[name] = path
-    need(files, f"no image under {where} ({', '.join(suffixes)}); {list_contents(where)}.  Run "
-         f"`data.py prepare` if it makes this folder; {TREE}")
+    need(files, f"no image under {where} ({', '.join(suffixes)}); {list_contents(where)}; {TREE}")
     return dict(sorted(files.items()))
 
 
@@ -1099,10 +1101,10 @@ def read_mask(path):
     a, = read_band(path, indices=True)
     if a.dtype.kind == "f":
         a = np.where(np.isfinite(a), a, -1)
-    mask = a.astype(np.int64)
-    need((mask == a).all(), f"{path} holds {a[mask != a][:1]}; expected whole numbers, because "
-         f"they are indices of classes: make the mask again from its source")
-    return np.maximum(mask, -1)
+    odd = a[(np.rint(a) != a) | (a >= 2 ** 31)]
+    need(len(odd) == 0, f"{path} holds {odd[:1]}; expected whole numbers, because they are indices "
+         f"of classes: make the mask again from its source")
+    return np.maximum(a.astype(np.int64), -1)
 
 
 def read_palette(path):
@@ -1190,6 +1192,8 @@ def list_folders(folder):
 
 NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # tasks, and their classes
 SHARED_ROOTS = dict(geonrw="data/rgb-dem", sunrgbd="data/rgbd")     # of tasks on a scenario's data
+PREPARED = {"rgb-dem": "cropped", "geonrw": "cropped", "rgbd": "RGB", "sunrgbd": "RGB",
+            "nyuv2": "RGB", "bigearthnet": "packed"}                # the folder that must be there
 
 
 def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True,
@@ -1209,8 +1213,13 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
         return open_own(root, names, inputs, declared, size, depth_unit, strict, reduce)
     root, classes = Path(root), classes or NUM_CLASSES.get(name)
     need(root.is_dir(), f"no folder {root}; {TREE}; give --data, or try --toy")
+    if name in PREPARED:
+        flag = "task" if name in NUM_CLASSES else "scenario"
+        need((root / PREPARED[name]).is_dir(), f"no {root / PREPARED[name]}; "
+             f"{list_contents(root)}.  Run `python data.py prepare --{flag} {name} --data {root}` "
+             f"first; {TREE}")
     if name == "sar-optical":
-        return open_ssl4eo(root, names, seed)
+        return open_ssl4eo(root, names, seed, strict)
     if name == "bigearthnet":
         return open_bigearthnet(root, split)
     if name in ("rgb-dem", "geonrw"):
@@ -1511,6 +1520,8 @@ def number(kind, low, high=math.inf):
 
 def expand_path(text):
     """Reads a file, folder or pattern, for argparse's type=; ~ stands for the home folder."""
+    if not text:                                # a shell's variable that is not set
+        raise argparse.ArgumentTypeError("no name is given")
     return os.path.expanduser(text)
 
 
@@ -1864,7 +1875,8 @@ def check(args):
     for i, (shapes, reason) in enumerate(results):
         usual = usual or shapes
         if not reason and shapes != usual:
-            reason = f"is of the shapes {shapes}; expected {usual}, as those before"
+            reason = (f"is of the shapes {shapes}; expected {usual}, as those before: `data.py "
+                      f"prepare --scenario custom` cuts tiles of one size")
         if reason:
             bad[dataset.ids[i]] = reason
         else:

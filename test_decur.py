@@ -1413,7 +1413,7 @@ def test_a_tree_that_is_not_prepared_is_refused_with_the_command(write, name, tm
 def test_folders_in_small_letters_are_refused_with_what_is_there(tmp_path):
     write_frames(tmp_path, 1)
     (tmp_path / "RGB").rename(tmp_path / "rgb")
-    is_refused(f"{tmp_path}/RGB .* has .*rgb", open_dataset, "rgbd", tmp_path, 16)
+    is_refused(f"{tmp_path}/RGB.* has .*rgb", open_dataset, "rgbd", tmp_path, 16)
 
 
 # ---- Sentinel-1 and Sentinel-2 ----
@@ -1614,7 +1614,8 @@ def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
     shutil.rmtree(band.parent)
     is_refused("s2c/0000000 holds 3 seasons", read)
     shutil.rmtree(root / "s1" / "000001")
-    pairs = open_dataset("sar-optical", root, 8)
+    is_refused("000001", open_dataset, "sar-optical", root, 8)
+    pairs = open_dataset("sar-optical", root, 8, strict=False)
     assert pairs.ids == ["0000000", "0000007"] and pairs.unpaired == ["000001"]
 
 
@@ -1682,7 +1683,8 @@ def test_patches_without_both_folders_are_bad(tmp_path):
 def test_labels_of_bigearthnet_that_are_none_are_refused(text, words, tmp_path):
     (s2, _), *_ = write_bigearthnet(tmp_path)
     (tmp_path / f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json").write_text(text)
-    is_refused(words, prepare, f"--task bigearthnet --data {tmp_path}")
+    is_refused("bad-ids.txt", prepare, f"--task bigearthnet --data {tmp_path}")
+    assert re.search(words, (tmp_path / "packed/train.part/bad-ids.txt").read_text())
 
 
 # ---- GeoNRW ----
