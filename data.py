@@ -10,7 +10,7 @@ The other scripts read that form:
     data/bigearthnet/packed/<split>/ids.txt season0.npy labels.npy  one row of bytes per patch
     data/rgb-dem/cropped/rgb/ dem/ seg/ train.txt test.txt  equal names; masks: 0 unlabelled, 1..10
     data/rgbd/RGB/ HHA/ Label/ train.txt test.txt           equal names; masks: 0 unlabelled, 1..37
-    data/rgbd/RGB/ Depth/                   without HHA/; 16 bit, --depth-unit steps per metre
+    data/rgbd/RGB/ Depth/                   if there is no HHA/; 16 bits, --depth-unit steps a metre
     tiles/1/ 2/ label/ train.txt test.txt   --scenario custom --data1 tiles/1 --data2 tiles/2
 
 `prepare` starts from what is published:
@@ -19,7 +19,7 @@ The other scripts read that form:
     data/sar-optical/s1/<id>/<season>/VV.tif VH.tif             float32 dB, S x S pixels, S = 264
     data/sar-optical/s2c/<id>/<season>/B1.tif ... B12.tif       uint16, x 10000; S, S/2 or S/6 wide
 
-    BigEarthNet-MM v1.0, --task bigearthnet; a line of a list is `S2 name,S1 name`, or an S2 name:
+    BigEarthNet-MM v1.0, --task bigearthnet; a line of a csv is `S2 name,S1 name`, or an S2 name:
     data/bigearthnet/BigEarthNet-S1-v1.0/<S1 name>/<S1 name>_VV.tif _VH.tif _labels_metadata.json
     data/bigearthnet/BigEarthNet-v1.0/<S2 name>/<S2 name>_B01.tif ... _B12.tif _labels_metadata.json
     data/bigearthnet/train.csv val.csv test.csv
@@ -27,23 +27,26 @@ The other scripts read that form:
     GeoNRW:
     data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32, metres; classes
 
-    SUN RGB-D's raw tree; labels/ is optional and numbers first test.txt's frames, then train.txt's:
+    SUN RGB-D's raw tree.  labels/ is optional; its numbers count the frames of test.txt, then those
+    of train.txt:
     data/rgbd/SUNRGBD/<sensor>/.../<frame>/image/ depth/ depth_bfx/ intrinsics.txt
     data/rgbd/labels/img-000001.png ...
     data/rgbd/train.txt test.txt    optional: one frame per line
 
     RGB-depth frames in folders, as CMX has them (NYUv2: --task nyuv2, data/nyuv2):
     data/rgbd/RGB/<name>.jpg Depth/<name>.png Label/<name>.png train.txt test.txt
-    data/rgbd/RawDepth/<name>.png   optional: Depth/ with the holes that it had
-    data/rgbd/intrinsics.txt        the camera, written by hand: fx 0 cx  0 fy cy  0 0 1
+    data/rgbd/RawDepth/<name>.png   optional: the depth before its holes were filled
+    data/rgbd/intrinsics.txt        the camera; write this file yourself: fx 0 cx  0 fy cy  0 0 1
 
-    One's own scenes of any size (png, jpg, tif, npy): two folders with equal names, or two patterns
-    in quotes, such as --data1 'chips/*_S1.tif' --data2 'chips/*_S2.tif', whose stars stand for the
-    name.  Images of one size need no `prepare`.  TIFFs packed with LZW need imagecodecs.
+    Your own scenes of any size (png, jpg, tif, npy): two folders with equal file names, or two
+    patterns in quotes, such as --data1 'chips/*_S1.tif' --data2 'chips/*_S2.tif'.  The stars stand
+    for the name of the scene.  Images that all have one size need no `prepare`.  TIFFs that are
+    compressed with LZW need the package imagecodecs.
 
-A data set gives (views1, views2) for an index.  Each is a list: of one CxHxW tensor (both augmented
-views are made from it) or of two (one for each view); uint8, or float32 in [0, 1].  A transfer task
-gives (x1, x2, target).  SSL4EO-S12 may also be read without `prepare`, which is slower.
+A data set gives (views1, views2) for an index.  Each of the two is a list of one CxHxW tensor (both
+augmented views are made from this tensor) or of two tensors (one for each view).  Tensors are
+uint8, or float32 in [0, 1].  A transfer task gives (x1, x2, target).  SSL4EO-S12 may also be read
+without `prepare`, but its raw tree is slower to read.
 """
 import argparse
 import contextlib
@@ -72,34 +75,36 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:                             # Windows: two runs of prepare are not kept apart
+except ImportError:                             # Windows has no fcntl: prepare then takes no lock
     fcntl = None
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it also raises
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # tifffile logs errors that it raises, too
 
 TREE = "the first lines of data.py show the tree"
 IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy")
 
 
 class BadInput(Exception):
-    """The input cannot be used: one line with what was got, what was expected, and the remedy."""
+    """Reports input that cannot be used, in one line: what is wrong, where, and what to do."""
 
 
-def need(fine, words):
-    """words: what was got, what was expected, the remedy."""
-    if not fine:
-        raise BadInput(words)
+def need(condition, message):
+    """Raises BadInput with the message unless the condition holds.  The message says what is wrong,
+    where, and what to do."""
+    if not condition:
+        raise BadInput(message)
 
 
-# ---- normalisers: one per modality, for whatever the images are used for ----
+# ---- normalisers: one per modality, the same in all scripts ----
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 S1 = ("VV", "VH")
 S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
-# A row per modality.  range: what 0 to 1 means in x.  mean, std: the normaliser's, for x in [0, 1].
+# One row per modality.  range: the values of the files that become 0 to 1 in x.  mean, std: what
+# the normaliser subtracts from x and divides x by; x is in [0, 1].
 MODALITIES = {
-    # The authors normalise no modality that is seen from above: mean 0 and std 1 change nothing.
+    # The authors do not normalise images from above.  Mean 0 and std 1 change nothing.
     "sar": dict(name="sar", bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
                 range="dB, 2 % cut in each image and band, mean -+ 2 std of the data set "
                 "(-12.55 -+ 2 x 5.26, -20.19 -+ 2 x 5.91; BigEarthNet: -12.59 -+ 2 x 5.04, "
@@ -113,72 +118,78 @@ MODALITIES = {
     # HHA has three channels of 8 bits.  The authors use ImageNet's mean and std for HHA as well.
     "hha": dict(name="hha", bands=("disparity", "height", "angle"), range="0 to 255", **IMAGENET),
     # Mean and std are SUN RGB-D's: 2.38 m and 1.24 m.  A pixel without a reading gets the mean, so
-    # the pixel is 0 once it is normalised.
+    # this pixel is 0 after normalisation.
     "depth": dict(name="depth", bands=("depth",), range="0 to 10 m, clipped", mean=(0.238,),
                   std=(0.124,)),
 }
-MAX_DEPTH = 10.0                                # metres that x = 1 stands for in "depth"
+MAX_DEPTH = 10.0                                # in metres; x = 1 of "depth" means this depth
 
 
 def to_unit_range(x):
     """Returns x as floats in [0, 1].  x: uint8, or float in [0, 1] already.
 
-    Raises BadInput otherwise.  Only the type is checked on a GPU, because a check of the values
-    would wait for the GPU."""
+    Raises BadInput if x has another type or other values.  On a GPU only the type is checked,
+    because a check of the values would wait for the GPU."""
     if x.dtype == torch.uint8:
         return x.float() / 255
-    need(x.is_floating_point(), f"the images are {x.dtype}; give uint8, or float in [0, 1]")
+    need(x.is_floating_point(), f"the images are {x.dtype}.  Give uint8, or float in [0, 1]")
     if x.device.type == "cpu" and x.numel():
         low, high = x.aminmax()                 # NaN if any value is NaN
         need(low >= -0.001 and high <= 1.001,
-             f"the images have values from {low:g} to {high:g}; give uint8, or float in [0, 1]")
+             f"the images have values from {low:g} to {high:g}.  Give uint8, or float in [0, 1]")
     return x
 
 
 def normalise(x, row):
-    """Returns (x - mean) / std, channel by channel.  x: BxCxHxW, uint8 or float in [0, 1]; row: of
-    MODALITIES, or of the same form."""
+    """Returns (x - mean) / std, channel by channel.
+
+    x     BxCxHxW   uint8 or float in [0, 1]
+    row             a row of MODALITIES, or a dict of the same form"""
     x = to_unit_range(x)
     mean = torch.tensor(row["mean"]).view(-1, 1, 1)                     # Cx1x1
     std = torch.tensor(row["std"]).view(-1, 1, 1)                       # Cx1x1
     if not mean.any() and (std == 1).all():
         return x
-    # -mean / std + x / std in one pass over x, because memory bounds the speed
+    # Computes -mean / std + x / std in one pass over x, because memory limits the speed.
     return torch.addcmul(move_to(-mean / std, x.device), x, move_to(1 / std, x.device))
 
 
-# ---- augmentations, Sec. 4: batched, on any device; each image draws its own parameters ----
+# ---- augmentations, Sec. 4: for a batch, on any device; each image has its own random numbers ----
 
 # The paper follows BYOL (Grill et al., 2020, App. B).  BYOL augments its two views differently, but
 # Algorithm 1 has one augment1 for both views.  So solarize gets 0.1, the mean of BYOL's 0 and 0.2,
 # and blur gets the authors' 0.5.
 BYOL = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.1)
 # Paper: BYOL's crops, 0.08 to 1 of the area; flips both ways for SAR and DEM.  Here: 0.2 to 1 of
-# the area, as the authors; flips both ways for all four, because no side is up from above.
+# the area, as in the authors' code; flips both ways for all four modalities, because images from
+# above have no upper side.
 ABOVE = dict(scale=(0.2, 1.0), vflip=True)
-# The authors' crops indoors.  Smaller crops of two modalities would often show different objects.
+# These are the authors' crops for indoor images.  Smaller crops of the two modalities would often
+# show different objects.
 INDOORS = dict(scale=(0.5, 1.0))
 AUGMENTATIONS = {
     "sar": dict(**ABOVE, gray_p=0.2, blur_p=0.5),  # Sec. 4: crop, grayscale, blur, flips
-    # Paper: brightness, contrast, saturation, hue.  Here: the first two; 13 bands have no hue.
+    # Paper: brightness, contrast, saturation, hue.  Here: brightness and contrast only, because 13
+    # bands have no hue.
     "ms": dict(**ABOVE, **BYOL | dict(jitter=(0.4, 0.4, 0, 0))),
     "aerial": dict(**ABOVE, **BYOL),
     "dem": ABOVE,                               # Sec. 4: crop and flips
     "rgb": dict(**INDOORS, **BYOL),
     "hha": INDOORS,                             # Sec. 4: crop and horizontal flip only
     "depth": INDOORS,                           # not in the paper: the same as HHA
-    # One's own images that are none of these, with any number of channels.
-    "photo": dict(**INDOORS, **BYOL),           # one side is up
-    "overhead": ABOVE,                          # seen from above
+    # The last two are for your own images of any other kind, with any number of channels.
+    "photo": dict(**INDOORS, **BYOL),           # images that have an upper side
+    "overhead": ABOVE,                          # images from above
 }
 
 
 class Draws:
-    """Draws uniform random numbers for the images of the global batch; a process takes its rows.
+    """Draws uniform random numbers for all images of the global batch, and returns the numbers of
+    the images of this process, which are its `rows`.
 
-    One CPU generator is seeded anew at each step.  So the augmentation of an image depends on the
-    seed, the step and the image's place in the global batch, and on nothing else: not on the
-    number of processes or workers, the device, or a restart."""
+    One CPU generator is seeded anew at each step.  So the augmentation of an image depends only on
+    the seed, the step and the image's place in the global batch.  It does not depend on the number
+    of processes or workers, on the device, or on a restart."""
 
     def __init__(self, seed, batch_size, rows):
         self.seed, self.batch_size, self.rows = seed, batch_size, rows
@@ -187,7 +198,7 @@ class Draws:
         self.generator = torch.Generator().manual_seed(mix_seeds(self.seed, step))
 
     def __call__(self, n):
-        """Returns n numbers in [0, 1) for each image, Bxn."""
+        """Returns n numbers in [0, 1) for each image of this process, Bxn."""
         return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]
 
 
@@ -197,9 +208,11 @@ def mix_seeds(*numbers):
 
 
 def augment(x, row, size, draws):
-    """Returns one augmented view of each image: augment1 and augment2 of Algorithm 1.
+    """Returns one augmented view of each image, BxCxSxS, normalised.  This function is augment1 and
+    augment2 of Algorithm 1.
 
-    x: BxCxHxW, uint8 or float in [0, 1]; row: of MODALITIES.  Returns BxCxSxS, normalised."""
+    x     BxCxHxW   uint8 or float in [0, 1]
+    row             a row of MODALITIES"""
     settings = AUGMENTATIONS[row["name"]]
     x = random_resized_crop(x, size, settings["scale"], draws, settings.get("vflip"))
     if "gray_p" in settings:
@@ -212,14 +225,15 @@ def augment(x, row, size, draws):
 
 
 def resize_and_normalise(x, row, size):
-    """Returns what an encoder sees without augmentation: whole images, BxCxHxW -> BxCxSxS."""
+    """Returns whole images, BxCxHxW -> BxCxSxS, as an encoder sees them without augmentation."""
     return normalise(resize(to_unit_range(x), (size, size)), row)
 
 
 def draw_boxes(B, H, W, scale, draws):
-    """Draws a box per image: its share of the area uniform in `scale`, its aspect ratio log-uniform
-    in [3/4, 4/3].  Like torchvision: of ten random boxes, the first that fits into the image; if
-    none fits, the largest centred one.  Returns top, left, height, width, mirrored: each Bx1."""
+    """Draws one box per image.  The area of a box is a uniform share in `scale` of the image's
+    area, and its aspect ratio is log-uniform in [3/4, 4/3].  Like torchvision, this function draws
+    ten boxes and takes the first one that fits into the image.  If none of the ten fits, it takes
+    the largest centred box.  Returns top, left, height, width and mirrored, each Bx1."""
     u, ratio = draws(23).double(), (3 / 4, 4 / 3)                       # Bx23
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[:, :10])       # Bx10
     log_ratio = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * u[:, 10:20]
@@ -248,8 +262,8 @@ def random_resized_crop(x, size, scale, draws, vflip=False):
 
 
 def crop_in_turn(x, size, boxes):
-    """Crops, resizes and flips image by image.  For a CPU: there F.interpolate, which skips the
-    zeros of the filters, is faster than the matrix products of crop_at_once."""
+    """Crops, resizes and flips image by image.  A CPU uses this function, because F.interpolate
+    skips the zeros of the filters and so is faster there than the products of crop_at_once."""
     crops = torch.empty(*x.shape[:2], size, size)                       # BxCxSxS
     for i, box in enumerate(boxes.long().tolist()):
         top, left, h, w, upside_down, mirrored = box
@@ -264,8 +278,8 @@ def crop_in_turn(x, size, boxes):
 
 
 def crop_at_once(x, size, boxes):
-    """Gives the same crops by two matrix products per batch.  For a GPU: crop_in_turn would launch
-    many small kernels per image."""
+    """Returns the same crops as crop_in_turn, by two matrix products per batch.  A GPU uses this
+    function, because crop_in_turn would launch many small kernels per image."""
     H, W = x.shape[2:]
     top, left, h, w, upside_down, mirrored = move_to(boxes.float(), x.device).split(1, 1)
     Wy = make_triangle_filter(top, h, H, size)                          # BxSxH
@@ -276,13 +290,13 @@ def crop_at_once(x, size, boxes):
 
 
 def resize(x, size):
-    """Returns x, BxCxHxW, resized to (height, width): bilinear, antialiased."""
+    """Returns x, BxCxHxW, resized to `size` = (height, width), bilinear and antialiased."""
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 def make_triangle_filter(start, length, n_in, n_out):
-    """Returns weights Bxn_outxn_in that resize pixels [start, start + length) of n_in to n_out, as
-    `resize` does.  start, length: Bx1."""
+    """Returns the weights, Bxn_outxn_in, that resize the pixels [start, start + length) of an axis
+    of n_in pixels to n_out pixels, as `resize` does.  start, length: Bx1."""
     pixel, step = torch.arange(n_in, device=start.device), length / n_out  # n_in, Bx1
     centre = start + (torch.arange(n_out, device=start.device) + 0.5) * step  # Bxn_out
     distance = (pixel + 0.5 - centre[..., None]).abs() / step.clamp(min=1)[..., None]
@@ -293,18 +307,20 @@ def make_triangle_filter(start, length, n_in, n_out):
 
 
 def filter_separably(x, Wy, Wx):
-    """Filters the columns with Wy, BxS'xH, and the rows with Wx, BxSxW.  BxCxHxW -> BxCxS'xS."""
+    """Filters the columns of x, BxCxHxW, with Wy, BxS'xH, and its rows with Wx, BxSxW.  Returns
+    BxCxS'xS."""
     return Wy[:, None] @ x @ Wx[:, None].mT
 
 
 def random_colour(x, jitter, jitter_p, gray_p, draws):
-    """Jitters brightness, contrast, saturation and hue, then makes some images grey; for any number
-    of channels.
+    """Jitters brightness, contrast, saturation and hue, then makes some images grey.  Images may
+    have any number of channels.
 
-    All of it folds into one affine map per image.  Brightness b and contrast c are x -> c b x +
-    (1 - c) b m, where m is the mean luma of the image.  Saturation s blends x with its luma.  Hue
-    turns colours about the grey axis, which is linear (HSV's hue is not).  Grayscale is s = 0.
-    Paper: BYOL jitters in a random order.  Here: in this order, because only then they fold."""
+    All these steps together are one affine map per image.  Brightness b and contrast c map x to
+    c b x + (1 - c) b m, where m is the mean luma of the image.  Saturation s blends x with its
+    luma.  Hue turns colours about the grey axis; this map is linear, but HSV's hue is not.
+    Grayscale is s = 0.  Paper: BYOL jitters in a random order.  Here: always in this order, because
+    only in a fixed order the steps are one affine map."""
     C, shape = x.shape[1], x.shape
     u = draws(6)                                                        # Bx6
     jittered = (u[:, :1] < jitter_p).float()
@@ -317,7 +333,7 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
         A = make_hue_rotation(2 * np.pi * turn) @ A
     luma, b, c, A = (move_to(v, x.device) for v in (luma, b, c, A))
     mean = (x.mean((2, 3)) @ luma).view(-1, 1, 1)                       # Bx1x1
-    x = torch.baddbmm((1 - c) * b * mean, c * b * A, x.flatten(2))      # BxCxHW, a multiply-add
+    x = torch.baddbmm((1 - c) * b * mean, c * b * A, x.flatten(2))      # BxCxHW
     return x.clamp_(0, 1).view(shape)
 
 
@@ -331,8 +347,10 @@ def make_hue_rotation(angle):
 
 
 def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
-    """Blurs, in x itself, the images that draw it.  sigma: the Gaussian's, in pixels of a crop of
-    224; smaller crops get a smaller one."""
+    """Blurs each image of x with the probability blur_p, in place.
+
+    sigma    the range of the Gaussian's sigma, in pixels of a crop of 224 pixels.  Smaller crops
+             get a proportionally smaller sigma."""
     u, S = draws(2), x.shape[-1]
     chosen = (u[:, 0] < blur_p).nonzero()[:, 0]                         # b indices
     width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
@@ -341,13 +359,13 @@ def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
     distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
     # Beyond 5 sigmas the weights would be denormal numbers, which are slow on a CPU.
     G = torch.exp(-0.5 * distance ** 2) * (distance < 5)
-    G = G / G.sum(-1, keepdim=True)             # cut off at the border, so normalised per pixel
+    G = G / G.sum(-1, keepdim=True)             # per pixel, because the border cuts some filters
     x[chosen] = filter_separably(x[chosen], G, G)
     return x
 
 
 def random_solarize(x, solarize_p, draws):
-    """Inverts, in x itself, the bright values of the images that draw it."""
+    """Inverts the bright values of each image of x with the probability solarize_p, in place."""
     chosen = (draws(1)[:, 0] < solarize_p).nonzero()[:, 0]              # b indices
     chosen = move_to(chosen, x.device)
     drawn = x[chosen]                                                   # bxCxSxS
@@ -364,12 +382,16 @@ BIGEARTHNET_S1 = {"VV": (-12.59, 5.04), "VH": (-19.22, 5.42)}
 
 
 def to_8bit(band, x, s1):
-    """Returns the pixels of one band in 8 bits, clipped.  S2: reflectance x 10000, of which 0 to 1
-    becomes 0 to 255.  S1: dB; the outer 2 % of this image and band are cut, then mean -+ 2 standard
-    deviations of the data set become 0 to 255.  Paper: SAR images are normalised by mean and
-    standard deviation.  Here: the same, but in 8 bits, as the authors do."""
+    """Returns the pixels of one band in 8 bits, clipped.
+
+    S2   x is reflectance x 10000.  Reflectance 0 to 1 becomes 0 to 255.
+    S1   x is in dB.  The lowest and the highest 1 % of the values are cut.  Then mean -+ 2 standard
+         deviations of the data set, from `s1`, become 0 to 255.
+
+    Paper: SAR images are normalised by mean and standard deviation.  Here: the same, but in 8 bits,
+    as in the authors' code."""
     if band not in s1:
-        x = np.nan_to_num(x)                    # no data
+        x = np.nan_to_num(x)                    # pixels without data become 0
         return (np.clip(x, 0, 10000) * np.float32(255 / 10000) + np.float32(0.5)).astype(np.uint8)
     mean, std = s1[band]
     x = np.where(np.isfinite(x), x, np.float32(mean - 2 * std))  # the dB of an empty pixel is -inf
@@ -378,14 +400,16 @@ def to_8bit(band, x, s1):
 
 
 def upsample(x, r):
-    """Enlarges CxHxW uint8 to CxrHxrW: bilinear, pixel areas aligned, rounded half up.
-    0.501 stands for 0.5, because float32 leaves some ties just below."""
+    """Enlarges CxHxW uint8 to CxrHxrW: bilinear, with aligned pixel areas, rounded half up.
+
+    0.501 is added instead of 0.5, because in float32 some ties lie just below one half."""
     x = F.interpolate(torch.tensor(x)[None].float(), scale_factor=r, mode="bilinear")[0]
     return x.add_(0.501).byte().numpy()
 
 
 def stack_bands(row):
-    """Takes a packed row apart.  Returns S1 2xSxS and S2 13xSxS, uint8, all bands at 10 m."""
+    """Splits a packed row into its bands.  Returns S1 2xSxS and S2 13xSxS, uint8, all bands
+    resampled to 10 m."""
     S = round((len(row) * 12 / 91) ** 0.5)      # a row has S^2 (6 + 6/4 + 3/36) bytes
     parts = np.split(row, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
     at10, at20, at60 = (part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS))
@@ -397,23 +421,27 @@ def stack_bands(row):
 
 
 def pack_bands(bands, name, s1):
-    """Packs {band: 1xHxW, as in its file} into a row of bytes: the bands at 10, at 20, at 60 m."""
+    """Packs {band: 1xHxW with the values of its file} into a row of bytes: first the bands with
+    pixels of 10 m, then those of 20 m, then those of 60 m."""
     S, parts = bands["VV"].shape[1], []
     for r, names in BLOCKS.items():
         for band in names:
             shape, expected = bands[band].shape[1:], (S // r, S // r)
-            need(shape == expected, f"{name}: {band} has {shape} pixels, expected {expected}")
+            need(shape == expected, f"{name}: {band} has {shape} pixels, but {expected} are "
+                 f"expected.  Download the file again")
             parts.append(to_8bit(band, bands[band], s1).ravel())
     return np.concatenate(parts)
 
 
 class Packed:
-    """Sentinel-1 and Sentinel-2.  A sample is two views of each modality, of random seasons:
-    ([2xSxS, 2xSxS], [13xSxS, 13xSxS]) uint8.  With labels it is (2xSxS, 13xSxS, 19 float32).
+    """Holds samples of Sentinel-1 and Sentinel-2.  A sample is two views of each modality, of
+    random seasons: ([2xSxS, 2xSxS], [13xSxS, 13xSxS]) uint8.  With labels, a sample is (2xSxS,
+    13xSxS, 19 float32).
 
     ids        the names of the samples
     read       a function of (name, season 0 to 3) that returns a row of bytes.  It reads a packed
-               file, or SSL4EO-S12's raw tree: then it is the function that `prepare` packs with
+               file, or it reads SSL4EO-S12's raw tree and packs the bands as `prepare` does
+    unpaired   the names that only one of the two sensors has
     labels     {name: 19 zeros and ones}, or None"""
     modalities = ("sar", "ms")
     inputs = MODALITIES["sar"], MODALITIES["ms"]
@@ -431,8 +459,8 @@ class Packed:
         if self.labels:
             return *stack_bands(self.read(name, 0)), torch.from_numpy(self.labels[name]).float()
         # Paper: "one random season is selected to generate each augmented view".  Here: a season is
-        # drawn for each view, and both modalities show it, so that the pair in Cm shows one moment.
-        # The authors drew a season for each modality.
+        # drawn for each view, and both modalities show this season, so that the pair in Cm shows
+        # one moment.  The authors' code draws a season for each modality.
         seasons = np.random.default_rng((self.seed, self.epoch, i)).integers(4, size=2).tolist()
         pairs = {season: stack_bands(self.read(name, season)) for season in set(seasons)}
         x1, x2 = zip(*(pairs[season] for season in seasons))
@@ -440,16 +468,16 @@ class Packed:
 
 
 def open_ssl4eo(root, names, seed, strict):
-    """Opens SSL4EO-S12: what `prepare` packed, or else the raw tree."""
+    """Opens SSL4EO-S12: the files that `prepare` packed or, if there are none, the raw tree."""
     packed = root if (root / "ids.txt").is_file() else root / "packed"
     if (packed / "ids.txt").is_file():
         rows, unpaired = find_rows(packed), []
         read = functools.partial(read_packed, packed, rows)
     else:
         rows, unpaired = find_locations(root)
-        need(not (strict and unpaired), f"{len(unpaired)} locations under {root}, such as "
-             f"{unpaired[:1]}, are in only one of s1/ and s2c/.  Complete the download, or remove "
-             f"them; `data.py check` lists them")
+        need(not (strict and unpaired), f"locations without a partner, in only one of s1/ and s2c/ "
+             f"under {root}: {join_names(unpaired)}.  Complete the download, or remove these "
+             f"locations.  `data.py check` lists them")
         read = functools.partial(read_season, root)
     return Packed(read_list(root / names, rows) if names else list(rows), read, unpaired, seed)
 
@@ -465,40 +493,43 @@ def open_bigearthnet(root, split):
 
 
 def find_rows(packed):
-    """Reads ids.txt.  Returns {name: the number of its row}.  A line that begins with # stands for
-    a damaged sample, whose row is empty."""
+    """Reads ids.txt.  Returns {name: the number of its row}.  Lines that begin with # are damaged
+    samples, and are left out."""
     lines = read_lines(packed / "ids.txt")
     for path in sorted(packed.glob("*.npy")):
         with reading(path, "packed bytes", f"delete {packed} and prepare it again"):
             n = len(np.load(path, mmap_mode="r"))
-        need(n == len(lines), f"{path} has {n} rows, but ids.txt {len(lines)} lines.  Delete "
+        need(n == len(lines), f"{path} has {n} rows, but ids.txt has {len(lines)} lines.  Delete "
              f"{packed} and prepare it again")
     return {name: row for row, name in enumerate(lines) if not name.startswith("# ")}
 
 
 def read_packed(packed, rows, name, season):
-    """Reads a row of S^2 91/12 bytes.  The file is opened anew, because a map that is kept would be
-    copied whole into each worker."""
+    """Reads a row of S^2 91/12 bytes.  The file is opened for each row, because a memory map that
+    stays open would be copied whole into each worker."""
     return np.load(packed / f"season{season}.npy", mmap_mode="r")[rows[name]]
 
 
 def find_locations(root):
-    """Finds the locations of SSL4EO-S12.  Returns {name: name} of those that both sensors have, and
-    a list of the others.  97 of the 251,079 numbers have no folder; some names are shorter."""
+    """Finds the locations of SSL4EO-S12.  Returns {name: name} of the locations that both sensors
+    have, and a list of the other locations.  Names are not computed from numbers, because 97 of the
+    251,079 numbers have no folder and some names have fewer digits."""
     need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
-         f"{root} holds SSL4EO-S12 v1.1, which has other values.  Download v1.0; {TREE}")
+         f"{root} holds SSL4EO-S12 v1.1, which has other values.  Download v1.0 instead; {TREE}")
     s1, s2 = set(list_folders(root / "s1")), set(list_folders(root / "s2c"))
     return {name: name for name in sorted(s1 & s2)}, sorted(s1 ^ s2)
 
 
 def read_season(root, name, season):
-    """Reads a season of SSL4EO-S12, 0 to 3 by date, from the raw tree.  Returns a row of bytes."""
+    """Reads a season of a location of SSL4EO-S12 from the raw tree.  Returns a row of bytes.
+
+    season    0 to 3, in the order of the dates"""
     bands = {}
     for folder, names in (("s1", S1), ("s2c", S2)):
         where = root / folder / name
-        # by date, because the names of S1 begin with the satellite
+        # The dates are the key, because the names of S1 folders begin with the satellite.
         dates = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
-        need(len(dates) == 4, f"{where} holds {len(dates)} seasons, expected 4.  Download them")
+        need(len(dates) == 4, f"{where} holds {len(dates)} of the 4 seasons.  Download the others")
         for band in names:
             bands[band] = read_band(where / dates[season] / f"{band}.tif")
     return pack_bands(bands, name, SSL4EO_S1)
@@ -509,8 +540,8 @@ def read_seasons(root, name):
     return [read_season(root, name, season) for season in range(4)]
 
 
-# The official 19 classes, and the classes of the json (there are 43) that each unites; an empty
-# tuple stands for the class of the same name.
+# The official 19 classes.  Each class unites some of the 43 classes in the json files.  An empty
+# tuple means that the class unites only the json class of the same name.
 CLASSES19 = {
     "Urban fabric": ("Continuous urban fabric", "Discontinuous urban fabric"),
     "Industrial or commercial units": (),
@@ -530,63 +561,60 @@ CLASSES19 = {
     "Inland waters": ("Water courses", "Water bodies"),
     "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
 }
-CLASSES43 = {}                                  # their indices
+CLASSES43 = {}                                  # class of the json -> index of its class of 19
 for k, (same, names) in enumerate(CLASSES19.items()):
     CLASSES43 |= dict.fromkeys(names or (same,), k)
+# These classes of the json belong to none of the 19 classes.
 DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airports",
              "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
              "Sport and leisure facilities", "Bare rock", "Burnt areas", "Intertidal flats")
 
-
-def list_patches(split_file, partner):
-    """Reads a split's list of BigEarthNet-MM, whose lines are `S2 name,S1 name` or only an S2 name.
-    Returns {S2 name: S1 name}.  The official lists have no patches with snow or clouds."""
-    names = [line.split(",")[0].strip() for line in read_lines(split_file)]
-    return {name: partner().get(name, "?") for name in names}
 
 
 def find_partners(folder):
     """Reads the json of each S1 patch, which names its S2 patch.  Returns {S2 name: S1 name}."""
     partner = {}
     for s1 in show_progress(list_folders(folder), "S1 patches"):
-        with contextlib.suppress(BadInput):     # its S2 patch will be listed without a partner
+        with contextlib.suppress(BadInput):     # the S2 patch will then be listed as damaged
             about = read_json(folder / s1 / f"{s1}_labels_metadata.json", "labels")
             partner[str(about.get("corresponding_s2_patch"))] = s1
     return partner
 
 
 def read_patch(folders, pair):
-    """Reads a patch of BigEarthNet-MM.  Returns a row of bytes, and its 19 labels, 0 or 1."""
+    """Reads a patch of BigEarthNet-MM.  Returns a row of bytes, and 19 labels, each 0 or 1."""
     (s2, s1), bands = pair, {}
     for band in S1:
         bands[band] = read_band(folders[0] / s1 / f"{s1}_{band}.tif")
     for band in S2:
-        if band != "B10":                       # Level 2A has no cirrus band
+        if band != "B10":                       # products of level 2A have no cirrus band
             bands[band] = read_band(folders[1] / s2 / f"{s2}_B{band[1:]:0>2}.tif")
     bands["B10"] = np.zeros_like(bands["B1"])   # encoders of SSL4EO-S12 expect 13 bands
     path = folders[1] / s2 / f"{s2}_labels_metadata.json"
     target = np.zeros(len(CLASSES19), np.uint8)
     with reading(path, "labels"):
         for name in read_json(path, "labels")["labels"]:
-            need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes")
+            need(name in (*CLASSES43, *DROPPED43), f"{path}: {name!r} is none of the 43 classes.  "
+                 f"Download BigEarthNet-MM v1.0")
             if name in CLASSES43:
                 target[CLASSES43[name]] = 1
     return [pack_bands(bands, s2, BIGEARTHNET_S1), target]
 
 
-# ---- images in folders: RGB-DEM, RGB-depth, one's own ----
+# ---- images in folders: RGB-DEM, RGB-depth, your own images ----
 
 class Folders:
-    """Images of equal names in two folders.  A sample is ([x1], [x2]); with masks in a third folder
-    it is (x1, x2, HxW int64), where 0 is unlabelled.  Each x is CxHxW, uint8 or float in [0, 1].
+    """Holds the images in two folders whose names are equal.  A sample is ([x1], [x2]).  With masks
+    in a third folder, a sample is (x1, x2, HxW int64), where 0 is unlabelled.  Each x is CxHxW,
+    uint8 or float in [0, 1].
 
     files      {name: path} of modality 1, of modality 2, and of the masks if there are any
     ids        the names of the samples
-    unpaired   the names that lack a file
+    unpaired   the names for which at least one of the files is missing
     inputs     two rows of MODALITIES, which say how `read_input` and `encode` treat the images
-    canvases   per modality (H, W) to which its images are resized, or None
+    canvases   for each modality, the size (H, W) to which images are resized; None: no resizing
     classes    the largest class that a mask may hold; None: there are no masks
-    notes      lines to print: what the images were taken for"""
+    notes      lines to print, which say as what kind of image each modality is treated"""
 
     def __init__(self, files, ids, unpaired, inputs, canvases=(None, None), classes=None,
                  depth_unit=1000.0, notes=()):
@@ -616,41 +644,43 @@ class Folders:
         return x1, x2, torch.from_numpy(mask)
 
 
-COLOUR_KINDS = ("aerial", "rgb", "hha")              # 8 bits, three channels
-CAMERAS = ("rgb", "hha", "depth", "photo")      # one side is up: crops are half the area or more
+COLOUR_KINDS = ("aerial", "rgb", "hha")         # images with 8 bits and three channels
+# Images that have an upper side.  Their crops have at least half of the area.
+CAMERA_KINDS = ("rgb", "hha", "depth", "photo")
 
 
 def read_input(path, row):
-    """Reads an image as its row of MODALITIES says.  Returns CxHxW in the units of the file, NaN
-    where a value is missing.  Raises BadInput if the image is of another kind."""
+    """Reads an image as its row of MODALITIES says.  Returns CxHxW in the units of the file, with
+    NaN where a value is missing.  Raises BadInput if the image is of another kind."""
     a, name = read_image(path), row["name"]
     C, stored = len(a), stored_type(path, a)
     if name in COLOUR_KINDS:
-        fits, expected = stored == np.uint8 and C in (1, 3), "3 of uint8, or 1 that is grey"
+        fits, expected = stored == np.uint8 and C in (1, 3), "3 channels of uint8, or 1 if grey"
     elif name == "depth":
         fits = stored.kind in "ui" and stored.itemsize > 1 and C == 1
-        expected = "1 of uint16, --depth-unit steps per metre"
+        expected = "1 channel of uint16, in --depth-unit steps per metre"
     elif name == "dem":
-        fits, expected = C == 1, "1, heights in metres"
+        fits, expected = C == 1, "1 channel, heights in metres"
     else:
         fits = C == len(row["bands"]) and row.get("dtype", str(stored)) == str(stored)
-        expected = f"{len(row['bands'])} of {row.get('dtype', 'any type')}, like the other images"
-    need(fits, f"{path} has {C} channels of {stored}; {name} expects {expected}.  Are --data1 and "
-         f"--data2 swapped, or is another --as right?")
+        expected = (f"{len(row['bands'])} channels of {row.get('dtype', 'any type')}, like the "
+                    f"other images")
+    need(fits, f"{path} has {C} channels of {stored}, but {name} needs {expected}.  If --data1 and "
+         f"--data2 are swapped, swap them again; otherwise give another --as1 or --as2")
     if name in COLOUR_KINDS and C == 1:
         a = np.repeat(a, 3, 0)
     elif name == "depth":
         a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
-    elif name == "dem":                         # nothing on Earth is below -500 m or above 9000 m
+    elif name == "dem":                         # no land is below -500 m or above 9000 m
         a = np.where((a > -500) & (a < 9000), a, np.array([np.nan], np.float32))
     need(a.dtype.kind != "f" or np.isfinite(a).any(),
-         f"{path} has not one valid value for {name}.  Take the sample out")
+         f"{path} has no valid value for {name}.  Remove this sample")
     return a
 
 
 def stored_type(path, a):
-    """Returns the type of the numbers in a file, from which `a` was read.  The two differ where a
-    no-data tag turned integers into floats."""
+    """Returns the type of the numbers in the file `path`.  a: the array that was read from the
+    file.  The type of the array is another one if a no-data tag turned integers into floats."""
     if a.dtype.kind == "f" and str(path).lower().endswith((".tif", ".tiff")):
         with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
             return tif.series[0].dtype.newbyteorder("=")
@@ -658,8 +688,8 @@ def stored_type(path, a):
 
 
 def encode(a, row, canvas, depth_unit):
-    """Turns what `read_input` read into a tensor CxHxW, uint8 or float32 in [0, 1].
-    A missing value becomes the mean of the normaliser, which is 0 once it is normalised."""
+    """Turns an array of `read_input` into a tensor CxHxW, uint8 or float32 in [0, 1].  A missing
+    value becomes the normaliser's mean, so this value is 0 after normalisation."""
     name = row["name"]
     if name == "dem":
         return torch.from_numpy(stretch(a)).expand(3, -1, -1)
@@ -672,7 +702,7 @@ def encode(a, row, canvas, depth_unit):
         mean, std = (np.array(row[key])[:, None, None] for key in ("raw_mean", "raw_std"))
         x = ((a - mean) / (6 * std) + 0.5).clip(0, 1)
         a = np.where(np.isfinite(a), x, np.nan)
-    elif a.dtype != np.uint8:                   # 8 bits, with a no-data tag
+    elif a.dtype != np.uint8:                   # the file has 8 bits and a no-data tag
         a = a / 255
     if canvas:
         a = resize_array(a, canvas)
@@ -685,11 +715,11 @@ def encode(a, row, canvas, depth_unit):
 
 
 def resize_array(a, size):
-    """Resizes CxHxW with Pillow: 8 bits and floats bilinear, antialiased; other integers to the
-    nearest pixel, because a value such as 0 may stand for no reading.
+    """Resizes CxHxW with Pillow: 8 bits and floats are interpolated, bilinear and antialiased.
+    Other integers take the value of the nearest pixel, because 0 may mean that there is no reading.
 
-    Floats may be NaN where values are missing: the mean of the valid ones counts, so that holes do
-    not bleed."""
+    Floats may be NaN where values are missing.  Then only the valid values are averaged, so that
+    holes do not spread."""
     if a.dtype.kind == "f":
         valid = np.isfinite(a)
         weight = resize_channels(valid, size, np.float32, Image.Resampling.BILINEAR)
@@ -699,7 +729,8 @@ def resize_array(a, size):
         return resize_channels(a, size, np.int32, Image.Resampling.NEAREST).astype(a.dtype)
     if len(a) != 3:
         return resize_channels(a, size, np.uint8, Image.Resampling.BILINEAR)
-    image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))  # faster as one image
+    # One image of three channels is faster than three images.
+    image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))
     return np.moveaxis(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR)), -1, 0)
 
 
@@ -708,8 +739,8 @@ def resize_channels(a, size, kind, how):
 
 
 def stretch(dem):
-    """Stretches heights 1xHxW, NaN in holes: their 1st and 99th percentile become 0 and 1.
-    Holes become the mean of the stretched heights.  Returns float32."""
+    """Stretches heights 1xHxW, so that their 1st and 99th percentiles become 0 and 1.  Holes (NaN)
+    become the mean of the stretched heights.  Returns float32."""
     valid = np.isfinite(dem)
     low, high = np.percentile(dem[valid], (1, 99))
     x = ((np.where(valid, dem, low) - low) / max(high - low, 1e-3)).clip(0, 1)
@@ -717,9 +748,10 @@ def stretch(dem):
 
 
 def open_geonrw(root, names, classes, strict):
-    """Opens GeoNRW as `prepare` cut it: patches of 250x250 pixels, 16 of each tile.
-    Paper: 6,942 training scenes.  Here: the 40 training cities of the data set's makers, because
-    the paper does not list its scenes."""
+    """Opens GeoNRW, which `prepare` has cut into patches of 250x250 pixels, 16 per tile.
+
+    Paper: trains on 6,942 scenes.  Here: trains on the 40 training cities of the data set's makers,
+    because the paper does not list its scenes."""
     cropped = root / "cropped"
     where = [cropped / "rgb", cropped / "dem", cropped / "seg"]
     found = find_samples(where if classes else where[:2], names and cropped / names, strict)
@@ -727,11 +759,12 @@ def open_geonrw(root, names, classes, strict):
 
 
 def open_rgbd(root, names, size, depth_unit, classes, strict):
-    """Opens RGB-depth frames: RGB/, HHA/ or, if there is none, Depth/; and Label/ for a task.
+    """Opens RGB-depth frames: RGB/, then HHA/ or, if there is no HHA/, Depth/; Label/ for a task.
 
-    Frames of any size are brought to one canvas of 3/2 S x 2 S pixels for crops of S (336 x 448 for
-    224).  All sensors lie within 4 % of its shape 4:3, and half of its area is more than S x S
-    pixels.  The paper pretrains on all 10,335 frames of SUN RGB-D."""
+    Frames of any size are resized to one canvas of 3/2 S x 2 S pixels for crops of S pixels (336 x
+    448 for 224).  The canvas has the shape 4:3, because the frames of all sensors have this shape
+    within 4 %.  Half of the canvas has more than S x S pixels.  The paper pretrains on all 10,335
+    frames of SUN RGB-D."""
     plain = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
     second = "Depth" if plain else "HHA"
     where = [root / "RGB", root / second, root / "Label"]
@@ -741,52 +774,60 @@ def open_rgbd(root, names, size, depth_unit, classes, strict):
 
 
 def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
-    """Opens one's own pairs: two folders, or two patterns with stars.
+    """Opens your own pairs of images in two folders, or in two patterns with stars.
 
+    where      the two folders or patterns
     names      the file of a list, or None for all pairs
-    Each modality is what the checkpoint's row in `inputs` says, or what `declared` says, or else
-    what its first image looks like."""
+    inputs     the two rows that a checkpoint keeps, or None.  They say what the modalities are
+    declared   the values of --as1 and --as2.  Without `inputs`, they say what the modalities are;
+               None: the first image of a modality shows what it is"""
     where = [os.path.normpath(path) for path in where]
     stars = [max(1, pattern.count("*")) for pattern in where]
-    need(where[0] != where[1] and stars[0] == stars[1], f"{where[0]} and {where[1]}: give two "
-         f"folders, or two patterns with as many stars, which stand for equal names")
+    need(where[0] != where[1] and stars[0] == stars[1], f"--data1 {where[0]} and --data2 "
+         f"{where[1]} do not form pairs.  Give two folders, or two patterns with as many stars as "
+         f"each other")
     files, ids, unpaired = find_samples(where, names, strict)
     rows, notes, canvases = [], [], []
     for m, (pattern, side) in enumerate(zip(where, files)):
         paths, given = [side[name] for name in ids], declared[m]
         first, a = read_first(paths)
         if inputs:
-            need(given in (None, inputs[m]["name"]), f"--as{m + 1} {given}: the checkpoint was "
-                 f"trained on {inputs[m]['name']}.  Leave --as{m + 1} out")
+            need(given in (None, inputs[m]["name"]), f"--as{m + 1} {given} does not fit, because "
+                 f"the checkpoint was trained on {inputs[m]['name']}.  Leave --as{m + 1} out")
             rows.append(inputs[m])
         else:
             rows.append(describe_own(given, first, a, paths))
         if not inputs and not given:
-            notes.append(f"{pattern}: {len(a)} channels of {stored_type(first, a)}, taken for "
-                         f"{rows[m]['name']}.  --as{m + 1} declares another of {', '.join(AS)}")
+            notes.append(f"{pattern}: {len(a)} channels of {stored_type(first, a)}, treated as "
+                         f"{rows[m]['name']}.  If they are something else, give --as{m + 1}, one "
+                         f"of {', '.join(AS)}")
         H, W = a.shape[1:]
-        # as `rgbd` does; not from above, where crops are as small as a fifth of the area
-        large = reduce and rows[m]["name"] in CAMERAS and min(H, W) > 2 * size
+        # Large frames become smaller, as in `open_rgbd`.  Images from above do not, because their
+        # crops may have only a fifth of the area.
+        large = reduce and rows[m]["name"] in CAMERA_KINDS and min(H, W) > 2 * size
         scale = size * 3 // 2 / min(H, W)
         canvases.append((round(scale * H), round(scale * W)) if large else None)
     return Folders(files, ids, unpaired, rows, canvases, None, depth_unit, notes)
 
 
-AS = (*MODALITIES, "photo", "overhead")         # what --as1 and --as2 may declare
+AS = (*MODALITIES, "photo", "overhead")         # the possible values of --as1 and --as2
 
 
 def read_first(paths):
-    """Reads the first image that can be read, because it says what its folder holds.  Returns its
-    path and the image."""
+    """Reads the first image that is not damaged, which shows what its folder holds.  Returns the
+    path of the image, and the image."""
     for path in paths:
-        with contextlib.suppress(BadInput):     # reading the sample, or `check`, will tell it
+        with contextlib.suppress(BadInput):     # a damaged image is reported when samples are read
             return path, read_image(path)
-    return paths[0], read_image(paths[0])       # raises BadInput
+    return paths[0], read_image(paths[0])       # raises BadInput, because all images are damaged
 
 
 def describe_own(kind, first, a, paths):
-    """Makes the row of MODALITIES for one's own images.  kind: what they are declared as, or None;
-    first, a: the path of an image, and the image."""
+    """Returns a row of MODALITIES for your own images.
+
+    kind     the value of --as1 or --as2, or None
+    first    the path of the image `a`, by which the kind is guessed
+    paths    the paths of all images, by which mean and std are measured if necessary"""
     C, stored = len(a), stored_type(first, a)
     if kind is None:
         kind = "aerial" if C == 3 and stored == np.uint8 else "overhead"
@@ -800,21 +841,23 @@ def describe_own(kind, first, a, paths):
 
 
 def measure_inputs(row, paths, most=200):
-    """Completes the row of MODALITIES for images without a normaliser, from at most 200 of them.
+    """Measures mean and std of images for which MODALITIES has none, on at most `most` images.
+    Returns the row with these entries:
 
     mean, std          of x in [0, 1], per channel
     raw_mean, raw_std  in the units of the files; None for 8 bits, where x is the value / 255"""
     numbers, C = [], len(row["bands"])
     for path in show_progress(spread_evenly(paths, most), "measuring"):
-        with contextlib.suppress(BadInput):     # reading the sample, or `check`, will tell it
+        with contextlib.suppress(BadInput):     # a damaged image is reported when samples are read
             x = np.ma.masked_invalid(read_input(path, row).reshape(C, -1).astype(float))
             numbers.append([x.count(1), x.mean(1).filled(0), x.var(1).filled(0)])
-    need(numbers, f"not one valid value in {len(paths)} images such as {paths[0]}")
+    need(numbers, f"{os.path.dirname(paths[0])} has no image with a valid value.  {paths[0]} is "
+         f"the first of {len(paths)} images.  Give other images")
     n, means, variances = np.array(numbers).swapaxes(0, 1)              # images x C each
     total = np.maximum(n.sum(0), 1)
     mean = (n * means).sum(0) / total
     std = np.sqrt((n * (variances + (means - mean) ** 2)).sum(0) / total)
-    std[std <= 1e-12 * np.abs(mean)] = 1        # a constant channel, or one without a value
+    std[std <= 1e-12 * np.abs(mean)] = 1        # the channel is constant, or has no valid value
     if row["dtype"] == "uint8":
         return row | dict(range="0 to 255", mean=(mean / 255).tolist(), std=(std / 255).tolist(),
                           raw_mean=None, raw_std=None)
@@ -825,37 +868,39 @@ def measure_inputs(row, paths, most=200):
 # ---- files of depth and of cameras ----
 
 def read_metres(path, depth_unit):
-    """A depth file -> HxW metres, 0 where there is no reading; depth_unit None: SUN RGB-D's way."""
+    """Reads a depth file.  Returns HxW in metres, with 0 where there is no reading.
+
+    depth_unit    steps of the file per metre; None: the file has the encoding of SUN RGB-D"""
     steps, = read_band(path)
-    need(steps.dtype.kind in "ui" and steps.dtype.itemsize > 1, f"{path} is {steps.dtype}; "
-         f"expected depth of 16 bits")
+    need(steps.dtype.kind in "ui" and steps.dtype.itemsize > 1, f"{path} has values of "
+         f"{steps.dtype}.  Give a depth image of 16 bits")
     if depth_unit is None:
-        return sunrgbd_depth(steps)
+        return decode_sunrgbd_depth(steps)
     return np.where(steps < 65535, steps / depth_unit, 0)
 
 
-def only_file(folder):
-    files = glob.glob(os.path.join(glob.escape(folder), "*.*"))         # no hidden ones
-    need(len(files) == 1, f"{folder} holds {len(files)} files, not 1; unpack SUNRGBD.zip again")
+def find_only_file(folder):
+    files = glob.glob(os.path.join(glob.escape(folder), "*.*"))         # hidden files do not count
+    need(len(files) == 1, f"{folder} holds {len(files)} files instead of one.  Unpack SUNRGBD.zip "
+         f"again")
     return files[0]
 
 
-def sunrgbd_depth(raw):
-    """SUN RGB-D's 16 bits, mm rotated left by three bits -> metres, cut at 8 as in the toolbox."""
-    raw = raw.astype(np.uint16)                 # Pillow before 10.3 has 32 bits, which do not wrap
+def decode_sunrgbd_depth(raw):
+    """Decodes the 16 bits of SUN RGB-D, which are millimetres rotated left by three bits.  Returns
+    metres, at most 8, as the data set's toolbox does."""
+    raw = raw.astype(np.uint16)                 # Pillow before 10.3 gives 32 bits: no overflow
     return np.minimum((raw >> 3 | raw << 13) / 1000, 8.0)
 
 
 def read_intrinsics(path):
-    """3x3 camera matrix from nine numbers, on three lines or on one."""
+    """Reads a 3x3 camera matrix from a text file of nine numbers, in one line or in three."""
     form = "the nine numbers fx 0 cx  0 fy cy  0 0 1 of a camera, in pixels"
     with reading(path, form):
         K = np.array(Path(path).read_text("utf-8-sig").split(), float).reshape(3, 3)
     need(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0,
-         f"{path} holds {K.ravel().tolist()}; expected {form}, fx and fy above 0")
+         f"{path} holds {K.ravel().tolist()}.  Give {form}, with fx and fy above 0")
     return K
-
-
 
 
 # ---- HHA: depth as disparity, height and angle with gravity ----
@@ -864,26 +909,29 @@ def hha(depth_m, raw_m, K):
     """Encodes depth as HHA (Gupta et al., 2014).  The result equals the authors' MATLAB code.
 
     depth_m   HxW   metres, holes filled
-    raw_m     HxW   what the sensor measured: a pixel of 0 or NaN takes no part in the fits
+    raw_m     HxW   the measured depth, with holes: a pixel of 0 or NaN is not used in the fits
     K               3x3 camera matrix, or (fx, fy, cx, cy), in pixels
 
-    Returns HxWx3 uint8: disparity (31000 / cm, saturates below 1.2 m), height above the lowest
-    point (cm, saturates at 2.55 m) and angle of the surface with gravity (38..218 for 0..180
-    degrees).  Raises ValueError if the depth cannot be in metres, or if no pixel has depth."""
+    Returns HxWx3 uint8: the disparity (31000 / cm, saturates below 1.2 m), the height above the
+    lowest point (cm, saturates at 2.55 m) and the angle between the surface's normal and gravity
+    (38..218 for 0..180 degrees).  Raises ValueError if the depth cannot be in metres, or if no
+    pixel has a depth."""
     z = 100 * np.nan_to_num(np.asarray(depth_m, float))                # HxW, cm from here on
     if not 0 <= z.min() <= z.max() < 1e4:
-        raise ValueError(f"depth runs from {z.min() / 100:g} to {z.max() / 100:g} m; expected 0 to "
-                         "100 m; set --depth-unit to the file's steps per metre (1000 for mm)")
+        raise ValueError(f"the depth runs from {z.min() / 100:g} to {z.max() / 100:g} m, but must "
+                         f"be within 0 and 100 m.  Set --depth-unit to the steps per metre of the "
+                         f"file (1000 if the file has millimetres)")
     K = np.asarray(K, float)
     fx, fy, cx, cy = K if K.size == 4 else (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
     H, W = z.shape
     u = (np.arange(1, W + 1)[None] - cx) / fx                          # 1xW, X/Z; 1-based pixels
     v = (np.arange(1, H + 1)[:, None] - cy) / fy                       # Hx1, Y/Z
-    m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)              # HxW, 1: takes part
+    m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)              # HxW, 1: used in the fits
     if not m.any():
-        raise ValueError("no pixel has both depth_m and raw_m above 0; expected some valid depth")
+        raise ValueError("no pixel has both depth_m and raw_m above 0.  Remove this frame")
     q = m / np.where(m > 0, z, 1)                                      # HxW, 1/Z
-    # Integral images of the nine products in the plane fits, padded for windows of 21 pixels.
+    # These are the integral images of the nine products in the plane fits, padded for windows of 21
+    # pixels.
     sums = [np.pad(a.cumsum(0).cumsum(1), ((11, 10), (11, 10)), "edge")
             for a in (u * u * m, u * v * m, u * m, v * v * m, v * m, m, u * q, v * q, q)]
     for a in sums:
@@ -891,7 +939,7 @@ def hha(depth_m, raw_m, K):
     N = fit_normals(sums, u, v, z, 10).reshape(3, -1)                  # smooth normals, for gravity
     g = find_gravity(N.compress(~np.isnan(N[0]), 1))
     if np.degrees(np.arccos(min(g[1], 1))) <= 0.1:
-        up = -z * v                             # the authors take such a g for the camera's y axis
+        up = -z * v                             # the authors' code then uses the camera's y axis
     else:
         up = -z * (g[0] * u + g[1] * v + g[2])
     lowest = up.min()
@@ -915,7 +963,10 @@ def sum_windows(integral, radius):
 
 def fit_normals(sums, u, v, z, radius):
     """Fits a plane a u + b v + c = 1/z to the window around each pixel.  Returns the unit normals,
-    3xHxW; NaN where no pixel of the window takes part."""
+    3xHxW, with NaN where no pixel of the window is used.
+
+    sums      the nine integral images of `hha`
+    radius    a window has 2 radius + 1 pixels per axis"""
     uu, uv, u1, vv, v1, n, uq, vq, q1 = (sum_windows(a, radius) for a in sums)
     # Least squares by the adjugate of the normal matrix.  Its determinant is left out, because the
     # determinant would only scale a, b and c.
@@ -924,7 +975,8 @@ def fit_normals(sums, u, v, z, radius):
     N = np.stack([A * uq + B * vq + C * q1, B * uq + D * vq + E * q1, C * uq + E * vq + G * q1])
     length = np.sqrt(np.einsum("chw,chw->hw", N, N))                   # HxW
     length[(n < 0.5) | (length == 0)] = np.nan
-    # The pixel's own point decides the sign of the normal; where it has no depth, N_z >= 0 does.
+    # The point of the pixel itself decides the sign of the normal.  If this pixel has no depth, the
+    # sign is such that N_z >= 0.
     side = (N[0] * u + N[1] * v + N[2]) * z
     length[np.where(side == 0, N[2], side) < 0] *= -1
     N /= length
@@ -932,8 +984,9 @@ def fit_normals(sums, u, v, z, radius):
 
 
 def find_gravity(N):
-    """Returns the unit vector of gravity, from normals N (3xP): floors face along gravity, walls
-    stand at right angles to it.  Ten steps, which start from the camera's y axis."""
+    """Returns the unit vector of gravity, estimated from normals N (3xP).  Normals of floors are
+    parallel to gravity, normals of walls are perpendicular to gravity.  The estimate starts from
+    the camera's y axis and takes ten steps."""
     g = np.array([0.0, 1.0, 0.0])
     i, j = np.triu_indices(3)
     products, A = N[i] * N[j], np.empty((3, 3))                         # 6xP, the same in all steps
@@ -941,8 +994,8 @@ def find_gravity(N):
         s = np.abs(g @ N)
         weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # P: +1 wall, -1 floor
         A[i, j] = A[j, i] = products @ weight                           # the sum of weight n n^T
-        # The eigenvector of the smallest eigenvalue: nearly at right angles to the normals of
-        # walls, nearly along those of floors.
+        # The eigenvector of the smallest eigenvalue is nearly perpendicular to the normals of
+        # walls, and nearly parallel to the normals of floors.
         axis = np.linalg.eigh(A)[1][:, 0]
         g = axis if g @ axis >= 0 else -axis
     return g
@@ -953,8 +1006,9 @@ def find_gravity(N):
 def find_images(where, suffixes=IMAGES):
     """Finds the images of a folder, or of a pattern with stars.  Returns {name: path}, sorted.
 
-    The name of an image is what the stars stand for, joined by _.  A folder is the pattern
-    folder/*, and a star at the end does not stand for a suffix.  Hidden files are left out."""
+    The name of an image is the text for which the stars stand, joined by _.  A folder counts as the
+    pattern folder/*.  If a star is at the end of the pattern, the name is without the suffix.
+    Hidden files are left out."""
     files, where = {}, Path(where).as_posix()
     parts = where.split("*")
     if len(parts) == 1 or os.path.isdir(where):
@@ -965,15 +1019,17 @@ def find_images(where, suffixes=IMAGES):
         if suffix.lower() not in suffixes:
             continue
         name = "_".join(form.fullmatch(stem if not parts[-1] else stem + suffix).groups())
-        name = unicodedata.normalize("NFC", name)  # two ways to write an accent are one name
-        need(name not in files, f"{path} and {files.get(name)} have the same name; remove one")
+        name = unicodedata.normalize("NFC", name)  # Unicode can write an accent in two ways
+        need(name not in files, f"{path} and {files.get(name)} have the same name {name}.  Remove "
+             f"one of these two files")
         files[name] = path
-    need(files, f"no image under {where} ({', '.join(suffixes)}); {list_contents(where)}; {TREE}")
+    need(files, f"no image ({', '.join(suffixes)}) under {where}.  {list_contents(where)}; {TREE}")
     return dict(sorted(files.items()))
 
 
 def list_contents(path):
-    """Says what is in a folder; if the folder does not exist, what is in the nearest one above."""
+    """Says what is in a folder.  If the folder does not exist, says what is in the nearest folder
+    above it that exists."""
     folder = Path(path).absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -981,11 +1037,14 @@ def list_contents(path):
 
 
 def find_samples(where, names=None, strict=True):
-    """Finds images with equal names in two folders or patterns, and in a third one of masks.
+    """Finds images with equal names in two folders or patterns, and in a third folder of masks.
 
-    names      the file of a list: only the names in it count
-    strict     refuse names that lack a file; names that all lack one are refused in any case
-    Returns {name: path} for each of `where`, the names that have all files, and the others."""
+    where      the two or three folders or patterns
+    names      the file of a list: only the names in this list count
+    strict     True: raise BadInput if a file is missing for any name.  False: raise BadInput only
+               if no name has all files
+    Returns a list of {name: path} for each of `where`, the names for which no file is missing, and
+    the other names."""
     files = [find_images(folder) for folder in where]
     found = sorted(set().union(*files))
     if names:
@@ -997,38 +1056,41 @@ def find_samples(where, names=None, strict=True):
         have = ""
         for folder, side in zip(where, files):
             have += f"  {folder} has {[name for name in unpaired if name in side][:2]}."
-        raise BadInput(f"{len(unpaired)} names are not in all folders, {len(ids)} are.{have}  Give "
-                       f"the images of a sample equal names, or remove those without a partner.  "
-                       f"If the names differ by a fixed part, give patterns, whose stars stand for "
-                       f"the equal part: --data1 'chips/*_A.tif' --data2 'chips/*_B.tif'")
+        raise BadInput(f"images without a partner: {len(unpaired)} of {len(found)} names are not "
+                       f"in all folders.{have}  Give the images of a sample equal names, or remove "
+                       f"images without a partner.  If the names differ by a fixed part, give "
+                       f"patterns in which a star stands for the equal part, such as --data1 "
+                       f"'chips/*_A.tif' --data2 'chips/*_B.tif'")
     return files, ids, unpaired
 
 
 # ---- readers ----
-IMAGE_TIFFS = ("MINISBLACK", "RGB", "YCBCR")    # photometric kinds
-INDEX_TIFFS = ("MINISBLACK", "PALETTE")
+
+IMAGE_TIFFS = ("MINISBLACK", "RGB", "YCBCR")    # the photometric kinds that an image may have
+INDEX_TIFFS = ("MINISBLACK", "PALETTE")         # the photometric kinds that a mask may have
 
 
 @contextlib.contextmanager
-def reading(path, kind, remedy="copy or download it again, or take it out"):
-    """Turns every error inside into a BadInput that names the file, the reason and the remedy."""
+def reading(path, kind, remedy="copy or download it again, or remove it"):
+    """Turns every error inside the `with` block into a BadInput, which names the file, the reason
+    and the remedy.  kind: what the file should hold."""
     try:
         yield
     except BadInput:
         raise
-    except Exception as error:                  # a damaged file raises nearly anything
+    except Exception as error:                  # a damaged file can raise errors of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, FileNotFoundError):
             remedy = f"give a file that exists: {list_contents(path)}"
-        if "imagecodecs" in reason:             # LZW, zstd, JPEG, predictor 3
-            remedy = "pip install imagecodecs, or save it without compression"
+        if "imagecodecs" in reason:             # the TIFF has LZW, zstd, JPEG or predictor 3
+            remedy = "pip install imagecodecs, or save the file without compression"
         raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
 
 
 def open_image(path):
     """Opens an image with Pillow, turns it upright and reads its pixels.
 
-    Only these four formats are tried, because others (EPS) start a program."""
+    Only these four formats are tried, because other formats (EPS) start a program."""
     with reading(path, "an image"):
         image = Image.open(path, formats=("PNG", "JPEG", "JPEG2000", "TIFF"))
         image.load()
@@ -1037,9 +1099,10 @@ def open_image(path):
 
 
 def read_image(path, indices=False):
-    """Reads png, jpg, jp2, tif or npy as a CxHxW array in its own type; of RGBA it keeps the RGB.
+    """Reads a png, jpg, jp2, tif or npy file as a CxHxW array in the type of the file.  An alpha
+    channel is left out.
 
-    indices: True for masks; an image with a palette then gives its indices, not its colours."""
+    indices    True for masks: an image with a palette then gives its indices, not its colours"""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in (".tif", ".tiff"):
         a = read_tiff(path, INDEX_TIFFS if indices else IMAGE_TIFFS)
@@ -1049,36 +1112,38 @@ def read_image(path, indices=False):
     else:
         image = open_image(path)
         need(image.format == "PNG" or not indices, f"{path} is a {image.format} image, which has "
-             f"other indices where two classes meet; make the mask again as PNG, TIFF or npy")
+             f"wrong indices where two classes meet.  Make the mask again as PNG, TIFF or npy")
         if image.mode in ("RGBA", "P", "CMYK", "YCbCr") and not indices:
-            image = image.convert("RGB")        # Pillow takes GeoNRW's near infrared for alpha
+            image = image.convert("RGB")        # alpha, or GeoNRW's near infrared, is left out
         if image.mode == "LA":
             image = image.convert("L")
         a = np.array(image)
     need(a.dtype.kind in "uifb" and a.ndim in (2, 3) and a.size, f"{path} holds {a.dtype} of the "
-         f"shape {a.shape}; expected real numbers of the shape HxW, HxWxC or CxHxW")
+         f"shape {a.shape}.  Give real numbers of the shape HxW, HxWxC or CxHxW")
     if suffix not in (".tif", ".tiff") and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
-        a = a.transpose(2, 0, 1)                # HxWxC; a TIFF says which axes it has
+        a = a.transpose(2, 0, 1)                # HxWxC -> CxHxW; `read_tiff` orders axes itself
     return a.reshape(-1, *a.shape[-2:])
 
 
 def read_tiff(path, kinds):
-    """Reads a TIFF of one of these photometric kinds, HxW or CxHxW, in its own type; skips
-    overviews.  Pixels with the no-data value of the header become NaN, which makes the array
-    float."""
+    """Reads a TIFF as HxW or CxHxW in the type of the file, and skips overviews.  Pixels with the
+    no-data value of the header become NaN, so the array is then float.
+
+    kinds    the photometric kinds that are allowed"""
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
         image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
         page, axes, shape = image.keyframe, image.axes, image.shape
         kind = page.photometric.name
-        need(not others and kind in kinds, f"{path} holds {1 + len(others)} of the kind {kind}; "
-             f"expected one image of the kind {' or '.join(kinds)}: convert the file")
-        # Written by tifffile.imwrite, HxWxC can look like many bands with few rows.
-        need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]),
-             f"{path} of the shape {shape} could be HxWxC or CxHxW; save it with its bands first")
+        need(not others, f"{path} holds {1 + len(others)} images.  Save each image in its own file")
+        need(kind in kinds, f"{path} is of the photometric kind {kind}.  Convert the file to "
+             f"{' or '.join(kinds)}")
+        # If HxWxC was written by tifffile.imwrite, it can look like many bands with few rows.
+        need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]), f"{path} has the "
+             f"shape {shape}, which could be HxWxC or CxHxW.  Save it as CxHxW")
         a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
         if kind == "RGB" and set(page.extrasamples) & {1, 2}:
-            a = a[:3]                           # alpha is dropped, as that of a png
+            a = a[:3]                           # the alpha channel is left out, as in a png
         if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
             a = a.astype(np.result_type(a, np.float32))
@@ -1087,40 +1152,42 @@ def read_tiff(path, kinds):
 
 
 def read_band(path, indices=False):
-    """Reads an image of one channel as 1xHxW."""
+    """Reads an image that has one channel, as 1xHxW."""
     a = read_image(path, indices)
-    need(len(a) == 1, f"{path} has {len(a)} channels; expected one: each band in its own file, "
-         f"and in masks the index of a class, without colours")
+    form = "class indices instead of colours" if indices else "each band in its own file"
+    need(len(a) == 1, f"{path} has {len(a)} channels, but must have one.  Save {form}")
     return a
 
 
 def read_mask(path):
-    """Reads a mask as HxW int64, as it is stored: an image with a palette gives its indices.
+    """Reads a mask as HxW int64.  An image with a palette gives its indices.
 
-    -1 is no label: the no-data value that the header declares, NaN, and every negative value."""
+    A pixel without a label becomes -1.  Such pixels have the no-data value of the header, NaN, or a
+    negative value."""
     a, = read_band(path, indices=True)
     if a.dtype.kind == "f":
         a = np.where(np.isfinite(a), a, -1)
     odd = a[(np.rint(a) != a) | (a >= 2 ** 31)]
-    need(len(odd) == 0, f"{path} holds {odd[:1]}; expected whole numbers, because they are indices "
-         f"of classes: make the mask again from its source")
+    need(len(odd) == 0, f"{path} holds {odd[:1]}, which is no index of a class.  Make the mask "
+         f"again from its source, with whole numbers")
     return np.maximum(a.astype(np.int64), -1)
 
 
 def read_palette(path):
-    """Returns the colours of an image with a palette as a list of (red, green, blue), else []."""
+    """Returns the palette of an image as a list of (red, green, blue).  The list is empty if the
+    image has no palette."""
     with contextlib.suppress(OSError), Image.open(path, formats=("PNG", "TIFF")) as image:
         if image.mode == "P":
             return list(map(tuple, np.reshape(image.getpalette(), (-1, 3)).tolist()))
-    return []                                   # also for npy, and for types that Pillow lacks
+    return []                                   # Pillow cannot open npy files and some TIFFs
 
 
 def count_mask_values(files):
-    """Returns {value: (its pixels, the masks that hold it)} of masks {name: path}.
+    """Returns {value: (number of its pixels, number of masks that hold it)} of masks {name: path}.
 
-    Refuses masks whose palettes give an index two colours: saved one by one with a palette of
-    their own, masks mean different classes by the same index."""
-    counts, first_use = {}, {}                  # first_use: index -> (its colour, the first file)
+    Raises BadInput if an index has different colours in two palettes.  If each mask was saved with
+    a palette of its own, the same index may mean different classes."""
+    counts, first_use = {}, {}                  # first_use: index -> (its colour, its first file)
     for path in show_progress(files.values(), "masks"):
         palette = read_palette(path)
         values, numbers = np.unique(read_mask(path), return_counts=True)
@@ -1130,52 +1197,55 @@ def count_mask_values(files):
             if 0 <= value < len(palette):
                 colour, file = first_use.setdefault(value, (palette[value], path))
                 need(colour == palette[value], f"index {value} has the colour {colour} in {file}, "
-                     f"but {palette[value]} in {path}, so it does not name one class; save all "
-                     f"masks with one palette, or as grey images of class indices")
+                     f"but {palette[value]} in {path}, so it may mean two classes.  Save all masks "
+                     f"with one palette, or as grey images of class indices")
     return dict(sorted(counts.items()))
 
 
 def find_mask_warnings(counts):
-    """Says if the values of masks, as counted, look as if the masks had been resized or JPEGs.
+    """Returns a list: one warning if many values of the masks are rare, otherwise nothing.
 
-    Both blend the indices of two classes into indices between them, a few pixels of each."""
+    counts: from `count_mask_values`.  Many rare values are a sign that the masks were resized
+    bilinearly or saved as JPEG, because both blend the indices of two classes into other indices,
+    with a few pixels each."""
     total = sum(pixels for pixels, _ in counts.values())
     mask_size = total / max((masks for _, masks in counts.values()), default=1)
     rare = [value for value, (pixels, masks) in counts.items()
             if pixels / masks < max(10, mask_size / 1000)]
     if len(rare) < 3 or 2 * len(rare) <= len(counts):
         return []
-    return [f"{len(rare)} of the {len(counts)} values in the masks, such as {rare[:3]}, occur in a "
-            f"handful of pixels of a mask: were the masks resized bilinearly, or saved as JPEG?  "
-            f"Make them again from their source, and resize them by the nearest pixel"]
+    return [f"{len(rare)} of the {len(counts)} values in the masks, such as {rare[:3]}, have only "
+            f"a few pixels per mask.  Were the masks resized bilinearly, or saved as JPEG?  If so, "
+            f"make the masks again from their source, and resize them by the nearest pixel"]
 
 
 def read_lines(path):
-    """Reads the lines of a list, without empty lines and without spaces around a line."""
+    """Reads the lines of a list.  Empty lines and spaces around a line are left out."""
     with reading(path, "a list in utf-8"):
         lines = unicodedata.normalize("NFC", Path(path).read_text("utf-8-sig")).splitlines()
     lines = [line.strip() for line in lines if line.strip()]
-    need(lines, f"{path} is empty; expected one name per line")
+    need(lines, f"{path} is empty.  Write one name per line")
     return lines
 
 
 def read_list(path, names):
-    """Reads a list of images.  Returns those of the names that the lines begin with, in order.
+    """Reads a list of images.  Returns their names, in the order of the lines.
 
-    A line, or its first column, is a name or the path of an image with that name, such as
-    `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`."""
-    lines = {}                                  # by their names
+    path     the file of the list.  A line, or its first column, is a name or the path of an image
+             with this name, such as `RGB/7.jpg` or `SUNRGBD/kv1/a/b//image/x.jpg`
+    names    the names that exist"""
+    found = {}                                  # name -> its line
     for line in read_lines(path):
         name = match_name(line, names) or match_name(re.split(r"[\s,]", line)[0], names)
-        need(name, f"{path}: no image has the name of the line {line!r}; expected one name per "
-             f"line, such as {next(iter(names), '')!r}")
-        need(name not in lines, f"{path} names {name} twice; remove one of the two lines")
-        lines[name] = line
-    return list(lines)
+        need(name, f"{path}: no image has the name in the line {line!r}.  Write one name per line, "
+             f"such as {next(iter(names), '')!r}")
+        need(name not in found, f"{path} names {name} twice.  Remove one of the two lines")
+        found[name] = line
+    return list(found)
 
 
 def match_name(text, names):
-    """Returns the one of the names that a text is, or whose path the text is; else None."""
+    """Returns the name, among `names`, that a text is or whose path the text is; otherwise None."""
     frame = re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", text))
     forms = text, frame, frame.replace("/", "-"), os.path.splitext(os.path.basename(text))[0]
     return next((name for name in forms if name in names), None)
@@ -1183,39 +1253,46 @@ def match_name(text, names):
 
 def list_folders(folder):
     """Returns the names of the folders in a folder, sorted."""
-    need(os.path.isdir(folder), f"no folder {folder}; {list_contents(folder)}; {TREE}")
+    need(os.path.isdir(folder), f"no folder {folder}.  {list_contents(folder)}; {TREE}")
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 # ---- from data sets to batches ----
 
-NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # tasks, and their classes
-SHARED_ROOTS = dict(geonrw="data/rgb-dem", sunrgbd="data/rgbd")     # of tasks on a scenario's data
+NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # the classes of each task
+# These tasks use the data folder of a scenario.
+SHARED_ROOTS = dict(geonrw="data/rgb-dem", sunrgbd="data/rgbd")
+# If data are prepared, they have this folder.
 PREPARED = {"rgb-dem": "cropped", "geonrw": "cropped", "rgbd": "RGB", "sunrgbd": "RGB",
-            "nyuv2": "RGB", "bigearthnet": "packed"}                # the folder that must be there
+            "nyuv2": "RGB", "bigearthnet": "packed"}
 
 
 def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True,
                  classes=None, inputs=None, declared=(None, None), reduce=False):
     """Opens the data set of a scenario, or of a transfer task, which gives (x1, x2, target).
 
-    root       its folder; of custom two folders or patterns
-    split      "all", or the name of a list: train and test; of custom a list's file
-    strict     refuse names that lack a file; otherwise .unpaired lists them
-    classes    how many classes the masks may have, if not the task's
-    custom:    inputs: the rows that a checkpoint kept; declared: the values of --as1 and --as2;
-               reduce: photos much larger than the crop are reduced, as those of rgbd are"""
+    root       the folder of the data set; for custom, two folders or patterns
+    split      "all", or the name of a list such as "train"; for custom, the file of a list
+    strict     True: raise BadInput if a file of a sample is missing; False: .unpaired lists such
+               samples
+    classes    how many classes the masks may have; None: the number of the task
+
+    For custom only:
+    inputs     the two rows of MODALITIES that a checkpoint keeps
+    declared   the values of --as1 and --as2
+    reduce     True: photos that are much larger than the crop become smaller, as for rgbd"""
     depth_unit, names = depth_unit or 1000.0, None
     if split != "all":
         names = Path(split) if name == "custom" else f"{split}.txt"
     if name == "custom":
         return open_own(root, names, inputs, declared, size, depth_unit, strict, reduce)
     root, classes = Path(root), classes or NUM_CLASSES.get(name)
-    need(root.is_dir(), f"no folder {root}; {TREE}; give --data, or try --toy")
+    need(root.is_dir(), f"no folder {root}.  Give the folder of the data with --data, or try "
+         f"--toy; {TREE}")
     if name in PREPARED:
         flag = "task" if name in NUM_CLASSES else "scenario"
-        need((root / PREPARED[name]).is_dir(), f"no {root / PREPARED[name]}; "
+        need((root / PREPARED[name]).is_dir(), f"no folder {root / PREPARED[name]}.  "
              f"{list_contents(root)}.  Run `python data.py prepare --{flag} {name} --data {root}` "
              f"first; {TREE}")
     if name == "sar-optical":
@@ -1228,10 +1305,10 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
 
 
 class Samples:
-    """Wraps a data set so that its index is (epoch, i): one loader serves all epochs of a run.
+    """Wraps a data set so that its index is (epoch, i).  Then one loader serves all epochs.
 
-    keep: whether up to 1 GB of decoded samples stay in memory.  SSL4EO-S12 is not kept: its samples
-    change with the epoch, because seasons are drawn."""
+    keep    True: up to 1 GB of decoded samples stay in memory.  Samples of SSL4EO-S12 never stay,
+            because they change with the epoch: their seasons are random"""
 
     def __init__(self, data, keep=False):
         self.data, self.decoded = data, {}
@@ -1250,42 +1327,45 @@ class Samples:
 
 
 def move_views(views, device):
-    """Moves the images of both views to the device.  If both views are made from one image, the
-    image moves once and is returned twice."""
+    """Moves the images of both views to the device.  If both views are made from the same images,
+    these images move once and are returned twice."""
     views = [move_to(x, device) for x in views]
     return views if len(views) == 2 else [views[0], views[0]]
 
 
 def move_to(x, device):
-    """Copies x to the device.  A copy to CUDA does not wait; a copy to MPS has to, because it may
-    be incomplete otherwise."""
+    """Copies x to the device.  The program waits for copies to MPS, because such a copy could be
+    incomplete otherwise.  It does not wait for copies to CUDA."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def epoch_batches(n, batch_size, seed, epoch):
-    """Returns the indices of each batch of an epoch, (n // batch_size) x batch_size: a permutation
-    of 0..n-1 that depends only on seed and epoch.  The last, incomplete batch is left out."""
+    """Returns the indices of all batches of an epoch, (n // batch_size) x batch_size.  The order is
+    a permutation of 0..n-1 that depends only on seed and epoch.  A last batch with fewer samples is
+    left out."""
     order = np.random.default_rng((seed, epoch)).permutation(n)
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def check_mask(path, label, image_size, num_classes):
-    """Refuses a mask HxW of another size than its image, or with labels beyond 0 to num_classes.
+    """Raises BadInput if a mask HxW has another size than its image, or has labels outside 0 to
+    num_classes.
 
-    The remedy keeps class 0 of data sets that begin with it and have 255 for no label: there it
-    would be lost if 0 were written for 255 alone."""
+    Some data sets have a class 0, and 255 for no label.  The remedy is in two steps, because class
+    0 would be lost if 255 simply became 0."""
     size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
-    need(size == tuple(image_size), f"{path} is a mask of {size} pixels for an image of "
-         f"{tuple(image_size)}; make the mask again for this image")
-    need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}; "
-         f"expected 1 to {num_classes}, and 0 for no label.  If classes begin at 0 here, add 1 to "
-         f"all of them; then write 0 for every value that is no class, such as 255")
+    need(size == tuple(image_size), f"{path} is a mask of {size} pixels, but its image has "
+         f"{tuple(image_size)} pixels.  Make the mask again for this image")
+    need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}, but "
+         f"labels must be 1 to {num_classes}, or 0 for no label.  If classes begin at 0 here, add "
+         f"1 to each class.  Then write 0 for every value that is no class, such as 255")
 
 
 # ---- what the network sees ----
 
 def choose_visible(row):
-    """Returns the channels that make_visible shows: B4 B3 B2, the first three, or one as grey."""
+    """Returns the indices of the channels that make_visible shows: of B4, B3 and B2 if there are
+    such bands, otherwise of the first three channels, or of one channel."""
     bands = row["bands"]
     if "B4" in bands:
         return [bands.index(band) for band in ("B4", "B3", "B2")]
@@ -1293,10 +1373,10 @@ def choose_visible(row):
 
 
 def make_visible(x, row):
-    """Turns a normalised image CxHxW into one to look at: HxWx3 in [0, 1].
+    """Turns a normalised image CxHxW into an image to look at, HxWx3 in [0, 1].
 
-    Colours and HHA are shown as they are.  All others are stretched from the 2nd to the 98th
-    percentile."""
+    Colours and HHA are shown as they are.  All other images are stretched, so that the 2nd and the
+    98th percentiles become 0 and 1."""
     mean, std = (torch.tensor(row[key]).view(-1, 1, 1) for key in ("mean", "std"))
     channels = choose_visible(row)
     x = (x.cpu() * std + mean).numpy()[channels].transpose(1, 2, 0)     # HxWx3, or 1
@@ -1306,26 +1386,31 @@ def make_visible(x, row):
     return np.broadcast_to(x.clip(0, 1), (*x.shape[:2], 3))
 
 
-# For each modality: the unit of its files; the values of x that clipping gives, and the share of
-# them that is normal; the least distance of the quartiles of x; what to check beyond these limits.
+# Each row has five entries: the unit of the files; the values of x that are the result of clipping;
+# the largest share of clipped values that is normal; the smallest distance between the quartiles of
+# x that is normal; and a question, which is asked if one of these two limits is not met.
 LIMITS = {
     "sar": ("dB", (0, 1), 0.25, 0.002, "are the files in dB?"),
     "ms": ("reflectance x 10000", (1,), 0.05, 0.002, "are the files reflectance x 10000?"),
     "depth": ("m", (1,), 0.05, 0.002, "is --depth-unit right?"),
     "dem": ("m", (), 0, 0.002, "is most of the ground flat, or are most heights missing?"),
-    "8 bits": ("of 255", (), 0, 0.002, "are the images of one colour, or of more than 8 bits?"),
-    "measured": ("", (0, 1), 0.05, 0.045, "do a few values lie far from all others?  Take them "
-                 "out, or take the logarithm of all")}
+    "8 bits": ("of 255", (), 0, 0.002, "has each image only one colour, or more than 8 bits?"),
+    "measured": ("", (0, 1), 0.05, 0.045, "are a few values far from all others?  Remove these "
+                 "values, or take the logarithm of all values")}
 
 
 def find_limits(row):
-    """Returns the line of LIMITS for a row of MODALITIES."""
+    """Returns the entries of LIMITS for a row of MODALITIES."""
     return LIMITS.get("measured" if row.get("raw_mean") else row["name"], LIMITS["8 bits"])
 
 
 def look_at(data, i):
-    """Reads a sample.  Returns for each modality CxP values of x in [0, 1], CxP values in the unit
-    of the files (NaN: missing; Packed has no files, and so None) and the image's width / height."""
+    """Reads a sample.  Returns for each modality:
+
+    x        CxP   some values of x, in [0, 1]
+    raw      CxP   some values in the unit of the files, NaN where missing; None for Packed, because
+                   packed values are in 8 bits
+    ratio          the image's width / height"""
     looks = []
     raws = data.read_raw(i) if hasattr(data, "read_raw") else (None, None)
     for views, raw in zip(data[i], raws):
@@ -1337,20 +1422,24 @@ def look_at(data, i):
 
 
 def take_pixels(a):
-    """Takes about 2,000 pixels of CxHxW evenly -> CxP, NaN for all that is not finite."""
-    step = a[0].size // 2000 | 1                # odd, because 32 of 256 would meet 8 columns only
+    """Takes about 2,000 evenly spaced pixels of CxHxW.  Returns CxP, with NaN for values that are
+    not finite."""
+    # An odd step meets all columns.  A step of 32 in a width of 256 would meet only 8 columns.
+    step = a[0].size // 2000 | 1
     a = a.reshape(len(a), -1)[:, ::step].astype(float)
     return np.where(np.isfinite(a), a, np.nan)
 
 
 def describe_inputs(data, indices, workers=0):
-    """Describes what the network will see of some samples.
+    """Describes what the network will see, on some samples.  Returns two lists of lines.
 
-    Returns the lines of a table, one for each band: percentiles in the unit of the files, shares,
-    mean and std of x in [0, 1] beside the normaliser's; and one line for each thing that looks
-    wrong."""
+    table       one line per band: percentiles in the unit of the files; the shares of missing and
+                of clipped values; mean and std of x in [0, 1], beside the mean and std of the
+                normaliser
+    warnings    one line for each thing that looks wrong"""
     look = functools.partial(look_at, data)
-    # A DataLoader would draw from the random numbers of a run that begins.
+    # Without workers there is no DataLoader, because a DataLoader would draw a random number and so
+    # change the run that calls this function.
     looks = list(in_processes(look, indices, workers, "statistics") if workers
                  else map(look, indices))
     table = [f"{'seen':22s}       1 %    median      99 %  missing  clipped   mean   std "
@@ -1364,8 +1453,8 @@ def describe_inputs(data, indices, workers=0):
         label = row["name"]
         if data.inputs[0]["name"] == data.inputs[1]["name"]:
             label += f" {m + 1}"
-        faults = {}                             # what is wrong -> the bands for which it is
-        for c, band in enumerate(dict.fromkeys(row["bands"])):  # a height stands in three channels
+        faults = {}                             # what is wrong -> the bands with this fault
+        for c, band in enumerate(dict.fromkeys(row["bands"])):  # three channels repeat the height
             table.append(f"{label + ' ' + band:22s} {describe_band(row, c, xs[c], raws[c])}")
             fault = find_fault(row, c, xs[c], raws[c])
             if fault:
@@ -1377,15 +1466,15 @@ def describe_inputs(data, indices, workers=0):
             uneven.append(data.ids[i])
     if uneven:
         warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
-                        f"images of different width / height.  Both are resized to one shape, so "
-                        f"one is squeezed: cut both to the same scene")
+                        f"images of different width / height.  Both images are resized to one "
+                        f"shape, so one of them is distorted.  Cut both images to the same scene")
     return table, warnings
 
 
 def describe_band(row, c, x, raw):
-    """Returns the table's line of one band."""
+    """Returns the line of the table for one band.  c: the channel; x, raw: from `look_at`."""
     unit, ends, *_ = find_limits(row)
-    if row["name"] == "depth":                  # files hold steps, the table metres
+    if row["name"] == "depth":                  # files hold steps, but the table shows metres
         values = x * MAX_DEPTH
     elif raw is not None:
         values = raw[np.isfinite(raw)]
@@ -1403,66 +1492,72 @@ def describe_band(row, c, x, raw):
 
 
 def format_value(value, spread):
-    """Writes a number to a hundredth of the spread of its band or finer: 0, never -0.00018."""
+    """Writes a number, rounded to a hundredth of the spread of its band or finer.  So a value near
+    0 is written as 0 instead of -0.00018."""
     return f"{round(value, 2 - math.floor(math.log10(spread))) + 0.0:.10g}"
 
 
 def find_fault(row, c, x, raw):
-    """Returns what looks wrong in a band, or None: missing values, one that stands apart, a wrong
-    unit or scale, or values so near to each other that the network sees next to nothing."""
+    """Returns what looks wrong in a band, or None.  Four things can look wrong: most values are
+    missing; one value is far from all others; the unit or scale is wrong; the values are so near to
+    each other that the network can hardly tell them apart."""
     _, ends, normal, least, question = find_limits(row)
     if raw is not None and np.isnan(raw).mean() > 0.5:
         return "more than half of the values are missing"
     value = find_far_value(raw[np.isfinite(raw)]) if row.get("raw_mean") else None
     if value is not None:
-        return (f"the value {value:.10g} occurs again and again, far from all others.  If it means "
-                f"that there is no data, say so: with --nodata1 or --nodata2 {value:.10g} in "
-                f"`data.py prepare`, with the tag GDAL_NODATA, or with NaN in its place")
+        return (f"the value {value:.10g} occurs many times and is far from all other values.  If "
+                f"it means that there is no data, give --nodata1 or --nodata2 {value:.10g} to "
+                f"`data.py prepare`, or set the tag GDAL_NODATA, or replace the value by NaN")
     if np.isin(x, ends).mean() > normal:
         return f"more than {normal:.0%} of the values are clipped: {question}"
     low, half, high = np.percentile(x, (25, 50, 75))
     if row["name"] == "depth" and half < 0.03:
         return f"half of the values are below {0.03 * MAX_DEPTH:.1f} m: {question}"
-    if high - low < least and row["bands"][c] != "B10":  # cirrus: 0 in Level 2A, nearly 0 in 1C
+    # B10 (cirrus) is 0 in products of level 2A, and nearly 0 in products of level 1C.
+    if high - low < least and row["bands"][c] != "B10":
         return f"half of the values look equal to the network: {question}"
     return None
 
 
 def find_far_value(values):
-    """Returns the smallest or the largest value, if it repeats and lies farther from all others
-    than their quartiles lie from each other; else None."""
+    """Returns the smallest or the largest value if this value repeats and is far from the others;
+    otherwise None.  Far means farther than the quartiles of the other values are from each other.
+    """
     for end in (values.min(), values.max()):
         others = values[values != end]
         repeats = len(values) - len(others)
         if len(others) and repeats >= max(3, 0.0005 * len(values)):
-            quarter, three = np.percentile(others, (25, 75))
-            if np.abs(others - end).min() > three - quarter > 0:
+            quartile1, quartile3 = np.percentile(others, (25, 75))
+            if np.abs(others - end).min() > quartile3 - quartile1 > 0:
                 return end
     return None
 
 
 def join_names(names, most=3):
+    """Joins at most `most` names by commas, and says how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def find_warnings(data, n=16):
-    """Returns one line for each thing that looks wrong in what the network will see."""
+    """Returns one line for each thing that looks wrong in n samples, as the network will see them.
+    """
     return describe_inputs(data, spread_evenly(range(len(data)), n))[1]
 
 
 def spread_evenly(indices, n):
-    """Returns n of the indices, evenly spread, or all if there are fewer."""
+    """Returns n of the indices, evenly spread, or all indices if there are fewer than n."""
     return [indices[i] for i in np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)]
 
 
 # ---- what all five scripts share: files, processes, the command line ----
 
 def write_atomically(path, write):
-    """Calls write(binary file) for PATH.part, then renames the file to PATH.  If the run is killed
-    or the disk is full, PATH keeps its old content.
+    """Calls write(file) with the new binary file PATH.part, then renames this file to PATH.  If the
+    run is killed or the disk is full, PATH keeps its old content.
 
-    The .part file is created anew, so a symbolic link with its name is not followed."""
+    If a symbolic link has the name PATH.part, it is deleted and not followed."""
     part = Path(f"{path}.part")
     part.unlink(missing_ok=True)
     try:
@@ -1473,21 +1568,23 @@ def write_atomically(path, write):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        # On a full disk torch.save raises a RuntimeError, whose context is the OSError.
+        # If the disk is full, torch.save raises a RuntimeError, whose context is the OSError.
         for reason in (error, error.__context__):
             if isinstance(reason, OSError):
                 raise OSError(reason.errno, reason.strerror, str(path)) from None
         raise
 
 
-# What the text of a RuntimeError may contain, and what to do about it.
+# A pattern for the text of a RuntimeError -> what to do about this error.
 REMEDIES = {
     "out of memory|can't allocate memory":
-        "Give a smaller --batch-size, or in pretraining a narrower --projector",
+        "Give a smaller --batch-size or, in pretraining, a narrower --projector",
     "DataLoader worker|shared memory|</?torch_":
-        "Is the memory or /dev/shm full?  Give fewer --workers, or enlarge it (docker --shm-size)",
+        "If the memory or /dev/shm is full, give fewer --workers, or enlarge /dev/shm (docker "
+        "--shm-size)",
     "stack expects each tensor":
-        "`data.py prepare --scenario custom` cuts images of any size into tiles of one size"}
+        "The images have different sizes.  Cut them into tiles of one size with `data.py prepare "
+        "--scenario custom`"}
 
 
 def write_text(path, text):
@@ -1497,42 +1594,46 @@ def write_text(path, text):
 
 
 def read_json(path, what):
-    """Returns the dict in a json file.  what: what the file holds, for the message if the file is
-    damaged."""
+    """Returns the dict in a json file.
+
+    what    what the file holds.  The message says so if the file is damaged"""
     with reading(path, what):
         value = json.loads(Path(path).read_text("utf-8"))
         if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}, expected a json object")
+            raise ValueError(f"it holds a {type(value).__name__} instead of a json object")
         return value
 
 
 def number(kind, low, high=math.inf):
-    """Returns a function for argparse's type=, which reads a finite int or float in low..high."""
+    """Returns a function for argparse's type=, which reads a finite int or float from low to high.
+    """
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
             if low <= value <= high and value != math.inf:
                 return value
-        limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text}: expected {limits}")
+        limits = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
+        noun = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} cannot be used.  Give {noun} {limits}")
     return parse
 
 
 def expand_path(text):
-    """Reads a file, folder or pattern, for argparse's type=; ~ stands for the home folder."""
-    if not text:                                # a shell's variable that is not set
-        raise argparse.ArgumentTypeError("no name is given")
+    """Returns the name of a file or folder, or a pattern, for argparse's type=.  At the beginning,
+    ~ stands for the home folder."""
+    if not text:                                # for example from a shell variable that is not set
+        raise argparse.ArgumentTypeError("the name is empty.  Give a file, a folder or a pattern")
     return os.path.expanduser(text)
 
 
 class OnePattern(argparse.Action):
-    """Takes one folder or pattern, for argparse's action= with nargs="+".  Several values mean that
-    the shell has replaced a pattern without quotes by the files that match."""
+    """Stores one folder or pattern, for argparse's action= with nargs="+".  If there are several
+    values, the shell has replaced a pattern without quotes by the files that match it."""
 
     def __call__(self, parser, args, values, option=None):
         if len(values) > 1:
-            parser.error(f"{option} got {len(values)} files, such as {values[0]}; give one folder, "
-                         f"or a pattern in quotes: '*.tif'")
+            parser.error(f"{option} got {len(values)} files, such as {values[0]}.  Give one "
+                         f"folder, or a pattern in quotes, such as '*.tif'")
         setattr(args, self.dest, values[0])
 
 
@@ -1545,38 +1646,38 @@ def count_cores():
 
 
 def choose_workers():
-    """Returns the default of --workers: with CUDA the cores per process, at most 8.  Otherwise 0,
-    because workers would take cores from the training."""
+    """Returns the default of --workers.  With CUDA it is the number of cores per process, at most
+    8.  Without CUDA it is 0, because workers would take cores from the training."""
     if not torch.cuda.is_available():
         return 0
     return min(8, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def leave_group(worker):
-    """Moves a DataLoader worker to its own process group.  A signal to the main group (Ctrl-C) then
-    does not stop the worker, so the main process has time to save."""
+    """Moves a DataLoader worker to its own process group.  Then a signal to the main group, such as
+    Ctrl-C, does not stop the worker, so the main process has time to save."""
     if os.name == "posix":
         os.setpgrp()
 
 
 def show_progress(*args, **settings):
-    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal, for example a
-    log file, the bar is printed only every 30 s."""
+    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal but, for
+    example, a log file, the bar is printed only every 30 s."""
     if sys.stderr is None or not sys.stderr.isatty():
         settings |= dict(delay=30, mininterval=30, miniters=1, disable=sys.stderr is None)
     return tqdm(*args, **dict(leave=False, dynamic_ncols=True) | settings)
 
 
 def run_main(main):
-    """Exits with the code that main() returns.  If input cannot be used, prints one line on stderr
-    and exits with code 2."""
-    with contextlib.suppress(AttributeError):   # stdout is a notebook's, or None where it is closed
+    """Calls main() and exits with the code that main() returns.  If input cannot be used, prints
+    one line on stderr and exits with code 2."""
+    with contextlib.suppress(AttributeError):   # a notebook's stdout, or None if stdout is closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)                           # the code that shells use for Ctrl-C
-    except BrokenPipeError:                     # the reader, such as `| head`, has read enough
+        sys.exit(130)                           # shells use this code for Ctrl-C
+    except BrokenPipeError:                     # the reader of stdout, such as `| head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError, RuntimeError) as error:
         line = describe_error(error)
@@ -1587,9 +1688,9 @@ def run_main(main):
 
 
 def describe_error(error):
-    """Returns the line to print for an error, or None if the error is a fault of the code."""
+    """Returns the line to print for an error, or None if the cause is an error in the code."""
     text = str(error).strip()
-    if "Traceback" in text:                     # of a worker: the last line holds the message
+    if "Traceback" in text:                     # from a worker: the message is in the last line
         text = text.splitlines()[-1]
     text = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(text.splitlines()))
     if not isinstance(error, RuntimeError):
@@ -1600,12 +1701,12 @@ def describe_error(error):
     return None
 
 
-# ---- made-up scenes: known factors, one in both modalities and one in each alone ----
+# ---- made-up scenes with three known factors: one common factor, and two unique factors ----
 
 # A factor is the shape of one kind of object.  Both sensors see the first kind, only sensor 1 sees
-# the second, only sensor 2 sees the third.  Nothing but the objects may identify a scene, because
-# an encoder would learn such a shortcut instead of the shapes (a tint of 5 % was enough).  So all
-# shapes have the same area; position, size and rotation are random; clutter is weak.
+# the second kind, and only sensor 2 sees the third kind.  Only the objects may identify a scene,
+# because an encoder would learn any shortcut instead of the shapes (a tint of 5 % was enough).  So
+# all shapes have the same area; position, size and rotation are random; clutter is weak.
 # Accuracy of linear probes: chance 0.25, random encoders 0.32 to 0.47, supervised encoders 0.98 or
 # more.
 SHAPES = ("disk", "ring", "cross", "triangle")
@@ -1614,8 +1715,8 @@ SCENE_CLASSES = ("background", *(f"{which} {shape}" for which in ("common", "uni
 
 
 def draw_shape(shape, u, v):
-    """Returns whether points lie inside a shape of area 4.  u, v: arrays of equal size, coordinates
-    on the shape's own axes."""
+    """Returns which points are inside a shape of area 4, as booleans.  u, v: arrays of equal size,
+    the coordinates of the points on the shape's own axes."""
     r, a, b = np.hypot(u, v), np.abs(u), np.abs(v)
     return {"disk": r < 1.128, "ring": (r < 1.38) & (r > 0.795),
             "cross": (np.minimum(a, b) < 0.36) & (np.maximum(a, b) < 1.57),
@@ -1623,8 +1724,11 @@ def draw_shape(shape, u, v):
 
 
 def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
-    """Draws an object whose centre lies within rows and columns (shares of H and W).  shape: an
-    index of SHAPES; default: a random one.  Returns that index and the mask, HxW in [0, 1]."""
+    """Draws an object.  Returns the index of its shape and its mask, HxW in [0, 1].
+
+    rows, columns    two limits each for the centre, as shares of H and of W
+    shape            an index of SHAPES; default: random
+    radii            two limits for the length that is 1 in draw_shape, as shares of H"""
     shape = int(rng.integers(len(SHAPES))) if shape is None else shape
     y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
     r, turn = rng.uniform(*radii) * H, rng.uniform(0, 2 * np.pi)
@@ -1636,17 +1740,18 @@ def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
 
 
 def place_three(rng, H, W):
-    """Draws the three objects of a room: common, unique1 and unique2.  Returns as make_label."""
+    """Draws the three objects of a room: common, unique1 and unique2.  Returns what make_label
+    returns."""
     common = draw_object(rng, H, W, (0.6, 0.76), (0.25, 0.75))
     unique = [draw_object(rng, H, W, (0.24, 0.4), (0.2, 0.8)) for _ in range(2)]
     return make_label(*zip(common, *unique))
 
 
 def scatter_three(rng, S):
-    """Draws the three kinds of objects for a scene seen from above.  Returns as make_label.
+    """Draws the three kinds of objects of a scene from above.  Returns what make_label returns.
 
-    Each object stands three times, in the cells of a 3x3 grid that begins anywhere, because two
-    random crops seldom share an object that stands only once."""
+    Each object occurs three times, because two random crops seldom share an object that occurs only
+    once.  The objects are in the cells of a 3x3 grid, which is shifted at random."""
     masks = np.zeros((3, S, S))
     classes = [int(shape) for shape in rng.integers(len(SHAPES), size=3)]
     square = np.add.outer(rng.permutation(3), rng.permutation(3)) % 3   # 3x3, a Latin square
@@ -1658,8 +1763,9 @@ def scatter_three(rng, S):
 
 
 def make_label(classes, masks):
-    """Puts the first of three masks HxW in front of the others.  Returns the masks that remain
-    visible, the label HxW uint8 (1 + index of SCENE_CLASSES) and the classes, indices of SHAPES."""
+    """Puts the first of three masks HxW in front of the other two.  Returns the visible parts of
+    the masks, the label HxW uint8 (1 + index of SCENE_CLASSES), and the classes (indices of
+    SHAPES)."""
     front, *behind = masks
     masks = [front, *(mask * (1 - front) for mask in behind)]
     label = np.ones(front.shape, np.uint8)
@@ -1676,32 +1782,32 @@ def make_clutter(rng, H, W, cells):
 
 
 def draw_room(rng, H=48, W=64):
-    """Draws an object before a wall, a painting on the wall (only RGB sees it) and a pane in the
-    wall (only depth sees it).  Returns rgb HxWx3 uint8, depth HxW uint16 in mm, label HxW uint8 and
-    the three classes."""
-    (m_common, m_paint, m_pane), label, classes = place_three(rng, H, W)
+    """Draws an object in front of a wall, a painting on the wall (which only RGB sees) and a
+    recess in the wall (which only depth sees).  Returns rgb HxWx3 uint8, depth HxW uint16 in mm,
+    label HxW uint8 and the three classes."""
+    (m_common, m_paint, m_recess), label, classes = place_three(rng, H, W)
     rgb = photograph(rng, m_common, m_paint, 0.12)
-    z = 3 + 0.03 * make_clutter(rng, H, W, 6) + 0.8 * (m_pane - m_common)  # m
+    z = 3 + 0.03 * make_clutter(rng, H, W, 6) + 0.8 * (m_recess - m_common)  # in metres
     z = z + rng.normal(0, 0.03, z.shape)
-    z[rng.random(z.shape) < 0.01] = 0           # no reading
+    z[rng.random(z.shape) < 0.01] = 0           # a pixel without a reading
     return rgb, (z * 1000).astype(np.uint16), label, classes
 
 
 def photograph(rng, m_common, m_paint, clutter):
-    """Returns the photograph, HxWx3 uint8, of two masks HxW: the common object is bright, the
-    painted one is dark, the ground is grey with `clutter`."""
+    """Returns a photograph, HxWx3 uint8, of two objects, whose masks are HxW.  The common object is
+    bright, the painted object is dark, and the ground is grey with noise of strength `clutter`."""
     rgb = 0.5 + clutter * np.stack([make_clutter(rng, *m_common.shape, 6) for _ in range(3)], -1)
     rgb = rgb + (0.9 - rgb) * m_common[..., None] + (0.1 - rgb) * m_paint[..., None]
     return ((rgb + rng.normal(0, 0.04, rgb.shape)).clip(0, 1) * 255).astype(np.uint8)
 
 
 def draw_satellite_scene(rng, S=48):
-    """Draws a village (bright for both sensors), an oil slick (dark, only in SAR) and algae (dark,
-    only in optical bands).  Returns four seasons of {band: array} with the values of the files,
-    label SxS uint8 and the three classes."""
+    """Draws villages (bright in both modalities), oil slicks (dark, only in SAR) and algae (dark,
+    only in optical bands).  Returns a list of four seasons, each {band: array} with the values of
+    the files, the label SxS uint8 and the three classes."""
     (m_common, m_slick, m_bloom), label, classes = scatter_three(rng, S)
     clutter1, optical, infrared = (make_clutter(rng, S, S, 6) for _ in range(3))
-    # the mean of each band of S2, about as in real images
+    # These are the means of the bands of S2, about as in real images.
     levels = (1600, 1400, 1300, 1350, 1550, 2100, 2400, 2300, 2550, 830, 20, 2200, 1500)
     seasons = []
     for _ in range(4):
@@ -1720,8 +1826,8 @@ def draw_satellite_scene(rng, S=48):
 
 
 def draw_aerial_scene(rng, S=48):
-    """Draws a building (bright and high), a painted square (dark, only in RGB) and a pit (low, only
-    in heights).  Returns rgb SxSx3 uint8, heights SxS float32 in m, label SxS uint8 and the three
+    """Draws buildings (bright and high), painted areas (dark, only in RGB) and pits (low, only in
+    heights).  Returns rgb SxSx3 uint8, heights SxS float32 in m, label SxS uint8 and the three
     classes."""
     (m_common, m_paint, m_pit), label, classes = scatter_three(rng, S)
     rgb = photograph(rng, m_common, m_paint, 0.04)
@@ -1731,7 +1837,7 @@ def draw_aerial_scene(rng, S=48):
 
 
 def write_indoor(root, rngs, scenes):
-    """Writes rooms in folder form, one per generator of rngs.  Yields (id, classes) per scene, as
+    """Writes one room per generator in rngs, into folders.  Yields (id, classes) for each scene, as
     the next two functions do."""
     for i, rng in enumerate(rngs):
         *images, classes = draw_room(rng)
@@ -1754,8 +1860,8 @@ def write_satellite(root, rngs, scenes, S=48):
 
 
 def write_aerial(root, rngs, scenes, S=48):
-    """Writes aerial scenes as GeoNRW's tree: 16 scenes make a tile.  The first `scenes` scenes lie
-    in a training city, the others in a test city."""
+    """Writes aerial scenes as GeoNRW's tree, where 16 scenes make one tile.  The first `scenes`
+    scenes are in a training city, the other scenes are in a test city."""
     for start in range(0, len(rngs), 16):
         *images, classes = zip(*(draw_aerial_scene(rng, S) for rng in rngs[start:start + 16]))
         rgb, dem, seg = (np.stack(patches).reshape(4, 4, S, S, -1).swapaxes(1, 2)
@@ -1769,19 +1875,23 @@ def write_aerial(root, rngs, scenes, S=48):
 
 
 def save_new(path, image, **settings):
-    """Saves an image, and makes its folder if necessary."""
+    """Saves an image, and makes its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, **settings)
 
 
+# For each scenario: its writer, the number of training scenes and the number of test scenes.
 TOY_WRITERS = {"sar-optical": (write_satellite, 1024, 256), "rgb-dem": (write_aerial, 2048, 512),
-        "rgbd": (write_indoor, 2048, 512)}      # scenes for training and for tests
+               "rgbd": (write_indoor, 2048, 512)}
 
 
 def make_toy(scenario, root, scenes=None, held_out=None, rank=0):
-    """Writes made-up scenes under root, once, as a whole or not at all; of several processes the
-    first does, the others wait.  Beside the scenario's layout, packed or cropped, stand train.txt,
-    test.txt and factors.csv, with the classes as indices of SHAPES."""
+    """Writes made-up scenes of a scenario under root, and prepares them.  If root exists, nothing
+    is written.  An incomplete root never exists.  Of several processes, the first writes and the
+    others wait.
+
+    The lists train.txt and test.txt are written, too, and factors.csv, which holds the three
+    classes of each scene as indices of SHAPES."""
     root = Path(root)
     while rank > 0 and not root.is_dir():
         time.sleep(0.5)
@@ -1799,7 +1909,7 @@ def make_toy(scenario, root, scenes=None, held_out=None, rank=0):
         rows = "".join(f"{name},{a},{b},{c}\n" for name, (a, b, c) in written)
         (part / "factors.csv").write_text(f"id,common,unique1,unique2\n{rows}")
         args = argparse.Namespace(workers=1, skip_bad=False)
-        with contextlib.redirect_stdout(None):  # which says how much disk it needs
+        with contextlib.redirect_stdout(None):  # prepare prints how much disk it needs
             if scenario == "sar-optical":
                 prepare_ssl4eo(part, part / "packed", args)
             if scenario == "rgb-dem":
@@ -1809,7 +1919,7 @@ def make_toy(scenario, root, scenes=None, held_out=None, rank=0):
 
 
 def read_factors(root):
-    """Returns {scene: its three classes, indices of SHAPES} of made-up scenes."""
+    """Returns {scene: its three classes} of made-up scenes.  The classes are indices of SHAPES."""
     factors, path = {}, Path(root) / "factors.csv"
     with reading(path, "the classes of made-up scenes"):
         for line in read_lines(path)[1:]:
@@ -1821,19 +1931,19 @@ def read_factors(root):
 # ---- commands: check, prepare, toy ----
 
 def in_processes(function, jobs, workers, text):
-    """Gives function(job) of each job, in order.  A DataLoader serves as a map over processes that
-    runs only a little ahead."""
+    """Yields function(job) for each job, in order, and shows a bar with this text.  A DataLoader
+    does the work, because its processes never run far ahead."""
     loader = DataLoader(jobs, batch_size=None, collate_fn=function, worker_init_fn=leave_group,
                         num_workers=workers if workers > 1 else 0)
     return show_progress(loader, text)
 
 
 def attempt(work, job):
-    """Returns work(job) and None; or, if it fails, None and the reason.  A full disk is not the
-    sample's fault, and ends the run."""
+    """Returns the value of work(job), and None.  If work(job) fails, returns None and the reason.
+    If the disk is full, raises the error, because the reason is not in the sample."""
     try:
         return work(job), None
-    except Exception as error:                  # a damaged file raises nearly anything
+    except Exception as error:                  # a damaged file can raise errors of any type
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
@@ -1841,7 +1951,8 @@ def attempt(work, job):
 
 
 def report_bad(bad, file):
-    """Writes {name: reason} to a file.  Prints each kind of reason once, with an example."""
+    """Writes {name: reason} to a file.  Prints each kind of reason once, with the number of its
+    samples and an example."""
     write_text(file, "".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
     kinds = {}                                  # reason without names and numbers -> its lines
     for name, reason in bad.items():
@@ -1857,14 +1968,15 @@ def read_shapes(dataset, i):
 
 
 def check(args):
-    """Reads every sample.  Prints a table, warnings and what is bad; draws a contact sheet; writes
-    bad-ids.txt.  Returns how many samples are bad."""
+    """Reads every sample.  Prints a table, warnings and the kinds of bad samples, draws a contact
+    sheet and writes bad-ids.txt.  Returns the number of bad samples."""
     source, root = choose_source(args)
     split, size = args.split or ("train" if args.task else "all"), args.size or 224
     dataset = open_dataset(source, root, size, split, args.depth_unit, strict=False,
                            declared=(args.as1, args.as2), reduce=True)
     need(args.depth_unit is None or "depth" in dataset.modalities,
-         f"--depth-unit works only with depth: {root} has {' and '.join(dataset.modalities)}")
+         f"--depth-unit works only with depth, but {root} has {' and '.join(dataset.modalities)}.  "
+         f"Leave --depth-unit out")
     out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
     for note in dataset.notes:
         print(note)
@@ -1875,8 +1987,8 @@ def check(args):
     for i, (shapes, reason) in enumerate(results):
         usual = usual or shapes
         if not reason and shapes != usual:
-            reason = (f"is of the shapes {shapes}; expected {usual}, as those before: `data.py "
-                      f"prepare --scenario custom` cuts tiles of one size")
+            reason = (f"has the shapes {shapes}, but the samples before it have {usual}.  Cut all "
+                      f"images into tiles of one size with `data.py prepare --scenario custom`")
         if reason:
             bad[dataset.ids[i]] = reason
         else:
@@ -1885,14 +1997,14 @@ def check(args):
     if good:
         few = spread_evenly(good, 200)
         table, warnings = describe_inputs(dataset, few, args.workers)
-        print(*table, f"statistics of {len(few)} of {len(dataset)} samples", sep="\n")
+        print(*table, f"the table is of {len(few)} of {len(dataset)} samples", sep="\n")
         for line in warnings:
             print(f"warning: {line}")
-        contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
-        print(f"{out / 'contact-sheet.png'} shows what the network will see: one pair per row, two "
-              f"augmented views of {' and two of '.join(dataset.modalities)}")
-    print(f"{len(dataset)} samples read, {len(bad)} bad, of which {len(dataset.unpaired)} without "
-          f"a partner; {out / 'bad-ids.txt'} lists what is bad")
+        draw_contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
+        print(f"{out / 'contact-sheet.png'} shows what the network will see.  Each row is a pair: "
+              f"two augmented views of {' and two of '.join(dataset.modalities)}")
+    print(f"samples that were read: {len(dataset)}; bad samples: {len(bad)}, of which "
+          f"{len(dataset.unpaired)} have no partner.  {out / 'bad-ids.txt'} lists the bad samples")
     report_bad(bad, out / "bad-ids.txt")
     if good and getattr(dataset, "classes", None):
         masks = {dataset.ids[i]: dataset.files[2][dataset.ids[i]] for i in good}
@@ -1901,18 +2013,18 @@ def check(args):
 
 
 def report_masks(counts, num_classes):
-    """Prints the share of pixels without label, the classes that never occur and what looks
-    wrong.  counts: of `count_mask_values`."""
+    """Prints the share of pixels without a label, the classes that never occur, and what looks
+    wrong.  counts: from `count_mask_values`."""
     pixels = sum(number for number, _ in counts.values())
     unlabelled = counts.get(-1, (0, 0))[0] + counts.get(0, (0, 0))[0]
     never = [str(value) for value in range(1, num_classes + 1) if value not in counts]
-    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label; of the classes 1 to "
-          f"{num_classes} never occur: {join_names(never, 20) or 'none'}")
+    print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label.  Classes from 1 to "
+          f"{num_classes} that never occur: {join_names(never, 20) or 'none'}")
     for line in find_mask_warnings(counts):
         print(f"warning: {line}")
 
 
-def contact_sheet(dataset, indices, path, size):
+def draw_contact_sheet(dataset, indices, path, size):
     """Draws one row per pair: two augmented views of modality 1, then two of modality 2."""
     batches = default_collate([dataset[i][:2] for i in indices])
     draws, columns = Draws(0, len(indices), slice(None)), []
@@ -1929,21 +2041,23 @@ def contact_sheet(dataset, indices, path, size):
 
 @contextlib.contextmanager
 def fill_folder(out, settings, size):
-    """Yields the folder OUT.part to fill, which becomes `out` once the caller is done with it.  A
-    run that was stopped goes on with the same folder, if its settings are the same.
+    """Yields the folder OUT.part for the caller to fill.  When the caller is done, the folder is
+    renamed to `out`.  If a run was stopped, a later run with the same settings goes on with the
+    same folder.
 
-    settings   a text with all that the bytes depend on
+    settings   a text that holds every setting on which the content of the files depends
     size       about how many bytes will be written"""
     part, record = Path(f"{out}.part"), Path(f"{out}.part/settings.txt")
     need(not Path(out).exists(), f"{out} exists, so it is prepared already.  Delete it to prepare "
          f"it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
     with open(part / "lock", "w") as lock:
-        if fcntl:                               # the lock ends with this process, even if killed
+        if fcntl:                               # the lock ends with this process in any case
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                raise BadInput(f"another `data.py prepare` writes {part}.  Wait for it") from None
+                raise BadInput(f"another `data.py prepare` is writing {part}.  Wait until it "
+                               f"ends") from None
         need(not record.is_file() or record.read_text("utf-8") == settings, f"{part} was begun "
              f"with other samples or settings.  Give the settings of that run, or delete {part}")
         write_text(record, settings)
@@ -1955,20 +2069,20 @@ def fill_folder(out, settings, size):
         (Path(out) / name).unlink(missing_ok=True)
 
 
-NOTED = 256                                     # how many samples at a time are noted as done
+NOTED = 256                                     # done samples are noted in groups of this size
 
 
 def work_through(part, jobs, work, args, bad):
-    """Calls work(job) for all of {name: job}, but not for those that an earlier run has done.  If a
-    job fails, the others are done all the same.  work writes files, and may return a number.
+    """Calls work(job) for each job in {name: job} that no earlier run has done.  If a job fails,
+    the other jobs are done nevertheless.  work writes files, and may return a number.
 
-    bad        {name: reason} of samples that cannot be tried; the jobs that fail are added
-    Returns {name: number} of all that is done.  Raises BadInput if a sample is bad, unless
+    bad        {name: reason} of samples for which there is no job; jobs that fail are added
+    Returns {name: number} of all jobs that are done.  Raises BadInput if a sample is bad, unless
     --skip-bad is given."""
     log, text = part / "done.jsonl", ""
     if log.is_file():
         text = log.read_text("utf-8")
-    text = text[:text.rfind("\n") + 1]          # the last line is not whole after a kill
+    text = text[:text.rfind("\n") + 1]          # a killed run may leave half a line at the end
     write_text(log, text)
     done = dict(map(json.loads, text.splitlines()))
     left = [name for name in jobs if name not in done]
@@ -1982,7 +2096,8 @@ def work_through(part, jobs, work, args, bad):
                 done[name] = number
                 file.write(f"{json.dumps((name, number))}\n")
             if n % NOTED == 0:
-                for path in part.glob("*.npy"):  # rows reach the disk before they count as done
+                # The rows must be on the disk before their samples are noted as done.
+                for path in part.glob("*.npy"):
                     with open(path, "rb+") as rows:
                         os.fsync(rows.fileno())
                 file.flush()
@@ -1990,21 +2105,23 @@ def work_through(part, jobs, work, args, bad):
     file.unlink(missing_ok=True)
     if bad:
         report_bad(bad, file)
-        need(args.skip_bad and done, f"{len(bad)} samples cannot be prepared; {file} lists them.  "
-             f"Mend them and give the same command, or leave them out with --skip-bad")
+        need(args.skip_bad and done, f"samples that cannot be prepared: {len(bad)}.  {file} lists "
+             f"these samples with the reasons.  Repair the files and give the same command again, "
+             f"or leave these samples out with --skip-bad")
     return done
 
 
 def pack(out, jobs, read, files, bad, args):
-    """Packs samples into arrays of bytes with one row per sample: ids.txt and `files`.  read(job)
-    returns a row for each of the files.  A damaged sample's row is 0; its line begins with `# `."""
+    """Packs samples into `files`, arrays of bytes with one row per sample, and writes ids.txt.
+    read(job) returns one row for each file.  If a sample is damaged, its row is 0, and its line in
+    ids.txt begins with `# `."""
     rows, reason = None, next(iter(bad.values()), f"nothing to prepare; {TREE}")
     for job in jobs.values():
         rows, reason = attempt(read, job)
-        if rows:                                # it shows the size of all
+        if rows:                                # these rows show the size of all rows
             break
-    need(rows, f"none of {len(jobs) + len(bad)} samples for {out} can be read; one of the "
-         f"reasons: {reason}")
+    need(rows, f"none of {len(jobs) + len(bad)} samples for {out} can be read.  The last reason: "
+         f"{reason}")
     with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(map(len, rows))) as part:
         for file, row in zip(files, rows):
             if not (part / file).is_file():
@@ -2016,19 +2133,21 @@ def pack(out, jobs, read, files, bad, args):
 
 
 def write_rows(part, files, read, job):
-    """Reads a sample and writes its rows."""
+    """Reads a sample and writes its rows.  job: the number of the rows, and the job for read."""
     k, sample = job
     for name, row in zip(files, read(sample)):
         array = np.load(part / name, mmap_mode="r")
-        need(len(row) == array.shape[1], f"its images have another size: {len(row)} bytes for "
-             f"{name}, of the first sample {array.shape[1]}")
-        with open(part / name, "rb+") as file:  # on a full disk the map's write is a bus error
+        need(len(row) == array.shape[1], f"its images have another size than those of the first "
+             f"sample: {len(row)} bytes in {name} instead of {array.shape[1]}")
+        # A write to a memory map would be a bus error if the disk is full.
+        with open(part / name, "rb+") as file:
             file.seek(array.offset + k * len(row))
             file.write(row)
 
 
 def prepare_ssl4eo(root, out, args):
-    """Packs SSL4EO-S12, 60 files per location, into season0.npy to season3.npy: 0.5 MB per row."""
+    """Packs SSL4EO-S12 into season0.npy to season3.npy.  A location has 60 files; its four rows
+    have 0.5 MB each."""
     jobs, unpaired = find_locations(root)
     bad = dict.fromkeys(unpaired, "is in only one of s1/ and s2c/")
     files = [f"season{k}.npy" for k in range(4)]
@@ -2036,27 +2155,31 @@ def prepare_ssl4eo(root, out, args):
 
 
 def prepare_bigearthnet(root, out, args):
-    """Packs each split of BigEarthNet-MM that has a list: season0.npy and labels.npy."""
+    """Packs each split of BigEarthNet-MM that has a list into season0.npy and labels.npy.  The
+    official lists have no patches with snow or clouds."""
     folders = root / "BigEarthNet-S1-v1.0", root / "BigEarthNet-v1.0"
     s1_names, s2_names = (set(list_folders(folder)) for folder in folders)
-    partner = functools.lru_cache(functools.partial(find_partners, folders[0]))
     splits = [name for name in ("train", "val", "test") if (root / f"{name}.csv").is_file()]
-    need(splits, f"no train.csv, val.csv or test.csv under {root}; {TREE}")
-    problems = []
+    need(splits, f"no train.csv, val.csv or test.csv under {root}.  Download these lists; {TREE}")
+    partners, problems = {}, []
     for split in splits:
         if (out / split).exists():
-            print(f"{out / split} exists: it is prepared already")
+            print(f"{out / split} exists, so it is prepared already")
             continue
+        lines = read_lines(root / f"{split}.csv")
+        partners = partners or find_partners(folders[0])
         jobs, bad = {}, {}
-        for s2, s1 in list_patches(root / f"{split}.csv", partner).items():
+        for line in lines:                      # `S2 name,S1 name`, or only the S2 name
+            s2 = line.split(",")[0].strip()
+            s1 = partners.get(s2)
             if s1 in s1_names and s2 in s2_names:
                 jobs[s2] = s2, s1
             else:
-                bad[s2] = f"{split}.csv lists it, but its S1 or its S2 folder is missing"
+                bad[s2] = f"is in {split}.csv, but its S1 or its S2 folder is missing"
         read = functools.partial(read_patch, folders)
         try:
             pack(out / split, jobs, read, ["season0.npy", "labels.npy"], bad, args)
-        except BadInput as problem:             # the other splits come first
+        except BadInput as problem:             # reported after the other splits are packed
             problems.append(str(problem))
     need(not problems, "  ".join(problems))
 
@@ -2065,15 +2188,17 @@ TEST_CITIES = ("duesseldorf", "herne", "neuss")
 
 
 def prepare_geonrw(root, out, args):
-    """Cuts each tile of GeoNRW into 4x4 patches: rgb/, dem/ and seg/ with equal names.  test.txt
-    has the three test cities of the data set's makers, train.txt the other cities."""
+    """Cuts each tile of GeoNRW into 4x4 patches, whose names are equal in rgb/, dem/ and seg/.
+    test.txt lists the patches of the three test cities of the data set's makers.  train.txt lists
+    the patches of the other cities."""
     jobs = {}
     for path in sorted(root.glob("*/*")):
         match = re.fullmatch(r"(\d+_\d+)_(rgb\.jp2|dem\.tif)", path.name)
         if match:
             jobs[f"{path.parent.name}_{match[1]}"] = path.with_name(match[1])
-    need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}; {TREE}")
-    # A tile has 1000 x 1000 pixels of 8 bytes: 3 of rgb, 4 of dem, 1 of seg.
+    need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}.  Give the folder of "
+         f"GeoNRW with --data; {TREE}")
+    # A tile has 1000 x 1000 pixels, each of 8 bytes: 3 of rgb, 4 of dem and 1 of seg.
     with fill_folder(out, "", len(jobs) * 8e6) as part:
         work_through(part, jobs, functools.partial(cut_geonrw, part), args, {})
         tiles = sorted(path.stem for path in (part / "rgb").iterdir())
@@ -2084,7 +2209,8 @@ def prepare_geonrw(root, out, args):
 def cut_geonrw(part, stem):
     """Cuts one tile of GeoNRW into its 16 patches."""
     images = {"rgb": read_image(f"{stem}_rgb.jp2"), "dem": read_band(f"{stem}_dem.tif")}
-    need(len(images["rgb"]) == 3, f"{stem}_rgb.jp2 has {len(images['rgb'])} channels, expected 3")
+    need(len(images["rgb"]) == 3, f"{stem}_rgb.jp2 has {len(images['rgb'])} channels instead of 3."
+         f"  Download it again")
     if os.path.isfile(f"{stem}_seg.tif"):
         images["seg"] = read_small_mask(f"{stem}_seg.tif")
     name = f"{stem.parent.name}_{stem.name}"
@@ -2092,14 +2218,14 @@ def cut_geonrw(part, stem):
 
 
 def write_lists(part, tiles, test_scenes):
-    """Writes test.txt with the tiles of some scenes, and train.txt with the others."""
+    """Writes test.txt with the tiles of test_scenes, and train.txt with the other tiles."""
     for split, wanted in (("train", False), ("test", True)):
         these = [name for name in tiles if (name.rsplit("_", 2)[0] in test_scenes) == wanted]
         write_text(part / f"{split}.txt", "".join(f"{name}\n" for name in these))
 
 
 def read_small_mask(path):
-    """Reads a mask as 1xHxW, in 8 bits if its values allow it."""
+    """Reads a mask as 1xHxW, in 8 bits if its values fit, otherwise in 32 bits."""
     mask = read_mask(path)[None]
     return mask.astype(np.uint8 if 0 <= mask.min() and mask.max() < 256 else np.int32)
 
@@ -2107,15 +2233,17 @@ def read_small_mask(path):
 def write_tiles(part, scene, images, types, size):
     """Cuts a scene into tiles of size x size pixels with the names <scene>_<row>_<column>.
 
-    The rest at the right and the lower border is dropped.  A tile is left out if more than half of
-    the values of one of its images are missing.  Returns how many tiles are left out.
+    The remaining pixels at the right and the lower border are left out.  A tile is left out if more
+    than half of the values of one of its images are missing.  Returns how many tiles are left out.
 
-    images     {folder: CxHxW, NaN where values are missing}
-    types      {folder: the type in which its images are written, if it is not their own}"""
+    images     {folder: CxHxW, with NaN where values are missing}
+    types      {folder: the type in which its images are written}; default: the type of the array"""
     sizes = {a.shape[1:] for a in images.values()}
-    need(len(sizes) == 1, f"{scene}: its images and its mask have the sizes {sizes}, not one size")
+    need(len(sizes) == 1, f"{scene}: the images and the mask have different sizes: {sizes}.  Give "
+         f"a mask of the size of the first image")
     H, W = sizes.pop()
-    need(min(H, W) >= size, f"{scene} has {H}x{W} pixels, less than --size {size}")
+    need(min(H, W) >= size, f"{scene} has only {H}x{W} pixels.  Give a smaller --size than {size}, "
+         f"or remove this scene")
     digits, left_out = len(str(max(H, W) // size - 1)), 0
     for folder in images:
         (part / folder).mkdir(exist_ok=True)
@@ -2132,9 +2260,11 @@ def write_tiles(part, scene, images, types, size):
 
 
 def write_tile(path, a, kind):
-    """Writes CxHxW in the type `kind`: 8 bits as png, other types as tif.  Missing values stay
-    missing, always as tif: floats keep NaN; integers get a value that no valid pixel has (0 if
-    there is none), and GDAL's tag for it."""
+    """Writes CxHxW in the type `kind`: 8 bits as png, other types as tif.
+
+    Missing values stay missing, and the file is then always a tif.  Floats keep NaN.  Integers get
+    a value that no valid pixel has (0 if there is no such value), and GDAL's tag names this value.
+    """
     settings, missing = {}, np.isnan(a)
     if kind.kind != "f" and missing.any():
         values = range(np.iinfo(kind).max, np.iinfo(kind).min - 1, -1)
@@ -2152,12 +2282,13 @@ def write_tile(path, a, kind):
 
 
 def prepare_tiles(where, args):
-    """Cuts one's own scenes into tiles: <out>/1/, 2/ and label/.  train.txt and test.txt never
-    share a scene, because tiles of one scene are too similar to test on."""
+    """Cuts your own scenes into tiles: <out>/1/, 2/ and label/.  train.txt and test.txt never share
+    a scene, because tiles of one scene are similar, so a test on them would be too easy."""
     need(args.out and args.size, "prepare --scenario custom needs --size and --out")
     declared, nodata = (args.as1, args.as2), (args.nodata1, args.nodata2)
-    need({*declared} <= {None, "depth", "dem"}, f"--as1 {args.as1}, --as2 {args.as2}: only depth "
-         f"and dem change tiles, because some of their values are no reading.  Leave others out")
+    for flag, kind in zip(("--as1", "--as2"), declared):
+        need(kind in (None, "depth", "dem"), f"prepare: {flag} {kind} has no effect, because only "
+             f"depth and dem have values that mean no reading.  Leave {flag} out")
     seed, share = args.seed or 0, args.test_share or 0.2
     patterns = [*where, args.target] if args.target else where
     files, names, unpaired = find_samples(patterns, strict=False)
@@ -2169,26 +2300,28 @@ def prepare_tiles(where, args):
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
         left_out = sum(work_through(part, jobs, cut, args, bad).values())
         tiles = sorted(path.stem for path in (part / "1").iterdir())
-        need(tiles, f"no tile is left for {args.out}: are --nodata1 and --nodata2 right?")
+        need(tiles, f"every tile for {args.out} is left out, because more than half of its values "
+             f"are missing.  Check --nodata1 and --nodata2")
         scenes = sorted({name.rsplit("_", 2)[0] for name in tiles})
         n = min(max(1, round(share * len(scenes))), len(scenes) - 1)
         order = np.random.default_rng((seed, len(scenes))).permutation(len(scenes))
         write_lists(part, tiles, {scenes[k] for k in order[:n]})
-    print(f"{len(tiles)} tiles of {len(scenes)} scenes, of which {n} are in test.txt; {left_out} "
-          f"tiles are left out, because more than half of their values are missing")
+    print(f"tiles: {len(tiles)}, of {len(scenes)} scenes; scenes in test.txt: {n}; tiles that are "
+          f"left out, because more than half of their values are missing: {left_out}")
 
 
 def cut_own(part, size, nodata, declared, job):
-    """Reads the images and the mask of a scene, brings them to one size, cuts them into tiles."""
+    """Reads the images and the mask of a scene, resizes the second image to the size of the first,
+    and cuts all of them into tiles.  job: the name of the scene, and its files."""
     name, paths = job
     images, types = {}, {}
     for folder, path, value, kind in zip("12", paths, nodata, declared):
         a = read_image(path)
         types[folder] = stored_type(path, a)
         missing = ~np.isfinite(a)
-        if value is not None:                   # in all channels: one dark channel is a colour
+        if value is not None:                   # in all channels, because black can be a colour
             missing = missing | (a == value).all(0)
-        if kind:                                # depth or dem, of which some values are no reading
+        if kind:                                # values of depth or dem can mean no reading
             missing = missing | ~np.isfinite(read_input(path, MODALITIES[kind]))
         if missing.any():
             a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
@@ -2201,8 +2334,10 @@ def cut_own(part, size, nodata, declared, job):
 
 
 def resize_like(a, kind, size):
-    """Resizes CxHxW of the type `kind`, with NaN where values are missing.  Integers of more than 8
-    bits become those of the nearest pixel, because a value between two of them may mean nothing."""
+    """Resizes CxHxW, with NaN where values are missing.  kind: the type of the file.
+
+    Integers of more than 8 bits take the value of the nearest pixel, because a value between two
+    such values may mean nothing."""
     if kind.kind != "f" and kind != np.uint8:
         rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int)
                          for n, old in zip(size, a.shape[1:]))
@@ -2212,34 +2347,37 @@ def resize_like(a, kind, size):
 
 
 def prepare_rgbd(root, out, args):
-    """Makes HHA/ beside RGB/ and Depth/; or RGB/, HHA/ and Label/ from SUN RGB-D's raw tree."""
+    """Makes HHA/ from RGB/ and Depth/ or, from SUN RGB-D's raw tree, makes RGB/, HHA/ and Label/.
+    """
     frames, masks, bad = {}, {}, {}
     if (root / "Depth").is_dir():
         unit, camera = args.depth_unit or 1000.0, read_intrinsics(root / "intrinsics.txt")
         depth = find_images(root / "Depth")
         raw = find_images(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
-        bad = {name: "is not in RawDepth/" for name in depth if name not in raw}
+        bad = {name: "has no file in RawDepth/" for name in depth if name not in raw}
         jobs = {name: (name, path, raw[name], unit, camera)
                 for name, path in depth.items() if name not in bad}
         settings, work = f"{unit} {camera.tolist()}", write_hha
     else:
-        need(args.depth_unit is None, "--depth-unit works only with Depth/: SUN RGB-D has its own")
+        need(args.depth_unit is None, f"--depth-unit works only with a folder Depth/, but {root} "
+             f"has none, and SUN RGB-D has its own unit.  Leave --depth-unit out")
         frames = find_frames(root)
-        need(frames, f"no Depth/ and no frame of SUN RGB-D under {root}; looked for Depth/ and "
-             f"SUNRGBD/; {list_contents(root)}; {TREE}")
+        need(frames, f"{root} has no Depth/ and no frame of SUN RGB-D in SUNRGBD/.  "
+             f"{list_contents(root)}; {TREE}")
         masks = find_sunrgbd_masks(root, frames)
         jobs = {name: (name, folder) for name, folder in frames.items()}
         settings, work = "SUN RGB-D", write_sunrgbd_hha
     with fill_folder(out, settings, 3 * 640 * 480 * len(jobs)) as part:
         done = work_through(part, jobs, functools.partial(work, part), args, bad)
-        for name in done.keys() & frames.keys():  # before HHA/, which says that all is done
-            link(only_file(f"{frames[name]}/image"), root / "RGB", name)
+        # The links come before HHA/ has its name, because HHA/ means that all is done.
+        for name in done.keys() & frames.keys():
+            link(find_only_file(f"{frames[name]}/image"), root / "RGB", name)
             if name in masks:
                 link(masks[name], root / "Label", name)
 
 
 def write_hha(part, job):
-    """Writes the HHA of one frame."""
+    """Writes the HHA image of one frame."""
     name, depth, raw, unit, camera = job
     filled, raw_m = fill_holes(read_metres(depth, unit)), read_metres(raw, unit)
     image = Image.fromarray(hha(filled, raw_m, camera))
@@ -2247,16 +2385,17 @@ def write_hha(part, job):
 
 
 def write_sunrgbd_hha(part, job):
-    """Writes the HHA of one frame of SUN RGB-D's raw tree.  Raises BadInput if its image or another
-    file is damaged."""
+    """Writes the HHA image of one frame of SUN RGB-D's raw tree.  Raises BadInput if the image or
+    another file of the frame is damaged."""
     name, folder = job
-    image, depth, raw = (only_file(f"{folder}/{kind}") for kind in ("image", "depth_bfx", "depth"))
-    open_image(image)
+    image, depth, raw = (find_only_file(f"{folder}/{kind}")
+                         for kind in ("image", "depth_bfx", "depth"))
+    open_image(image)                           # raises BadInput if the image is damaged
     write_hha(part, (name, depth, raw, None, read_intrinsics(f"{folder}/intrinsics.txt")))
 
 
 def link(source, folder, name):
-    """Makes a hard link, which takes no disk; a copy on a file system that has no links."""
+    """Makes a hard link, which needs no disk space, or a copy if the file system has no links."""
     folder.mkdir(exist_ok=True)
     target = folder / (name + os.path.splitext(source)[1])
     target.unlink(missing_ok=True)
@@ -2267,7 +2406,8 @@ def link(source, folder, name):
 
 
 def find_frames(root):
-    """Finds the frames of SUN RGB-D's raw tree: {name: folder}, kv1-b3dodata-img_0063 and so on."""
+    """Finds the frames of SUN RGB-D's raw tree.  Returns {name: folder}, with names such as
+    kv1-b3dodata-img_0063."""
     tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
     for folder, subfolders, _ in os.walk(tree, followlinks=True):
         if "image" in subfolders:
@@ -2277,7 +2417,8 @@ def find_frames(root):
 
 
 def find_sunrgbd_masks(root, frames):
-    """Finds {frame: mask}: labels/ numbers the frames of test.txt and then those of train.txt."""
+    """Returns {frame: path of its mask}.  The numbers of the files in labels/ count the frames of
+    test.txt, then the frames of train.txt."""
     if not (root / "labels").is_dir():
         return {}
     order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
@@ -2286,8 +2427,11 @@ def find_sunrgbd_masks(root, frames):
 
 
 def fill_holes(z):
-    """Fills the holes (0) of depth HxW.  A hole gets the farther of the next readings to its left
-    and right, because an object hides its background.  A row without a reading gets the median."""
+    """Fills the holes (0) of a depth image HxW.
+
+    A hole gets the nearest reading to its left or to its right, whichever is farther away from the
+    camera, because holes are mostly behind objects.  A row without a reading gets the median of the
+    image."""
     valid, column = z > 0, np.arange(z.shape[1])
     left = np.maximum.accumulate(np.where(valid, column, 0), 1)
     right = np.minimum.accumulate(np.where(valid, column, z.shape[1] - 1)[:, ::-1], 1)[:, ::-1]
@@ -2296,20 +2440,23 @@ def fill_holes(z):
 
 
 def choose_source(args):
-    """Returns the scenario or the task of `check` and `prepare`, and its folder or folders.
-    Raises BadInput if flags do not go together, or if one would have no effect."""
+    """Returns the scenario or the task of `check` and `prepare`, and its folder or two folders.
+    Raises BadInput if flags contradict each other, or if a flag would have no effect."""
     name, own = args.task or args.scenario, [args.data1, args.data2]
-    need(bool(args.task) != bool(args.scenario), f"{args.command}: give --scenario or --task")
+    need(bool(args.task) != bool(args.scenario), f"{args.command} needs one of --scenario and "
+         f"--task.  Give one of the two")
     if name == "custom":
-        need(all(own) and not args.data, "--scenario custom needs --data1 and --data2, not --data")
+        need(all(own), "--scenario custom needs --data1 and --data2.  Give both")
+        need(not args.data, "--data does not work with --scenario custom.  Leave --data out")
         return name, own
     for flag in COMMANDS[args.command][1].split():
         need(getattr(args, flag.replace("-", "_")) is None,
-             f"--{flag} works only with --scenario custom")
+             f"--{flag} works only with --scenario custom.  Leave --{flag} out")
     return name, Path(args.data or SHARED_ROOTS.get(name, f"data/{name}"))
 
 
-PREPARE = {                                     # how, and in which folder beside the data
+# For each scenario or task: the function that prepares it, and the folder for the result.
+PREPARE = {
     "sar-optical": (prepare_ssl4eo, "packed"), "bigearthnet": (prepare_bigearthnet, "packed"),
     "rgb-dem": (prepare_geonrw, "cropped"), "geonrw": (prepare_geonrw, "cropped"),
     **dict.fromkeys(("rgbd", "sunrgbd", "nyuv2"), (prepare_rgbd, "HHA"))}
@@ -2319,77 +2466,91 @@ def prepare(args):
     """Turns what was downloaded into the one form that the other scripts read."""
     name, root = choose_source(args)
     of_frames = name in ("rgbd", "sunrgbd", "nyuv2")
-    need(of_frames or args.depth_unit is None, f"--depth-unit does not work with {name}, because "
-         f"prepare keeps the steps of its files")
-    need(not (of_frames and args.out), f"--out does not work with {name}: HHA/ stands beside RGB/")
+    need(of_frames or args.depth_unit is None, f"--depth-unit does not work with prepare and "
+         f"{name}, because prepare changes no unit.  Leave --depth-unit out")
+    need(not (of_frames and args.out), f"--out does not work with {name}, because HHA/ must be "
+         f"beside RGB/.  Leave --out out")
     if name == "custom":
         return prepare_tiles(root, args)
-    need(root.is_dir(), f"no folder {root}; {TREE}; give --data")
+    need(root.is_dir(), f"no folder {root}.  Give the folder of the data with --data; {TREE}")
     function, folder = PREPARE[name]
     function(root, Path(args.out or root / folder), args)
 
 
 OWN_IMAGES = dict(type=expand_path, metavar="FILES", nargs="+", action=OnePattern)
 DECLARED = dict(choices=AS, metavar="KIND")
-KINDS = f"{', '.join(AS)}; default: aerial for 3 channels of 8 bits, otherwise overhead"
-# Settings of argparse for the flags that scripts share.  A flag that is not given is None.
+KINDS = f"one of {', '.join(AS)}; default: aerial for 3 channels of 8 bits, otherwise overhead"
+# These are the settings of argparse for the flags that scripts share.  If a flag is not given, its
+# value is None.
 DATA_FLAGS = {
-    "data": dict(type=expand_path, metavar="DIR",
-                 help="folder of the data; default: data/ and the name of the scenario or task"),
-    "data1": OWN_IMAGES | dict(help="with custom: images of modality 1, a folder or a pattern in "
-                               "quotes such as 'chips/*_S1Hand.tif'"),
-    "data2": OWN_IMAGES | dict(help="with custom: images of modality 2, as --data1"),
-    "as1": DECLARED | dict(help=f"with custom: what the images of --data1 are: {KINDS}"),
-    "as2": DECLARED | dict(help=f"with custom: what the images of --data2 are: {KINDS}"),
+    "data": dict(type=expand_path, metavar="DIR", help="the folder of the data; default: "
+                 "data/NAME, where NAME is the scenario or the task"),
+    "data1": OWN_IMAGES | dict(help="with custom: the images of modality 1, a folder or a pattern "
+                               "in quotes such as 'chips/*_S1Hand.tif'; no default"),
+    "data2": OWN_IMAGES | dict(help="with custom: the images of modality 2, a folder or a pattern "
+                               "in quotes such as 'chips/*_S2Hand.tif'; no default"),
+    "as1": DECLARED | dict(help=f"with custom: the kind of the images of --data1, {KINDS}"),
+    "as2": DECLARED | dict(help=f"with custom: the kind of the images of --data2, {KINDS}"),
     "depth-unit": dict(type=number(float, 1e-3, 1e9), metavar="STEPS",
-                       help="steps of a depth file per metre; default: 1000"),
-    "split": dict(type=expand_path, help="all, or the name of a list: train or test; with custom "
-                  "the file of a list; default: all, rgb-dem, --toy and tasks train"),
-    "size": dict(type=number(int, 16, 4096), help="width of the crops in pixels; default: 224"),
-    "workers": dict(type=number(int, 0), help="processes that read files; default: on CUDA up to 8 "
-                    "per GPU, otherwise 0"),
+                       help="the number of steps per metre in depth files; default: 1000"),
+    "split": dict(type=expand_path, help="the samples to use: all, or the name of a list such as "
+                  "train or test; with custom, the file of a list; default: train for rgb-dem, "
+                  "--toy and tasks, otherwise all"),
+    "size": dict(type=number(int, 16, 4096), help="the width of the crops in pixels; default: 224"),
+    "workers": dict(type=number(int, 0), help="the number of processes that read files; default: "
+                    "up to 8 per GPU with CUDA, otherwise 0"),
 }
 
 
 def add_flags(group, flags, names):
-    """Adds --name to a parser or a group, for each of the names (a string with spaces)."""
+    """Adds flags to a parser or to a group of it.  names: the names of the flags, with spaces
+    between them."""
     for name in names.split():
         group.add_argument(f"--{name}", **flags[name])
 
 
 COMMAND_FLAGS = DATA_FLAGS | {
-    "size": dict(type=number(int, 8, 4096), help="of check the width of the contact sheet's crops, "
-                 "default: 224; of prepare, with custom, the width of the tiles"),
-    "scenario": dict(choices=[*TOY_WRITERS, "custom"], help="whose data"),
-    "task": dict(choices=NUM_CLASSES, help="a transfer task's data, instead of a scenario's"),
-    "out": dict(type=expand_path, metavar="DIR", help="folder to write; default: where the scripts "
-                "look for it; of check runs/check-..."),
+    "size": dict(type=number(int, 8, 4096), help="with check: the width in pixels of the crops in "
+                 "the contact sheet; default: 224.  With prepare and custom: the width in pixels "
+                 "of the tiles; no default"),
+    "scenario": dict(choices=[*TOY_WRITERS, "custom"], help="the scenario of the data; custom: "
+                     "your own images; no default"),
+    "task": dict(choices=NUM_CLASSES, help="a transfer task, to be given instead of --scenario; no "
+                 "default"),
+    "out": dict(type=expand_path, metavar="DIR", help="the folder to write; default: "
+                "runs/check-... with check, none with prepare and custom, otherwise the folder "
+                "that the other scripts read"),
     "workers": dict(type=number(int, 0), default=count_cores(),
-                    help="processes that read files; default: one per core"),
+                    help="the number of processes that read files; default: one per core"),
     "target": dict(type=expand_path, metavar="FILES", help="with custom: masks to cut as well, a "
-                   "folder or a pattern in quotes"),
-    "nodata1": dict(type=float, metavar="VALUE", help="with custom: the value that means no data "
-                    "in all channels of --data1; default: NaN, and what a TIFF declares"),
-    "nodata2": dict(type=float, metavar="VALUE", help="with custom: the same of --data2"),
-    "test-share": dict(type=number(float, 0.01, 0.99), metavar="SHARE",
-                       help="with custom: share of the scenes in test.txt; default: 0.2"),
-    "seed": dict(type=number(int, 0), help="with custom: which scenes are in test.txt; default: 0"),
-    "skip-bad": dict(action="store_true", help="leave damaged samples out; default: do not finish "
-                     "until they are mended"),
+                   "folder or a pattern in quotes; default: none"),
+    "nodata1": dict(type=float, metavar="VALUE", help="with custom: a pixel of --data1 has no data "
+                    "if all its channels have this value; default: none.  NaN and the no-data "
+                    "value of a TIFF always mean no data"),
+    "nodata2": dict(type=float, metavar="VALUE", help="with custom: a pixel of --data2 has no data "
+                    "if all its channels have this value; default: none"),
+    "test-share": dict(type=number(float, 0.01, 0.99), metavar="SHARE", help="with custom: the "
+                       "share of the scenes that test.txt gets; default: 0.2"),
+    "seed": dict(type=number(int, 0), help="with custom: the seed that decides which scenes "
+                 "test.txt gets; default: 0"),
+    "skip-bad": dict(action="store_true", help="leave damaged samples out; default: stop at the "
+                     "end with a list of the damaged samples"),
 }
-# For each command: its flags, those that work only with --scenario custom, and what it does.
+# For each command: its flags, the flags that work only with --scenario custom, and what it does.
 COMMANDS = {
     "prepare": ("scenario task data depth-unit out skip-bad workers",
                 "data1 data2 as1 as2 target size nodata1 nodata2 test-share seed",
-                "turn what was downloaded into the form that the other scripts read; a run that "
-                "was stopped goes on if the same command is given again"),
+                "turn what was downloaded into the form that the other scripts read; if a run was "
+                "stopped, the same command goes on with it"),
     "check": ("scenario task data split size depth-unit out workers", "data1 data2 as1 as2",
-              "read all samples and say what the network will see; exit code 1 if one is bad"),
+              "read all samples and say what the network will see; the exit code is 1 if a sample "
+              "is bad"),
     "toy": ("scenario out", "", "write the made-up scenes of a scenario")}
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description="Data set commands.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Prepares, checks and makes data sets.",
+                                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (names, custom, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
@@ -2404,9 +2565,10 @@ def main(argv=None):
     if args.command == "prepare":
         prepare(args)
     if args.command == "toy":
-        need(args.scenario in TOY_WRITERS, f"toy needs --scenario {' or '.join(TOY_WRITERS)}")
+        need(args.scenario in TOY_WRITERS, f"toy needs a scenario with made-up scenes.  Give "
+             f"--scenario {' or '.join(TOY_WRITERS)}")
         out = Path(args.out or f"data/toy-{args.scenario}")
-        need(not out.exists(), f"{out} exists; give another --out")
+        need(not out.exists(), f"{out} exists.  Give another --out, or delete {out}")
         make_toy(args.scenario, out)
 
 

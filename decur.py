@@ -1,14 +1,14 @@
 """DeCUR: Decoupling Common and Unique Representations for Multimodal Self-supervision.
 
 This file is the method itself.  Read it beside Sec. 3 and Algorithm 1 of the paper
-(arXiv:2309.05300, v1).  Nothing in this file knows of data sets, arguments or processes.
+(arXiv:2309.05300, v1).  It does not depend on data sets, arguments or processes.
 
     Eq. 1-6, Algorithm 1      on_diag off_diag BN loss_c loss_u decur_loss  (they need only torch)
-    equal, but without KxK    decur_loss_gram                               (cheaper while N << K)
+    the same loss, no KxK     decur_loss_gram                               (cheaper if N << K)
     numbers for the log       diagonals bounds
     methods of Tables 1-3     barlow_twins_loss vicreg_loss simclr_loss clip_loss
     networks, Fig. 2          resnet mit projector DeCUR                    (E1, P1, E2, P2)
-    start from weights        read_weights load_encoder
+    initial weights           read_weights load_encoder
 
     paper                       here             shape
     X'_M1, X''_M1  (x1.1 x1.2)  x11, x12         NxC1xHxW        two augmented views of modality 1
@@ -19,7 +19,8 @@ This file is the method itself.  Read it beside Sec. 3 and Algorithm 1 of the pa
     C              (Cm)         Cm               KxK             cross-modal correlation, Eq. 1
     C_c, C_u       (Cc, Cu)     Cc, Cu           KcxKc, KuxKu    common and unique block of Cm
     lambda_M1 M2 c u            lmb1 lmb2 lmbc lmbu              trade-offs of Eq. 2-5
-    N, K, K_c, K_u              N, K, Kc, Ku                     size of the batch; dimensions
+    N, K, K_c, K_u              N, K, Kc, Ku                     batch size; dimensions: all,
+                                                                 common and unique
 
 `python decur.py` times both forms of the loss at the paper's N and K.
 """
@@ -51,22 +52,22 @@ def off_diag(C):
 def BN(z):
     """Normalises each dimension over the batch to mean 0 and variance 1.  z: NxK.
 
-    The variance is the biased one, as in nn.BatchNorm1d: only then is z.T @ z / N the correlation
+    The variance is biased, as in nn.BatchNorm1d, because only then z.T @ z / N is the correlation
     of Eq. 1.  There is no affine part."""
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
 
 
 def loss_c(C, lmb):
-    """Eq. 2, 4, 5: pulls the diagonal to 1 and the rest to 0.  C: KxK, in [-1, 1].  Returns a
-    scalar >= 0."""
+    """Computes the loss of Eq. 2, 4 and 5, which pulls the diagonal to 1 and all other elements to
+    0.  C: KxK, in [-1, 1].  Returns a scalar >= 0."""
     l_on = (on_diag(C) - 1).pow(2).sum()        # invariance
     l_off = off_diag(C).pow(2).sum()            # redundancy reduction
     return l_on + lmb * l_off
 
 
 def loss_u(C, lmb):
-    """Eq. 3, cross-modal unique: pulls everything to 0.  C: KuxKu, in [-1, 1].  Returns a
-    scalar >= 0."""
+    """Computes the cross-modal unique loss, Eq. 3, which pulls all elements to 0.  C: KuxKu, in
+    [-1, 1].  Returns a scalar >= 0."""
     l_on = on_diag(C).pow(2).sum()              # decorrelation of the modalities
     l_off = off_diag(C).pow(2).sum()            # redundancy reduction
     return l_on + lmb * l_off
@@ -78,15 +79,15 @@ def decur_loss(z11, z12, z21, z22, Kc,
 
     z11, z12   NxK   embeddings of two views of modality 1, not normalised, float32 or float64
     z21, z22   NxK   embeddings of two views of modality 2
-    Kc               the first Kc dimensions are common, the other K - Kc unique, 0 <= Kc <= K
+    Kc               the first Kc dimensions are common, the other K - Kc dimensions are unique
     intra            False leaves L1 and L2 out (Table 4, "w/o intra"); Kc = K is "w/o decoup."
 
-    N is the global batch: gather the embeddings of all processes first.  Call it outside autocast.
-    Returns the loss and, for the log, its terms L1 L2 Lc Lu, detached; a term that an ablation
-    leaves out is 0.  Raises ValueError if Kc is not within 0..K."""
+    N is the size of the global batch, so gather the embeddings of all processes first.  Call this
+    function outside autocast.  Returns the loss and, for the log, its terms L1 L2 Lc Lu, detached.
+    A term that an ablation leaves out is 0.  Raises ValueError unless 0 <= Kc <= K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
-        raise ValueError(f"Kc = {Kc} common dimensions of K = {K}; expected 0 <= Kc <= K")
+        raise ValueError(f"Kc = {Kc} is outside 0 to K = {K}. Give 0 <= Kc <= K")
     z11, z21 = BN(z11), BN(z21)                 # NxK
     L1 = L2 = z11.new_zeros(())
     if intra:
@@ -97,7 +98,7 @@ def decur_loss(z11, z12, z21, z22, Kc,
         L2 = loss_c(C2, lmb2)                   # Eq. 5  intra-modal M2
     Cm = z11.T @ z21 / N                        # KxK
     Cc = Cm[:Kc, :Kc]                           # KcxKc
-    Cu = Cm[Kc:, Kc:]                           # KuxKu  (the common-by-unique blocks are unused)
+    Cu = Cm[Kc:, Kc:]                           # KuxKu  (the loss has no common-by-unique blocks)
     Lc = loss_c(Cc, lmbc)                       # Eq. 2  cross-modal common
     Lu = loss_u(Cu, lmbu)                       # Eq. 3  cross-modal unique
     terms = dict(L1=L1.detach(), L2=L2.detach(), Lc=Lc.detach(), Lu=Lu.detach())
@@ -107,18 +108,20 @@ def decur_loss(z11, z12, z21, z22, Kc,
 
 def decur_loss_gram(z11, z12, z21, z22, Kc,
                     lmb1=0.0051, lmb2=0.0051, lmbc=0.0051, lmbu=0.0051, intra=True):
-    """Computes `decur_loss`, equal but for rounding, gradients too, without forming a KxK matrix.
+    """Computes `decur_loss` without any KxK matrix.  Loss and gradients are equal to those of
+    `decur_loss`, apart from rounding.
 
     For C = Za.T @ Zb / N,  sum_ij C_ij^2 = tr(Zb.T Za Za.T Zb) / N^2 = <Za Za.T, Zb Zb.T> / N^2, an
-    inner product of NxN Gram matrices.  Subtracting the squares of the diagonal leaves the sum over
-    the off-diagonal.  Six Gram matrices serve all four terms, because the Gram matrix of all
-    dimensions is the sum of those of the common and of the unique dimensions.
+    inner product of two NxN Gram matrices.  This sum minus the squares of the diagonal is the sum
+    over the off-diagonal.  Six Gram matrices are enough for all four terms, because the Gram matrix
+    of all dimensions is the sum of two: that of the common and that of the unique dimensions.
 
-    Time is O(N^2 K) instead of O(N K^2), memory O(NK) instead of O(K^2).  On one CPU core this form
-    is about 20 times as fast at N 256, K 8192, 1.6 times at N = K / 2, 0.9 times at N = 3/4 K."""
+    The time is O(N^2 K) instead of O(N K^2).  The memory is O(NK) instead of O(K^2).  On one CPU
+    core, with K 8192, this form is about 20 times as fast for N 256, 1.6 times as fast for N = K/2,
+    and 0.9 times as fast for N = 3/4 K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
-        raise ValueError(f"Kc = {Kc} common dimensions of K = {K}; expected 0 <= Kc <= K")
+        raise ValueError(f"Kc = {Kc} is outside 0 to K = {K}. Give 0 <= Kc <= K")
     z11, z21 = BN(z11), BN(z21)                                     # NxK
     G11c, G11u = gram(z11[:, :Kc]), gram(z11[:, Kc:])               # NxN
     G21c, G21u = gram(z21[:, :Kc]), gram(z21[:, Kc:])               # NxN
@@ -142,7 +145,7 @@ def gram(z):
 
 def loss_gram(c, target, Ga, Gb, lmb):
     """Computes `loss_c` (target 1) or `loss_u` (target 0).  c: K, the diagonal of C.  Ga, Gb: NxN,
-    the Gram matrices of both embeddings."""
+    the Gram matrices of the two embeddings."""
     l_on = (c - target).pow(2).sum()
     l_off = (Ga * Gb).sum() - c.pow(2).sum()
     return l_on + lmb * l_off
@@ -150,10 +153,10 @@ def loss_gram(c, target, Ga, Gb, lmb):
 
 @torch.no_grad()
 def diagonals(z11, z12, z21, z22, Kc):
-    """Returns the mean diagonals of C1 C2 Cc Cu, in [-1, 1], for the log.  They tell more than the
-    loss does, because the scale of the loss depends on N and K.
+    """Returns the mean diagonals of C1 C2 Cc Cu, in [-1, 1], for the log.  These means are easier
+    to judge than the loss, because the scale of the loss depends on N and K.
 
-    z11, z12, z21, z22    NxK; z12 and z22 may be None: then there are no C1 and C2
+    z11, z12, z21, z22    NxK; if z12 or z22 is None, C1 and C2 are left out
     Kc                    the number of common dimensions; an empty Cc or Cu is left out"""
     means = {}
     if z12 is not None and z22 is not None:
@@ -168,8 +171,8 @@ def diagonals(z11, z12, z21, z22, Kc):
 
 
 def chance_and_floor(N, k, lmb=0.0051, unique=False):
-    """Returns two values of `loss_c` (or `loss_u`) for k dimensions: what independent embeddings
-    give by chance, and a floor that no batch of N goes below.
+    """Returns two values of `loss_c` (or, if unique, of `loss_u`) for k dimensions: the chance, the
+    mean loss of independent embeddings; and the floor, below which no batch of size N can be.
 
     Chance: C_ij of independent embeddings has mean 0 and variance 1 / (N-1), so the diagonal gives
     k + k / (N-1).  Floor: the rank of C is at most N-1, so by Cauchy-Schwarz sum_ij C_ij^2 >=
@@ -181,28 +184,28 @@ def chance_and_floor(N, k, lmb=0.0051, unique=False):
 
 
 def bounds(N, K, Kc, intra=True):
-    """Returns two dicts {term: value}: the terms of Eq. 6 by chance, and their floors.  A term that
-    an ablation leaves out is 0."""
+    """Returns two dicts {term: value} of the terms of Eq. 6: their values by chance, and their
+    floors.  A term that an ablation leaves out is 0."""
     L1 = L2 = chance_and_floor(N, K if intra else 0)
     Lc, Lu = chance_and_floor(N, Kc), chance_and_floor(N, K - Kc, unique=True)
-    both = dict(L1=L1, L2=L2, Lc=Lc, Lu=Lu)
-    chance = {name: pair[0] for name, pair in both.items()}
-    floor = {name: pair[1] for name, pair in both.items()}
+    pairs = dict(L1=L1, L2=L2, Lc=Lc, Lu=Lu)
+    chance = {name: pair[0] for name, pair in pairs.items()}
+    floor = {name: pair[1] for name, pair in pairs.items()}
     return chance, floor
 
 
 # ---- Tables 1-3: the methods that DeCUR is compared with ----
-# Each function takes embeddings that are not normalised, NxK, float32 or float64, of the global
-# batch, outside autocast, and returns a scalar.  zA and zB are z11 and z21; for Barlow Twins within
-# one modality they are z11 and z12.  Barlow Twins and VICReg have DeCUR's projector; SimCLR and
-# CLIP have smaller ones.
+# Each function takes embeddings of the global batch, NxK, not normalised, float32 or float64, and
+# returns a scalar.  Call these functions outside autocast.  zA and zB are z11 and z21.  For Barlow
+# Twins within one modality, zA and zB are z11 and z12.  Barlow Twins and VICReg have DeCUR's
+# projector; SimCLR and CLIP have smaller projectors.
 
 def barlow_twins_loss(zA, zB, lmb=0.0051):
     """Computes Barlow Twins' loss (Zbontar et al., 2021), Eq. 1-2, with DeCUR's lambda.  Table 4
     calls it "w/o intra&decoup."."""
     N, K = zA.shape
     zA, zB = BN(zA), BN(zB)                     # NxK
-    if 3 * N > 2 * K:                           # then the KxK matrix is cheaper
+    if 3 * N > 2 * K:                           # then a KxK matrix is cheaper than Gram matrices
         return loss_c(zA.T @ zB / N, lmb)
     return loss_gram((zA * zB).mean(0), 1, gram(zA), gram(zB), lmb)
 
@@ -210,9 +213,9 @@ def barlow_twins_loss(zA, zB, lmb=0.0051):
 def vicreg_loss(zA, zB, lmb=25, mu=25, nu=1):
     """Computes VICReg's loss (Bardes et al., 2022), Eq. 1-6, with the weights of its Sec. 4.2.
 
-    VICReg's Eq. 5 sums squared distances over the dimensions, its Algorithm 1 takes their mean.
-    Here: the mean, because the weights were chosen for it.  VICReg's published code also halves v.
-    """
+    VICReg's Eq. 5 sums squared distances over the dimensions, but VICReg's Algorithm 1 takes their
+    mean.  Here: the mean, because the weights were chosen for the mean.  VICReg's published code
+    also halves v; this function does not."""
     N, K = zA.shape
     s = (zA - zB).pow(2).mean()                                     # Eq. 5  invariance
     v = c = 0
@@ -227,11 +230,11 @@ def vicreg_loss(zA, zB, lmb=25, mu=25, nu=1):
 def simclr_loss(zA, zB, tau=0.1):
     """Computes SimCLR's loss (Chen et al., 2020a), Eq. 1: NT-Xent over the 2N embeddings.
 
-    tau 0.1 is the best in SimCLR's Table 5.  SimCLR's projector (Sec. 2.3) is 2048-128."""
+    A tau of 0.1 is the best in SimCLR's Table 5.  SimCLR's projector (Sec. 2.3) is 2048-128."""
     N = len(zA)
     z = F.normalize(torch.cat((zA, zB)))                            # 2NxK  rows of length 1
-    similarity = (z @ z.T / tau).fill_diagonal_(-torch.inf)         # 2Nx2N  k != i
-    partner = torch.arange(2 * N, device=z.device).roll(N)          # i + N mod 2N
+    similarity = (z @ z.T / tau).fill_diagonal_(-torch.inf)         # 2Nx2N  Eq. 1 has only k != i
+    partner = torch.arange(2 * N, device=z.device).roll(N)          # 2N     i + N mod 2N
     return F.cross_entropy(similarity, partner)
 
 
@@ -239,7 +242,7 @@ def clip_loss(zA, zB, tau=0.07):
     """Computes CLIP's loss (Radford et al., 2021), Fig. 3: symmetric cross-entropy over N pairs.
 
     CLIP's tau starts at 0.07 (Sec. 2.5) and is learned; here tau stays 0.07.  CLIP's projector is
-    linear (Sec. 2.3); for a ResNet-50 it has 1024 dimensions (Table 19)."""
+    linear (Sec. 2.3), and has 1024 dimensions for a ResNet-50 (Table 19)."""
     logits = F.normalize(zA) @ F.normalize(zB).T / tau              # NxN
     pair = torch.arange(len(zA), device=zA.device)
     return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
@@ -250,17 +253,17 @@ def clip_loss(zA, zB, tau=0.07):
 RESNETS = {                                     # block, blocks per stage, width of the first stage
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
-    # stride 8 instead of 32, so that an image of 32 pixels leaves a map of 4x4
+    # The stride is 8 instead of 32, so that the last map of an image of 32 pixels is 4x4.
     "resnet-toy": (BasicBlock, (1, 1, 1, 1), 16),
 }
 
 
 class ResNet(torchvision.models.ResNet):
-    """torchvision's ResNet for any number of input channels, without the classifier.  Parameters
-    have torchvision's names.
+    """Implements torchvision's ResNet for any number of input channels, without the classifier.
+    The parameters have torchvision's names.
 
-    Call: NxCxHxW -> Nxd, the pooled feature.  `stages` gives four maps, of H/4 to H/32; those of
-    resnet-toy are of H/2 to H/8."""
+    A call turns NxCxHxW into the pooled feature, Nxd.  `stages` returns four maps with H/4 to H/32
+    rows; the maps of resnet-toy have H/2 to H/8 rows."""
 
     def __init__(self, name, channels):
         block, depths, width = RESNETS[name]
@@ -276,7 +279,7 @@ class ResNet(torchvision.models.ResNet):
             kernel = 3 if name == "resnet-toy" else 7
             self.conv1 = nn.Conv2d(channels, width, kernel, 2, padding=kernel // 2, bias=False)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):   # as torchvision starts, for replaced layers too
+            if isinstance(module, nn.Conv2d):   # as in torchvision; replaced layers need it, too
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.channels = channels
         self.dims = [width * block.expansion << s for s in range(4)]
@@ -299,9 +302,10 @@ def resnet(name, channels):
     return ResNet(name, channels)
 
 
-# SegFormer's encoders (Xie et al., 2021), "MiT", with the published parameter names.  Inside, maps
-# are NxHxWxC.  As published, layer norms have eps 1e-6, but 1e-5 after patch embeddings and after
-# reductions.  Equations and tables below are SegFormer's.
+# These are SegFormer's encoders (Xie et al., 2021), called MiT, with the published parameter names.
+# Inside the encoders, maps are NxHxWxC.  As in the published code, layer norms have eps 1e-6, but
+# those after patch embeddings and after reductions have 1e-5.  The equations and the table named
+# below are SegFormer's.
 
 MITS = {                                        # widths and depths of the four stages, Table 6
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
@@ -318,8 +322,8 @@ def convolve(conv, x):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, Eq. 1-2.  Keys and values are of a map that is R times smaller per
-    axis."""
+    """Computes multi-head attention, Eq. 1-2.  Keys and values come from a map that is R times
+    smaller per axis."""
 
     def __init__(self, C, heads, R):
         super().__init__()
@@ -346,8 +350,8 @@ class Attention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """Linear, 3x3 depthwise convolution, GELU, Linear, Eq. 3.  The convolution encodes where tokens
-    are."""
+    """Applies Linear, a 3x3 depthwise convolution, GELU and Linear, Eq. 3.  The convolution encodes
+    the positions of the tokens."""
 
     def __init__(self, C):
         super().__init__()
@@ -386,8 +390,8 @@ def start_as_segformer(net):
 
 
 class MiT(nn.Module):
-    """SegFormer's encoder for any number of input channels.  Call and `stages` as of `ResNet`; the
-    maps have passed a layer norm."""
+    """Implements SegFormer's encoder for any number of input channels.  A call and `stages` return
+    the same as those of `ResNet`, but each map has passed a layer norm."""
 
     def __init__(self, name, channels):
         super().__init__()
@@ -406,7 +410,8 @@ class MiT(nn.Module):
             setattr(self, f"block{s + 1}", nn.Sequential(*blocks))
             setattr(self, f"norm{s + 1}", nn.LayerNorm(C, eps=1e-6))
         start_as_segformer(self)
-        self.to(memory_format=torch.channels_last)  # as the maps inside, so gradients fit as well
+        # Weights get the memory format of the maps, so that their gradients have this format, too.
+        self.to(memory_format=torch.channels_last)
 
     def stage(self, s, x):                      # s: 1 to 4
         embed = getattr(self, f"patch_embed{s}")
@@ -436,11 +441,11 @@ def projector(d, widths):
     """Returns the projector of Sec. 4 and App. B: Linear, BatchNorm and ReLU for each width, but
     only Linear for the last width.
 
-    d         the dimensions of the encoder's feature
-    widths    (8192, 8192, 8192) in the paper; () gives no projector (Fig. 3b)
+    d         the number of dimensions of the encoder's feature
+    widths    (8192, 8192, 8192) in the paper; () means no projector (Fig. 3b)
 
-    Paper: does not mention biases.  Here: none, as in Barlow Twins, because batch norm would remove
-    them again."""
+    Paper: does not mention biases.  Here: no biases, as in Barlow Twins, because batch norm would
+    remove biases again."""
     layers = []
     for width in widths:
         layers += [nn.Linear(d, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
@@ -449,11 +454,12 @@ def projector(d, widths):
 
 
 class DeCUR(nn.Module):
-    """Two branches that share no parameter, Fig. 2.  f1, f2: NxCxHxW -> NxK, each an encoder E and
-    a projector P.
+    """Holds two branches that share no parameter, Fig. 2.  f1, f2: NxCxHxW -> NxK, each an encoder
+    E and a projector P.
 
-    views    which of x11 x12 x21 x22 are encoded: DeCUR needs all four, the other methods two.  The
-             z of other views is None.  A modality without views has no branch."""
+    views    which of x11 x12 x21 x22 are encoded.  DeCUR needs all four views, the other methods
+             need two.  For a view that is not encoded, z is None.  A modality without such views
+             has no branch."""
 
     def __init__(self, backbone, channels1, channels2, widths, views=(True, True, True, True)):
         super().__init__()
@@ -476,25 +482,28 @@ def branch(backbone, channels, widths):
     return f
 
 
-# ---- start from weights: published ones, or one's own ----
+# ---- initial weights: published weights, or weights of this project ----
 
-BRANCHES = (("f1.E.", "backbone_1."), ("f2.E.", "backbone_2."))  # ours, the authors'
-NOT_ENCODER = ("f1.P.", "f2.P.", "projector", "bn.")  # other keys in files with both encoders
+# For each branch: the beginning of its keys in our files, and in the authors' files.
+BRANCHES = (("f1.E.", "backbone_1."), ("f2.E.", "backbone_2."))
+NOT_ENCODER = ("f1.P.", "f2.P.", "projector", "bn.")  # keys in files of both encoders
 CLASSIFIER = ("fc.weight", "fc.bias", "head.weight", "head.bias")
 
 
 def read_weights(file, backbone):
-    """Returns a list of the state dicts in `file`: of one encoder, or of modality 1 and of 2.
+    """Returns a list of the state dicts in `file`: one for one encoder, or two for the encoders of
+    modality 1 and modality 2.
 
-    file    checkpoint.pt or encoder?.pth of this project; a state dict of torchvision, SegFormer or
-            the DeCUR authors; or "imagenet": torchvision's own weights of `backbone`, which are
-            downloaded once
+    file    checkpoint.pt or encoder?.pth of this project, or a state dict of torchvision, SegFormer
+            or the DeCUR authors; "imagenet" means torchvision's own weights of `backbone`, which
+            are downloaded once
     Raises ValueError if the file is damaged, or holds more than tensors and plain values."""
     if file == "imagenet":
         return [load_imagenet(backbone)]
     if str(file).endswith(".safetensors"):
-        raise ValueError(f"{file} must be converted first: python -c \"import torch, "
-                         f"safetensors.torch as s; torch.save(s.load_file('{file}'), 'w.pth')\"")
+        raise ValueError(f"{file} cannot be read as it is. Convert it, and give w.pth: python -c "
+                         f"\"import torch, safetensors.torch as s; "
+                         f"torch.save(s.load_file('{file}'), 'w.pth')\"")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError):
@@ -504,16 +513,17 @@ def read_weights(file, backbone):
         if isinstance(state, dict) and key in state:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{file} has no state dict. Give a file of tensors by parameter names")
+        raise ValueError(f"{file} has no state dict. Give a file with a dict {{parameter name: "
+                         f"tensor}}")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or not value.isfinite().all():
-            raise ValueError(f"{file}: {key} is no tensor of finite numbers. The first keys are "
+            raise ValueError(f"{file}: {key} is not a tensor of finite numbers. The first keys are "
                              f"{' '.join(list(state)[:4])}. Give a file of an encoder's weights")
     return split_branches(strip_prefix(state))
 
 
 def strip_prefix(state):
-    """Removes the names that all keys begin with, because DDP, compile and other wrappers add such
+    """Removes the names with which all keys begin, because DDP, compile and other wrappers add such
     names.  f1. and f2. stay, because they name a branch of `DeCUR`."""
     prefix = os.path.commonprefix(list(state)).rpartition(".")[0]
     if not prefix or prefix.startswith(("f1", "f2")):
@@ -539,27 +549,28 @@ def load_imagenet(backbone):
     try:
         weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, ValueError) as error:      # torchvision has none, or cannot download them
-        raise ValueError(f"torchvision gives no ImageNet weights of {backbone} ({error}). Give a "
-                         f"file, which may be downloaded elsewhere") from None
+    except (OSError, ValueError) as error:      # there are no weights, or the download failed
+        raise ValueError(f"torchvision has no ImageNet weights of {backbone}, or cannot download "
+                         f"them ({error}). Give the file of weights that you have") from None
 
 
 def load_encoder(E, state, bgr=False):
-    """Loads a state dict of `read_weights` into the encoder E.  Returns a line that says so.
+    """Loads a state dict of `read_weights` into the encoder E.  Returns a line to print about it.
 
-    bgr    the weights were trained on blue, green, red: reverse the first convolution's input
-    Raises ValueError unless the keys are exactly those of E; a classifier may stand beside them."""
+    bgr    True if the weights were trained on blue, green, red: the input channels of the first
+           convolution are then reversed
+    Raises ValueError unless the keys are exactly those of E.  Keys of a classifier are ignored."""
     own = E.state_dict()
     weights = {key: t for key, t in state.items() if key not in CLASSIFIER}
     for key in own:
-        if key.endswith("num_batches_tracked"):  # files from before torch 0.4.1 lack these counters
+        if key.endswith("num_batches_tracked"):  # files of torch before 0.4.1 have no counters
             weights.setdefault(key, own[key])
     try:
         E.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the weights do not fit ({' '.join(str(error).split())[:300]}). Their "
-                         f"first keys are {' '.join(list(state)[:4])}. Are they of the same "
-                         f"backbone, with the same input channels?") from None
+        raise ValueError(f"the weights do not fit ({' '.join(str(error).split())[:300]}). The "
+                         f"first keys of the file are {' '.join(list(state)[:4])}. Give weights of "
+                         f"the same backbone with the same input channels") from None
     if bgr:
         first = next(E.parameters()).data       # the first convolution's weight: C'xCxkxk
         first.copy_(first.flip(1))
@@ -569,13 +580,14 @@ def load_encoder(E, state, bgr=False):
 # ---- python decur.py: both forms of the loss, side by side ----
 
 def time_loss(loss, z, Kc):
-    """Returns the seconds of a forward and backward pass, the best of three, and the loss."""
+    """Returns the seconds of a forward and a backward pass, the best of three times, and the loss.
+    """
     times = []
     for _ in range(3):
         start = time.perf_counter()
         value = loss(*z, Kc)[0]
         torch.autograd.grad(value, z)
-        value = value.item()                    # waits for a GPU
+        value = value.item()                    # waits until a GPU is done
         times.append(time.perf_counter() - start)
     return min(times), value
 
@@ -585,13 +597,14 @@ def main():
     N, K, Kc = 256, 8192, 7168                  # SAR-optical
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    shared = torch.randn(N, K, device=device)   # makes the views correlated, so no term is trivial
+    # The four views share this part, so they are correlated, and no term is trivial.
+    shared = torch.randn(N, K, device=device)
     z = [(shared + torch.randn(N, K, device=device)).requires_grad_() for _ in range(4)]
     print(f"N {N}  K {K}  Kc {Kc}  float32  {device}  torch {torch.__version__}")
     slow, loss = time_loss(decur_loss, z, Kc)
     fast, same = time_loss(decur_loss_gram, z, Kc)
     print(f"decur_loss {slow:.3f} s, decur_loss_gram {fast:.3f} s ({slow / fast:.1f} times as "
-          f"fast), relative difference {abs(loss - same) / loss:.1e}")
+          f"fast); relative difference of the losses {abs(loss - same) / loss:.1e}")
 
 
 if __name__ == "__main__":

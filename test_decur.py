@@ -193,7 +193,7 @@ def test_the_gram_form_keeps_no_KxK_matrix():
 
 @pytest.mark.parametrize("form", [decur_loss, decur_loss_gram])
 def test_more_common_dimensions_than_dimensions_are_an_error(form):
-    words = "Kc = 9 common dimensions of K = 8"
+    words = "Kc = 9 .*K = 8"
     is_refused(words, form, *embeddings(4, 8), 9, error=ValueError)
 
 
@@ -1228,7 +1228,7 @@ def test_lists_name_the_frames_of_a_split(tmp_path):
     ("list", b"", "it "), ("list", b"\xe9\n", "it .*utf-8"), ("list", b"a\\0\n", "the line"),
     ("list", b"0\n# more\n", "the line '# more'"), ("list", None, "it .* has other"),
     ("list", b"0\n1\n0\n", "names 0 twice"), ("camera", None, "it .*the nine .* has other"),
-    ("camera", b"1 2 3", "read as the nine"), ("camera", b"inf 0 1 0 1 1 0 0 1", "expected the"),
+    ("camera", b"1 2 3", "read as the nine"), ("camera", b"inf 0 1 0 1 1 0 0 1", "it .*fx and fy"),
     ("camera", b"0 0 1 0 1 1 0 0 1", "above 0"), ("camera", b"5 0 nan 0 5 1 0 0 1", "above 0"),
     ("json", b"", "cannot be read as settings"), ("json", b"[1]", "as settings .*holds a list"),
     ("json", b"{", "as settings"), ("json", b"\xff", "as settings")])
@@ -1290,7 +1290,7 @@ def test_missing_depth_takes_no_part_in_hha():
     far[30:80, 30:100] = False
     assert (np.abs(masked - filled)[..., 2][far] > 1).mean() < 0.01
     is_refused("--depth-unit", hha, z * 1000, z, CAMERA, error=ValueError)
-    is_refused("some valid depth", hha, z, np.zeros_like(z), CAMERA, error=ValueError)
+    is_refused("depth_m and raw_m", hha, z, np.zeros_like(z), CAMERA, error=ValueError)
 
 
 def write_sunrgbd(root):
@@ -1323,7 +1323,7 @@ def test_depth_of_sun_rgbd_is_metres_whatever_pillow_gives():
     """Millimetres rotated left by three bits, cut at 8 m; Pillow before 10.3 gives 32 bits."""
     raw = np.array([8 * 2378, 0, 8 * 8100, 1 << 3 | 2], np.uint16)
     for dtype in (np.uint16, np.int32):
-        assert data.sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
+        assert data.decode_sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
 
 
 def test_prepare_of_sun_rgbd_gives_folders_of_equal_names(tmp_path):
@@ -1383,7 +1383,7 @@ def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
     flags = f"--scenario rgbd --data {root}"
-    is_refused("1 samples .*bad-ids.txt .*--skip-bad", prepare, flags)
+    is_refused("prepared: 1.*bad-ids.txt .*--skip-bad", prepare, flags)
     assert "Depth/2.png" in (root / "HHA.part" / "bad-ids.txt").read_text()
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
     is_refused("HHA.part was begun", prepare, f"{flags} --depth-unit 100")
@@ -1398,7 +1398,7 @@ def test_raw_depth_that_lacks_frames_is_listed_by_their_names(tmp_path):
     root = write_frames(tmp_path, 2)
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "RawDepth" / "0.png", np.full((36, 48), 700, np.uint16))
-    is_refused("1 samples", prepare, f"--scenario rgbd --data {root}")
+    is_refused("prepared: 1", prepare, f"--scenario rgbd --data {root}")
     assert (root / "HHA.part" / "bad-ids.txt").read_text() == "1\tis not in RawDepth/\n"
 
 
@@ -1540,7 +1540,7 @@ def test_prepare_reads_nothing_twice(tmp_path, monkeypatch):
     shutil.move(root / "s1" / "0000002", tmp_path / "away")
     (root / "s1" / "0000002").mkdir()
     flags = f"--scenario sar-optical --data {root}"
-    is_refused("1 samples .*--skip-bad", prepare, flags)
+    is_refused("prepared: 1.*--skip-bad", prepare, flags)
     (root / "s1" / "0000002").rmdir()
     shutil.move(tmp_path / "away", root / "s1" / "0000002")
     calls = watched(monkeypatch, data, "read_seasons")
@@ -1556,7 +1556,7 @@ def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
     shutil.rmtree(next((root / "s2c" / "0000001").iterdir()))
     shutil.rmtree(root / "s1" / "0000003")
     flags = f"--scenario sar-optical --data {root}"
-    is_refused("3 samples .*packed.part/bad-ids.txt .*--skip-bad", prepare, flags)
+    is_refused("prepared: 3.*packed.part/bad-ids.txt .*--skip-bad", prepare, flags)
     assert not (root / "packed").exists()
     prepare(f"{flags} --skip-bad")
     bad = (root / "packed" / "bad-ids.txt").read_text().splitlines()
@@ -1670,7 +1670,7 @@ def test_patches_without_both_folders_are_bad(tmp_path):
     (s2, s1), (other, _), _ = write_bigearthnet(tmp_path)
     shutil.rmtree(tmp_path / "BigEarthNet-S1-v1.0" / s1)
     flags = f"--task bigearthnet --data {tmp_path}"
-    is_refused("1 samples .*--skip-bad", prepare, flags)
+    is_refused("prepared: 1.*--skip-bad", prepare, flags)
     bad = (tmp_path / "packed" / "train.part" / "bad-ids.txt").read_text()
     assert bad.startswith(f"{s2}\ttrain.csv ")
     prepare(f"{flags} --skip-bad")
@@ -1743,7 +1743,7 @@ def test_tiles_of_geonrw_that_do_not_fit_are_bad(tmp_path):
     save(tmp_path / "aachen" / "371_5712_dem.tif", np.zeros((4, 4), np.float32))
     shutil.copy(tmp_path / "aachen" / "371_5712_rgb.jp2", tmp_path / "aachen" / "9_9_rgb.jp2")
     flags = f"--scenario rgb-dem --data {tmp_path}"
-    is_refused("2 samples", prepare, flags)
+    is_refused("prepared: 2", prepare, flags)
     prepare(f"{flags} --skip-bad")
     assert {id.split("_")[0] for id in open_dataset("rgb-dem", tmp_path, 8).ids} == {"herne"}
 
@@ -1923,7 +1923,7 @@ def test_masks_that_were_resized_bilinearly_are_told(way, told, tmp_path):
 @pytest.mark.parametrize("values", [[0, 1, 40, 255], [0, 41], [-1, 0]])
 def test_the_remedy_for_values_that_are_no_class_keeps_class_0(values):
     """Where 0 is a class, to write 0 for 255 alone would take that class away."""
-    is_refused("a.png .* begin at 0 here, add 1 to all of them; then write 0 for", data.check_mask,
+    is_refused("a.png .* begin at 0 here, add 1 to .*write 0 for", data.check_mask,
                "a.png", torch.tensor([values]), (1, len(values)), 40)
 
 
@@ -2181,7 +2181,7 @@ def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys
     prepare(f"{write_large(tmp_path)} --nodata2 -9999")
     tiles = tmp_path / "tiles"
     assert not (tiles / "2" / "s0_0_0.tif").exists() and (tiles / "2" / "s0_0_1.tif").exists()
-    assert re.search("20 tiles of 4 scenes.* 4 tiles are left out", capsys.readouterr().out)
+    assert re.search("tiles: 20, of 4 scenes.*missing: 4", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("dtype, C", [
@@ -2233,7 +2233,7 @@ def test_scenes_that_cannot_be_cut_are_listed_and_settings_that_differ_refused(t
     save(tmp_path / "a" / "s1.png", np.zeros((7, 26, 3), np.uint8))
     save(tmp_path / "m" / "s2.png", np.zeros((10, 13), np.uint8))
     (tmp_path / "b" / "s3.tif").unlink()
-    is_refused("3 samples .*bad-ids.txt .*--skip-bad", prepare, flags)
+    is_refused("prepared: 3.*bad-ids.txt .*--skip-bad", prepare, flags)
     is_refused("tiles.part was begun", prepare, f"{flags} --seed 4")
     prepare(f"{flags} --skip-bad")
     assert {path.name[:2] for path in (tmp_path / "tiles" / "1").iterdir()} == {"s0"}
@@ -2529,13 +2529,13 @@ def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
 
 
 @pytest.mark.parametrize("program, flags, words", [
-    (data, "check", "--scenario or --task"),
+    (data, "check", "--scenario and --task"),
     (data, "check --scenario custom --data1 x --data2 y --data z", "--data1 and --data2"),
     (data, "check --scenario rgbd --data1 x --data2 y", "--data1"),
     (data, "check --scenario rgb-dem --data ~/nowhere", "no folder /.*/nowhere"),
     (data, "toy --scenario rgbd --out .", "--out"),
     (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "--data1.* a.tif"),
-    (data, "prepare --scenario rgbd --data .", "no Depth/.*SUNRGBD/"),
+    (data, "prepare --scenario rgbd --data .", "no Depth/.*SUNRGBD"),
     (data, "prepare --scenario custom --data1 a --data2 b", "--size and --out"),
     (data, "prepare --scenario rgb-dem --size 64", "--size .*custom"),
     (data, "prepare --scenario custom --data1 a --data2 b --size 9 --out c --as1 rgb", "--as1 rgb"),
