@@ -328,7 +328,7 @@ def random_colour(x, jitter, jitter_p, gray_p, draws):
     b, c, s = (1 + v.view(-1, 1, 1) for v in (b, c, s))                 # Bx1x1, around 1
     s = torch.where(u[:, 5].view(-1, 1, 1) < gray_p, 0, s)
     luma = torch.tensor([0.299, 0.587, 0.114]) if C == 3 else torch.full((C,), 1 / C)
-    A = s * torch.eye(C) + (1 - s) * luma.expand(C, C)                  # BxCxC, grey stays grey
+    A = s * torch.eye(C) + (1 - s) * luma.expand(C, C)                  # BxCxC
     if C == 3:
         A = make_hue_rotation(2 * np.pi * turn) @ A
     luma, b, c, A = (move_to(v, x.device) for v in (luma, b, c, A))
@@ -346,14 +346,14 @@ def make_hue_rotation(angle):
     return grey + cos * (torch.eye(3) - grey) + sin * turn
 
 
-def random_blur(x, blur_p, draws, sigma=(0.1, 2.0)):
+def random_blur(x, blur_p, draws):
     """Blurs each image of x with the probability blur_p, in place.
 
-    sigma    the range of the Gaussian's sigma, in pixels of a crop of 224 pixels.  Smaller crops
-             get a proportionally smaller sigma."""
-    u, S = draws(2), x.shape[-1]
+    In crops of 224 pixels, the sigma of the Gaussian is 0.1 to 2 pixels.  Smaller crops get a
+    proportionally smaller sigma."""
+    u, S, (low, high) = draws(2), x.shape[-1], (0.1, 2.0)
     chosen = (u[:, 0] < blur_p).nonzero()[:, 0]                         # b indices
-    width = (sigma[0] + (sigma[1] - sigma[0]) * u[chosen, 1]) * S / 224
+    width = (low + (high - low) * u[chosen, 1]) * S / 224
     chosen, width = move_to(chosen, x.device), move_to(width, x.device)
     pixel = torch.arange(S, dtype=x.dtype, device=x.device)
     distance = (pixel[:, None] - pixel).abs() / width.view(-1, 1, 1)    # bxSxS, in sigmas
@@ -614,7 +614,7 @@ class Folders:
     inputs     two rows of MODALITIES, which say how `read_input` and `encode` treat the images
     canvases   for each modality, the size (H, W) to which images are resized; None: no resizing
     classes    the largest class that a mask may hold; None: there are no masks
-    notes      lines to print, which say as what kind of image each modality is treated"""
+    notes      lines to print, which name the kind of image that each modality was guessed to be"""
 
     def __init__(self, files, ids, unpaired, inputs, canvases=(None, None), classes=None,
                  depth_unit=1000.0, notes=()):
@@ -715,8 +715,9 @@ def encode(a, row, canvas, depth_unit):
 
 
 def resize_array(a, size):
-    """Resizes CxHxW with Pillow: 8 bits and floats are interpolated, bilinear and antialiased.
-    Other integers take the value of the nearest pixel, because 0 may mean that there is no reading.
+    """Resizes CxHxW with Pillow.  Values of 8 bits and floats are interpolated, bilinear and
+    antialiased.  Other integers take the value of the nearest pixel, because 0 may mean that there
+    is no reading.
 
     Floats may be NaN where values are missing.  Then only the valid values are averaged, so that
     holes do not spread."""
@@ -734,8 +735,8 @@ def resize_array(a, size):
     return np.moveaxis(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR)), -1, 0)
 
 
-def resize_channels(a, size, kind, how):
-    return np.stack([Image.fromarray(x.astype(kind)).resize(size[::-1], how) for x in a])
+def resize_channels(a, size, dtype, how):
+    return np.stack([Image.fromarray(x.astype(dtype)).resize(size[::-1], how) for x in a])
 
 
 def stretch(dem):
@@ -784,8 +785,8 @@ def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
     where = [os.path.normpath(path) for path in where]
     stars = [max(1, pattern.count("*")) for pattern in where]
     need(where[0] != where[1] and stars[0] == stars[1], f"--data1 {where[0]} and --data2 "
-         f"{where[1]} do not form pairs.  Give two folders, or two patterns with as many stars as "
-         f"each other")
+         f"{where[1]} do not form pairs.  Give two folders, or two patterns with the same number "
+         f"of stars")
     files, ids, unpaired = find_samples(where, names, strict)
     rows, notes, canvases = [], [], []
     for m, (pattern, side) in enumerate(zip(where, files)):
@@ -840,14 +841,14 @@ def describe_own(kind, first, a, paths):
     return measure_inputs(dict(name=kind, bands=bands, dtype=str(stored)), paths)
 
 
-def measure_inputs(row, paths, most=200):
-    """Measures mean and std of images for which MODALITIES has none, on at most `most` images.
+def measure_inputs(row, paths):
+    """Measures mean and std of images for which MODALITIES has none, on at most 200 images.
     Returns the row with these entries:
 
     mean, std          of x in [0, 1], per channel
     raw_mean, raw_std  in the units of the files; None for 8 bits, where x is the value / 255"""
     numbers, C = [], len(row["bands"])
-    for path in show_progress(spread_evenly(paths, most), "measuring"):
+    for path in show_progress(spread_evenly(paths, 200), "measuring"):
         with contextlib.suppress(BadInput):     # a damaged image is reported when samples are read
             x = np.ma.masked_invalid(read_input(path, row).reshape(C, -1).astype(float))
             numbers.append([x.count(1), x.mean(1).filled(0), x.var(1).filled(0)])
@@ -897,20 +898,20 @@ def read_intrinsics(path):
     """Reads a 3x3 camera matrix from a text file of nine numbers, in one line or in three."""
     form = "the nine numbers fx 0 cx  0 fy cy  0 0 1 of a camera, in pixels"
     with reading(path, form):
-        K = np.array(Path(path).read_text("utf-8-sig").split(), float).reshape(3, 3)
-    need(np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0,
-         f"{path} holds {K.ravel().tolist()}.  Give {form}, with fx and fy above 0")
-    return K
+        camera = np.array(Path(path).read_text("utf-8-sig").split(), float).reshape(3, 3)
+    need(np.isfinite(camera).all() and camera[0, 0] > 0 and camera[1, 1] > 0,
+         f"{path} holds {camera.ravel().tolist()}.  Give {form}, with fx and fy above 0")
+    return camera
 
 
 # ---- HHA: depth as disparity, height and angle with gravity ----
 
-def hha(depth_m, raw_m, K):
+def hha(depth_m, raw_m, camera):
     """Encodes depth as HHA (Gupta et al., 2014).  The result equals the authors' MATLAB code.
 
     depth_m   HxW   metres, holes filled
     raw_m     HxW   the measured depth, with holes: a pixel of 0 or NaN is not used in the fits
-    K               3x3 camera matrix, or (fx, fy, cx, cy), in pixels
+    camera          3x3 camera matrix, or (fx, fy, cx, cy), in pixels
 
     Returns HxWx3 uint8: the disparity (31000 / cm, saturates below 1.2 m), the height above the
     lowest point (cm, saturates at 2.55 m) and the angle between the surface's normal and gravity
@@ -921,8 +922,10 @@ def hha(depth_m, raw_m, K):
         raise ValueError(f"the depth runs from {z.min() / 100:g} to {z.max() / 100:g} m, but must "
                          f"be within 0 and 100 m.  Set --depth-unit to the steps per metre of the "
                          f"file (1000 if the file has millimetres)")
-    K = np.asarray(K, float)
-    fx, fy, cx, cy = K if K.size == 4 else (K[0, 0], K[1, 1], K[0, 2], K[1, 2])
+    camera = np.asarray(camera, float)
+    if camera.size == 9:
+        camera = camera[[0, 1, 0, 1], [0, 1, 2, 2]]
+    fx, fy, cx, cy = camera
     H, W = z.shape
     u = (np.arange(1, W + 1)[None] - cx) / fx                          # 1xW, X/Z; 1-based pixels
     v = (np.arange(1, H + 1)[:, None] - cy) / fy                       # Hx1, Y/Z
@@ -936,8 +939,8 @@ def hha(depth_m, raw_m, K):
             for a in (u * u * m, u * v * m, u * m, v * v * m, v * m, m, u * q, v * q, q)]
     for a in sums:
         a[:11] = a[:, :11] = 0
-    N = fit_normals(sums, u, v, z, 10).reshape(3, -1)                  # smooth normals, for gravity
-    g = find_gravity(N.compress(~np.isnan(N[0]), 1))
+    normals = fit_normals(sums, u, v, z, 10).reshape(3, -1)            # 3xHW, of large windows
+    g = find_gravity(normals.compress(~np.isnan(normals[0]), 1))
     if np.degrees(np.arccos(min(g[1], 1))) <= 0.1:
         up = -z * v                             # the authors' code then uses the camera's y axis
     else:
@@ -972,26 +975,27 @@ def fit_normals(sums, u, v, z, radius):
     # determinant would only scale a, b and c.
     A, B, C = vv * n - v1 * v1, u1 * v1 - uv * n, uv * v1 - u1 * vv
     D, E, G = uu * n - u1 * u1, uv * u1 - uu * v1, uu * vv - uv * uv
-    N = np.stack([A * uq + B * vq + C * q1, B * uq + D * vq + E * q1, C * uq + E * vq + G * q1])
-    length = np.sqrt(np.einsum("chw,chw->hw", N, N))                   # HxW
+    normals = np.stack([A * uq + B * vq + C * q1, B * uq + D * vq + E * q1,
+                        C * uq + E * vq + G * q1])
+    length = np.sqrt(np.einsum("chw,chw->hw", normals, normals))       # HxW
     length[(n < 0.5) | (length == 0)] = np.nan
     # The point of the pixel itself decides the sign of the normal.  If this pixel has no depth, the
     # sign is such that N_z >= 0.
-    side = (N[0] * u + N[1] * v + N[2]) * z
-    length[np.where(side == 0, N[2], side) < 0] *= -1
-    N /= length
-    return N
+    side = (normals[0] * u + normals[1] * v + normals[2]) * z
+    length[np.where(side == 0, normals[2], side) < 0] *= -1
+    normals /= length
+    return normals
 
 
-def find_gravity(N):
-    """Returns the unit vector of gravity, estimated from normals N (3xP).  Normals of floors are
+def find_gravity(normals):
+    """Returns the unit vector of gravity, estimated from normals, 3xP.  Normals of floors are
     parallel to gravity, normals of walls are perpendicular to gravity.  The estimate starts from
     the camera's y axis and takes ten steps."""
     g = np.array([0.0, 1.0, 0.0])
     i, j = np.triu_indices(3)
-    products, A = N[i] * N[j], np.empty((3, 3))                         # 6xP, the same in all steps
+    products, A = normals[i] * normals[j], np.empty((3, 3))             # 6xP, the same in all steps
     for limit in np.radians([45] * 5 + [15] * 5):
-        s = np.abs(g @ N)
+        s = np.abs(g @ normals)
         weight = (s < np.sin(limit)) * 1.0 - (s > np.cos(limit))        # P: +1 wall, -1 floor
         A[i, j] = A[j, i] = products @ weight                           # the sum of weight n n^T
         # The eigenvector of the smallest eigenvalue is nearly perpendicular to the normals of
@@ -1191,9 +1195,9 @@ def count_mask_values(files):
     for path in show_progress(files.values(), "masks"):
         palette = read_palette(path)
         values, numbers = np.unique(read_mask(path), return_counts=True)
-        for value, number in zip(values.tolist(), numbers.tolist()):
+        for value, more in zip(values.tolist(), numbers.tolist()):
             pixels, masks = counts.get(value, (0, 0))
-            counts[value] = pixels + number, masks + 1
+            counts[value] = pixels + more, masks + 1
             if 0 <= value < len(palette):
                 colour, file = first_use.setdefault(value, (palette[value], path))
                 need(colour == palette[value], f"index {value} has the colour {colour} in {file}, "
@@ -1347,13 +1351,13 @@ def epoch_batches(n, batch_size, seed, epoch):
     return order[:n // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def check_mask(path, label, image_size, num_classes):
+def check_mask(path, mask, image_size, num_classes):
     """Raises BadInput if a mask HxW has another size than its image, or has labels outside 0 to
     num_classes.
 
     Some data sets have a class 0, and 255 for no label.  The remedy is in two steps, because class
     0 would be lost if 255 simply became 0."""
-    size, low, high = tuple(label.shape[-2:]), int(label.min()), int(label.max())
+    size, low, high = tuple(mask.shape[-2:]), int(mask.min()), int(mask.max())
     need(size == tuple(image_size), f"{path} is a mask of {size} pixels, but its image has "
          f"{tuple(image_size)} pixels.  Make the mask again for this image")
     need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}, but "
@@ -1450,16 +1454,16 @@ def describe_inputs(data, indices, workers=0):
         xs, raws = np.concatenate(seen, 1), [None] * len(row["bands"])
         if stored[0] is not None:
             raws = np.concatenate(stored, 1)
-        label = row["name"]
+        title = row["name"]
         if data.inputs[0]["name"] == data.inputs[1]["name"]:
-            label += f" {m + 1}"
+            title += f" {m + 1}"
         faults = {}                             # what is wrong -> the bands with this fault
         for c, band in enumerate(dict.fromkeys(row["bands"])):  # three channels repeat the height
-            table.append(f"{label + ' ' + band:22s} {describe_band(row, c, xs[c], raws[c])}")
+            table.append(f"{title + ' ' + band:22s} {describe_band(row, c, xs[c], raws[c])}")
             fault = find_fault(row, c, xs[c], raws[c])
             if fault:
                 faults.setdefault(fault, []).append(band)
-        warnings += [f"{label}, {join_names(bands)}: {fault}" for fault, bands in faults.items()]
+        warnings += [f"{title}, {join_names(bands)}: {fault}" for fault, bands in faults.items()]
     uneven = []
     for i, ((_, _, ratio1), (_, _, ratio2)) in zip(indices, looks):
         if abs(math.log(ratio1 / ratio2)) > 0.05:
@@ -1540,10 +1544,10 @@ def join_names(names, most=3):
     return ", ".join(names[:most]) + more
 
 
-def find_warnings(data, n=16):
-    """Returns one line for each thing that looks wrong in n samples, as the network will see them.
+def find_warnings(data):
+    """Returns one line for each thing that looks wrong in 16 samples, as the network will see them.
     """
-    return describe_inputs(data, spread_evenly(range(len(data)), n))[1]
+    return describe_inputs(data, spread_evenly(range(len(data)), 16))[1]
 
 
 def spread_evenly(indices, n):
@@ -1997,7 +2001,7 @@ def check(args):
     if good:
         few = spread_evenly(good, 200)
         table, warnings = describe_inputs(dataset, few, args.workers)
-        print(*table, f"the table is of {len(few)} of {len(dataset)} samples", sep="\n")
+        print(*table, f"samples in this table: {len(few)} of {len(dataset)}", sep="\n")
         for line in warnings:
             print(f"warning: {line}")
         draw_contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
@@ -2015,7 +2019,7 @@ def check(args):
 def report_masks(counts, num_classes):
     """Prints the share of pixels without a label, the classes that never occur, and what looks
     wrong.  counts: from `count_mask_values`."""
-    pixels = sum(number for number, _ in counts.values())
+    pixels = sum(n for n, _ in counts.values())
     unlabelled = counts.get(-1, (0, 0))[0] + counts.get(0, (0, 0))[0]
     never = [str(value) for value in range(1, num_classes + 1) if value not in counts]
     print(f"masks: {unlabelled / pixels:.1%} of the pixels have no label.  Classes from 1 to "
@@ -2037,7 +2041,7 @@ def draw_contact_sheet(dataset, indices, path, size):
     write_atomically(path, lambda file: Image.fromarray(sheet).save(file, "png"))
 
 
-# ---- prepare: what was downloaded -> one form to train from ----
+# ---- prepare: turns what was downloaded into the one form that the other scripts read ----
 
 @contextlib.contextmanager
 def fill_folder(out, settings, size):
@@ -2077,7 +2081,7 @@ def work_through(part, jobs, work, args, bad):
     the other jobs are done nevertheless.  work writes files, and may return a number.
 
     bad        {name: reason} of samples for which there is no job; jobs that fail are added
-    Returns {name: number} of all jobs that are done.  Raises BadInput if a sample is bad, unless
+    Returns {name: result} of all jobs that are done.  Raises BadInput if a sample is bad, unless
     --skip-bad is given."""
     log, text = part / "done.jsonl", ""
     if log.is_file():
@@ -2089,12 +2093,12 @@ def work_through(part, jobs, work, args, bad):
     results = in_processes(functools.partial(attempt, work), [jobs[name] for name in left],
                            args.workers, "prepare")
     with open(log, "a", 2 ** 20, "utf-8") as file:
-        for n, (name, (number, reason)) in enumerate(zip(left, results), 1):
+        for n, (name, (result, reason)) in enumerate(zip(left, results), 1):
             if reason:
                 bad[name] = reason
             else:
-                done[name] = number
-                file.write(f"{json.dumps((name, number))}\n")
+                done[name] = result
+                file.write(f"{json.dumps((name, result))}\n")
             if n % NOTED == 0:
                 # The rows must be on the disk before their samples are noted as done.
                 for path in part.glob("*.npy"):
@@ -2259,20 +2263,20 @@ def write_tiles(part, scene, images, types, size):
     return left_out
 
 
-def write_tile(path, a, kind):
-    """Writes CxHxW in the type `kind`: 8 bits as png, other types as tif.
+def write_tile(path, a, dtype):
+    """Writes CxHxW in the type `dtype`: 8 bits as png, other types as tif.
 
     Missing values stay missing, and the file is then always a tif.  Floats keep NaN.  Integers get
     a value that no valid pixel has (0 if there is no such value), and GDAL's tag names this value.
     """
     settings, missing = {}, np.isnan(a)
-    if kind.kind != "f" and missing.any():
-        values = range(np.iinfo(kind).max, np.iinfo(kind).min - 1, -1)
+    if dtype.kind != "f" and missing.any():
+        values = range(np.iinfo(dtype).max, np.iinfo(dtype).min - 1, -1)
         nodata = next((value for value in values if not (a == value).any()), 0)
         a = np.where(missing, nodata, a)
         settings["extratags"] = [(42113, "s", 0, str(nodata), True)]
-    a = a.astype(kind)
-    if kind == np.uint8 and len(a) in (1, 3) and not settings:
+    a = a.astype(dtype)
+    if dtype == np.uint8 and len(a) in (1, 3) and not settings:
         image = np.moveaxis(a, 0, -1) if len(a) == 3 else a[0]
         Image.fromarray(np.ascontiguousarray(image)).save(f"{path}.png", compress_level=1)
         return
@@ -2333,17 +2337,17 @@ def cut_own(part, size, nodata, declared, job):
     return write_tiles(part, name, images, types, size)
 
 
-def resize_like(a, kind, size):
-    """Resizes CxHxW, with NaN where values are missing.  kind: the type of the file.
+def resize_like(a, dtype, size):
+    """Resizes CxHxW, with NaN where values are missing.  dtype: the type of the file.
 
     Integers of more than 8 bits take the value of the nearest pixel, because a value between two
     such values may mean nothing."""
-    if kind.kind != "f" and kind != np.uint8:
+    if dtype.kind != "f" and dtype != np.uint8:
         rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int)
                          for n, old in zip(size, a.shape[1:]))
         return a[:, rows[:, None], columns]
     a = resize_array(a, size)
-    return np.floor(a + 0.5) if kind == np.uint8 else a
+    return np.floor(a + 0.5) if dtype == np.uint8 else a
 
 
 def prepare_rgbd(root, out, args):
@@ -2469,7 +2473,7 @@ def prepare(args):
     need(of_frames or args.depth_unit is None, f"--depth-unit does not work with prepare and "
          f"{name}, because prepare changes no unit.  Leave --depth-unit out")
     need(not (of_frames and args.out), f"--out does not work with {name}, because HHA/ must be "
-         f"beside RGB/.  Leave --out out")
+         f"beside RGB/.  Do not give --out")
     if name == "custom":
         return prepare_tiles(root, args)
     need(root.is_dir(), f"no folder {root}.  Give the folder of the data with --data; {TREE}")
@@ -2484,7 +2488,8 @@ KINDS = f"one of {', '.join(AS)}; default: aerial for 3 channels of 8 bits, othe
 # value is None.
 DATA_FLAGS = {
     "data": dict(type=expand_path, metavar="DIR", help="the folder of the data; default: "
-                 "data/NAME, where NAME is the scenario or the task"),
+                 "data/NAME, where NAME is the scenario or task; data/rgb-dem for geonrw, "
+                 "data/rgbd for sunrgbd"),
     "data1": OWN_IMAGES | dict(help="with custom: the images of modality 1, a folder or a pattern "
                                "in quotes such as 'chips/*_S1Hand.tif'; no default"),
     "data2": OWN_IMAGES | dict(help="with custom: the images of modality 2, a folder or a pattern "
@@ -2518,8 +2523,11 @@ COMMAND_FLAGS = DATA_FLAGS | {
     "task": dict(choices=NUM_CLASSES, help="a transfer task, to be given instead of --scenario; no "
                  "default"),
     "out": dict(type=expand_path, metavar="DIR", help="the folder to write; default: "
-                "runs/check-... with check, none with prepare and custom, otherwise the folder "
-                "that the other scripts read"),
+                "with check runs/check-..., with toy data/toy-SCENARIO, with prepare the folder "
+                "that the other scripts read (with custom: no default)"),
+    "split": DATA_FLAGS["split"] | dict(help="the samples to read: all, or the name of a list such "
+                                        "as train or test; with custom, the file of a list; "
+                                        "default: train with --task, otherwise all"),
     "workers": dict(type=number(int, 0), default=count_cores(),
                     help="the number of processes that read files; default: one per core"),
     "target": dict(type=expand_path, metavar="FILES", help="with custom: masks to cut as well, a "

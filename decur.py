@@ -45,7 +45,7 @@ def on_diag(C):
 def off_diag(C):
     K = len(C)                                  # every (K+1)-th element is on the diagonal
     if K == 0:
-        return C                                # 0x0, because an ablation left the block empty
+        return C                                # 0x0: an ablation left this block empty
     return C.flatten()[1:].view(K - 1, K + 1)[:, :-1]  # (K-1)xK
 
 
@@ -87,7 +87,7 @@ def decur_loss(z11, z12, z21, z22, Kc,
     A term that an ablation leaves out is 0.  Raises ValueError unless 0 <= Kc <= K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
-        raise ValueError(f"Kc = {Kc} is outside 0 to K = {K}. Give 0 <= Kc <= K")
+        raise ValueError(f"Kc = {Kc} is not from 0 to K = {K}. Give 0 <= Kc <= K")
     z11, z21 = BN(z11), BN(z21)                 # NxK
     L1 = L2 = z11.new_zeros(())
     if intra:
@@ -121,7 +121,7 @@ def decur_loss_gram(z11, z12, z21, z22, Kc,
     and 0.9 times as fast for N = 3/4 K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
-        raise ValueError(f"Kc = {Kc} is outside 0 to K = {K}. Give 0 <= Kc <= K")
+        raise ValueError(f"Kc = {Kc} is not from 0 to K = {K}. Give 0 <= Kc <= K")
     z11, z21 = BN(z11), BN(z21)                                     # NxK
     G11c, G11u = gram(z11[:, :Kc]), gram(z11[:, Kc:])               # NxN
     G21c, G21u = gram(z21[:, :Kc]), gram(z21[:, Kc:])               # NxN
@@ -467,7 +467,7 @@ class DeCUR(nn.Module):
         self.f1 = branch(backbone, channels1, widths) if any(views[:2]) else None
         self.f2 = branch(backbone, channels2, widths) if any(views[2:]) else None
 
-    def forward(self, x11, x12, x21, x22):      # -> NxK each, not normalised
+    def forward(self, x11, x12, x21, x22):      # four times NxK, not normalised
         z11 = self.f1(x11) if self.views[0] else None
         z12 = self.f1(x12) if self.views[1] else None
         z21 = self.f2(x21) if self.views[2] else None

@@ -1975,7 +1975,7 @@ def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_p
 
 
 @pytest.mark.parametrize("where, words", [
-    ("a/ b/../a", "two folders"), ("a/*.png b/*_*.png", "as many stars"),
+    ("a/ b/../a", "two folders"), ("a/*.png b/*_*.png", "number of stars"),
     ("a nowhere", "nowhere.*has a, b, c"), ("a b/*.tif", "b/.*tif.*b has 1_x.png"),
     ("twice a", "1.png .*1.jpg"), ("a c", r"a has \[\].*c has \['4'\]"),
     ("flat two", "flat/1.npy has 1 channels"), ("double two", "double/1.npy .*float64")])
