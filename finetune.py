@@ -855,7 +855,7 @@ def main(argv=None):
     run = Run(args, settings, net, optimizer, loader, step, args.steps,
               len(indices) // args.batch_size, partial(scale_rate, args.schedule), process)
     lines += more + describe_training(args, data, counts.tolist(), len(chosen))
-    run.introduce(sources, lines, find_warnings(data.data))
+    run.print_start(sources, lines, find_warnings(data.data))
     train(run, net, model, args, data.inputs)
     if not run.stopped:
         result = test(net, test_data, counts, args, device, rank, world)

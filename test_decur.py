@@ -798,7 +798,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
         return data.augment(x, row, size, draws) * (math.nan if len(calls) > 20 else 1)
 
     monkeypatch.setattr(pretrain, "augment", diverges)
-    is_refused(r"the loss is nan by step 6 \(loss nan = L1 nan", call, pretrain,
+    is_refused(r"the loss is nan at step 6 \(loss nan = L1 nan", call, pretrain,
                flags_of(scenes, tmp_path / "out", "--epochs 4 --save-every 1e-6"), error=SystemExit)
     checkpoint = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 5 and all(p.isfinite().all() for p in checkpoint["model"].values())
@@ -812,12 +812,12 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
     ("--backbone mit_b0 --size 24", "--size 24"), ("--out {scenes}/train.txt/out", "--out .*/out"),
     ("--bgr", "--bgr works only with --weights"),
     ("--bgr --weights {run}/checkpoint.pt", "--bgr .*checkpoint.pt was trained by this project"),
-    ("--weights {run}/encoder1.pth", "hold 1 encoders, but 2"),
+    ("--weights {run}/encoder1.pth", "--weights .*encoder1.pth: .* is 1, but must be 2"),
     ("--weights {run}/encoder2.pth {run}/encoder1.pth", "encoder1.pth: the weights do not fit"),
     ("--weights nowhere.pth", "--weights .*nowhere.pth"),
     ("--weights imagenet", "no ImageNet weights of resnet-toy"),
     ("--out {run}", "--out .*--resume"),
-    ("--out {run} --resume --epochs 20", "epochs is 20, but 16 .*--weights .*/checkpoint.pt and"),
+    ("--out {run} --resume --epochs 20", "epochs is 20, but 16 .*--weights .*/checkpoint.pt"),
     ("--out {run} --resume --epochs 16 --common 0.5", "common is 0.5, but 0.75")])
 def test_bad_input_is_refused_in_one_line(flags, words, scenes, pretrained, tmp_path):
     """Got, expected, remedy; nothing is left behind, no earlier run overwritten."""
