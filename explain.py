@@ -48,9 +48,9 @@ def alignment_histogram(z1, z2, bins=20, top=1.0):
     """Computes Eq. 7, L_i = (1 - C_ii)^2: 0 if the modalities agree in dimension i, 1 if unrelated.
 
     z1, z2   NxK   embeddings of one batch
-    Returns the K losses, each in [0, 4], and their counts in `bins` equal steps of (0, top).  The
-    paper's histogram ends at 1, so it leaves out dimensions with a negative C_ii.  They are half of
-    the unrelated dimensions."""
+    Returns the K losses, each in [0, 4], and how many losses lie in each of `bins` equal steps from
+    0 to `top`.  The paper's histogram ends at 1, so it leaves out dimensions with a negative C_ii.
+    These are half of the unrelated dimensions."""
     z1, z2 = BN(z1), BN(z2)                     # NxK
     C_ii = (z1 * z2).mean(0)                    # K    on_diag(z1.T @ z2 / N), but no KxK matrix
     losses = (C_ii - 1).pow(2)                  # K
@@ -82,7 +82,7 @@ def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
     y = U[:, :2] * S[:2]                                                # nx2
     y = y / y[:, 0].std().clamp(min=1e-12) * 1e-4
     velocity, gains, lr = torch.zeros_like(y), torch.ones_like(y), max(n / 48, 50)
-    near, pull = torch.empty_like(P), torch.empty_like(P)   # reused: new nxn memory takes time
+    near, pull = torch.empty_like(P), torch.empty_like(P)   # kept: new nxn memory takes time
     for step in show_progress(range(steps), text, unit="step"):
         early = step < steps // 4
         exaggeration, momentum = (12, 0.5) if early else (1, 0.8)
@@ -99,10 +99,10 @@ def tsne(x, perplexity=30.0, steps=1000, text="t-SNE"):
 
 
 def find_affinities(x, perplexity):
-    """Returns t-SNE's P, nxn.  Each point's Gaussian gets, by bisection, the width that gives the
-    perplexity."""
+    """Returns t-SNE's P, nxn.  Bisection finds the width of each point's Gaussian, so that its
+    perplexity is the one given."""
     D = square_distances(x).fill_diagonal_(torch.inf)                   # nxn
-    D = D - D.min(1, keepdim=True).values                               # softmax does not change
+    D = D - D.min(1, keepdim=True).values                               # the softmax stays the same
     beta = torch.ones_like(D[:, :1])                                    # nx1  1 / (2 sigma^2)
     low, high = torch.zeros_like(beta), torch.full_like(beta, torch.inf)
     for _ in range(40):
@@ -114,9 +114,9 @@ def find_affinities(x, perplexity):
 
 
 def fill_student(y, out):
-    """Writes 1 / (1 + |y_i - y_j|^2), with a diagonal of 0, into out (nxn).  y: nx2.
+    """Writes 1 / (1 + |y_i - y_j|^2) into out (nxn), and 0 into its diagonal.  y: nx2.
 
-    One product of nx4 matrices is enough.  Its rounding error is small compared with the 1."""
+    One product of nx4 matrices gives 1 + |y_i - y_j|^2.  Its rounding error is small beside 1."""
     length, one = y.pow(2).sum(1, keepdim=True), torch.ones_like(y[:, :1])  # nx1
     left, right = torch.cat((-2 * y, 1 + length, one), 1), torch.cat((y, one, length), 1)
     return torch.mm(left, right.T, out=out).reciprocal_().fill_diagonal_(0)
@@ -130,17 +130,18 @@ def square_distances(x):
 # ---- Algorithm 2, 3: spatial saliency visualization ----
 
 class TwoValues:
-    """One modality's network with two outputs: "we average the common and unique dimensions as two
-    single values output" (Sec. 7).  Maps images NxCxHxW to out1, Nx2.
+    """Computes two values from images of one modality: "we average the common and unique dimensions
+    as two single values output" (Sec. 7).  Call: NxCxHxW -> out1, Nx2.
 
     f1          encoder and projector
     z1          NxK, the embeddings of all samples.  Their mean and biased variance are constants.
                 If the batch's own mean and variance were used, every normalised feature would sum
-                to 0 over the batch for any x.  Its gradient, and so every map, would be 0
+                to 0 over the batch for any x.  The gradient of this sum, and so every map, would
+                be 0
     Kc          the first Kc dimensions are common
     layer       the module of f1 that GradCAM looks at
     square      False: the mean of the dimensions, as in Algorithm 2.  True: the mean of their
-                squares.  The sign of a dimension is arbitrary, so in the mean dimensions cancel"""
+                squares.  The sign of a dimension is arbitrary, so dimensions cancel in the mean"""
 
     def __init__(self, f1, z1, Kc, layer, square=False):
         self.f1, self.Kc, self.layer, self.square = f1, Kc, layer, square
@@ -158,15 +159,15 @@ class TwoValues:
 
 
 def gradcam(net, layer, x, target, relu=False):
-    """Computes GradCAM (Selvaraju et al., 2017, Eq. 1-2): the sum of a layer's channels, each times
-    its mean gradient.
+    """Computes GradCAM (Selvaraju et al., 2017, Eq. 1-2): multiplies each channel of a layer by its
+    mean gradient, and adds the channels.
 
     net           function or module, NxCxHxW -> NxM
     layer         a module that net calls; its output is NxCxhxw, or NxhxwxC of a LayerNorm (MiT)
     target        column of the output, 0 <= target < M
     relu          True keeps only the positive part, as Selvaraju's Eq. 2 does.  Algorithm 2's
                   LayerGradCam keeps negative values as well
-    Returns Nx1xhxw.  Samples do not mix as long as net is in evaluation mode."""
+    Returns Nx1xhxw.  net must be in evaluation mode, so that the samples do not mix."""
     outputs = []
 
     def hold(module, inputs, output):
@@ -188,7 +189,7 @@ def gradcam(net, layer, x, target, relu=False):
 
 
 def gradcam_vis(net1, x1, relu=False):
-    """Returns the common and the unique map, NxHxW each, of a `TwoValues`."""
+    """Returns the GradCAM maps, NxHxW each, of the common and the unique value of a `TwoValues`."""
     attr1_c = gradcam(net1, net1.layer, x1, 0, relu)                    # Nx1xhxw  Nx7x7 in Alg. 2
     attr1_u = gradcam(net1, net1.layer, x1, 1, relu)                    # Nx1xhxw
     return upsamp(attr1_c, x1), upsamp(attr1_u, x1)                     # NxHxW, Nx224x224 in Alg. 2
@@ -202,8 +203,8 @@ def find_layers(E):
     """Returns {name: module} for --layer of GradCAM.  The last module is the default.
 
     Paper: "after the last convolutional layer" in Sec. 7, but f1.last_conv2 in Algorithm 2.  Here:
-    the last convolution, which in a ResNet-50 is layer4.2.conv3; --layer layer4.2.conv2 chooses
-    the other.  SegFormer has no such layer, so the ends of its stages are offered."""
+    the last convolution, which in a ResNet-50 is layer4.2.conv3.  --layer layer4.2.conv2 chooses
+    Algorithm 2's.  SegFormer has no such layer, so the choice is among the ends of its stages."""
     ends = ("norm1", "norm2", "norm3", "norm4")
     stages = {name: module for name, module in E.named_modules() if name in ends}
     return stages or {name: module for name, module in E.named_modules()
@@ -216,9 +217,9 @@ def gradcam_stat(net1, net2, x1, x2):
     """Measures how far the salient areas of two modalities overlap.  Returns N common and N unique
     scores in [0, 1].
 
-    Paper: "norm" is not defined; Sec. 7 says multiply, take the logarithm, normalize each patch.
-    Here: as in the authors' code, each map gets ReLU before it is upsampled, then logarithm and
-    min-max; a score is the mean of the product."""
+    Paper: Algorithm 2 does not define "norm"; Sec. 7 says multiply, take the logarithm, normalize
+    each patch.  Here, as in the authors' code: each map is cut at 0 (ReLU) and upsampled, then its
+    logarithm is scaled to 0..1.  A score is the mean of the product of two maps."""
     att1_c, att1_u = gradcam_vis(net1, x1, relu=True)                   # NxHxW
     att2_c, att2_u = gradcam_vis(net2, x2, relu=True)                   # NxHxW
     mul_c = (norm(att1_c) * norm(att2_c)).mean((1, 2))                  # N
@@ -240,8 +241,8 @@ def scale_maps(att):
 
 
 def measure_density(att, mask):
-    """Measures how dense a map is on an object: the map's share on the object over the object's
-    share of the area.  1 means as dense as in the whole image.
+    """Measures how dense a map is on an object: the share of the map that lies on the object,
+    divided by the object's share of the area.  1 means as dense as in the whole image.
 
     att, mask   ...xHxW   maps that are not negative; 1 on the object and 0 elsewhere
     Returns one value per map.  It is NaN if the map is 0 or the object is hidden."""
@@ -256,9 +257,10 @@ def integrated_gradients(net, x, x0=None, target=0, steps=32):
     gradient on the straight way from x0 to x.
 
     net      function or module, NxCxHxW -> NxM
-    x0       the baseline, as x.  None: 0, which is the mean of the data set in normalised images
-    steps    of the midpoint rule.  Only one step is in memory at a time
-    Returns NxCxHxW.  Its sum is net(x) - net(x0), except for the error of the midpoint rule; the
+    x0       the baseline, of the shape of x.  None: 0, which is the data set's mean if images are
+             normalised
+    steps    the number of steps of the midpoint rule.  Only one step is in memory at a time
+    Returns NxCxHxW.  Its sum is net(x) - net(x0), except for the error of the midpoint rule.  The
     paper of the method calls this completeness."""
     x0 = torch.zeros_like(x) if x0 is None else x0
     total = torch.zeros_like(x)                 # NxCxHxW
@@ -278,7 +280,7 @@ def IG_vis(net1, x1, steps):
 
 
 def IG_stat(net1, x1, steps):
-    """Returns the importance of each band, NxC for each value: the signed mean over the pixels.
+    """Returns the importance of each band for both values, NxC each: the signed mean over pixels.
 
     Paper: Algorithm 2 averages over the images as well, but Fig. 5b is a histogram over images.
     Here: one value per image and band."""
@@ -288,7 +290,7 @@ def IG_stat(net1, x1, steps):
     return imp_c, imp_u
 
 
-# ---- beside Algorithm 2: what dimensions vary with, what a probe reads, what is retrieved ----
+# ---- not in Algorithm 2: shares of variance, linear probes, retrieval ----
 
 def variance_shares(z, classes):
     """Returns the share of each dimension's variance that lies between the classes, minus chance:
@@ -296,8 +298,8 @@ def variance_shares(z, classes):
 
     z         nxK   embeddings of n samples
     classes   n     the class of each sample; k different ones
-    A probe on 384 dimensions reads an object even if each dimension holds only a trace of the
-    object.  The share says how much of a dimension the object makes up."""
+    A probe on 384 dimensions recognises an object even if each dimension holds only a trace of the
+    object.  The share says how large the object's part of a dimension is."""
     z = z.double()
     mean = z.mean(0)                                                    # K
     total = (z - mean).pow(2).sum(0)                                    # K
@@ -314,8 +316,8 @@ def linear_probe(x, y, x_test, y_test, decay=1e-2):
 
     x, x_test   NxD   features, which are scaled to a standard deviation of 1
     y, y_test   N     classes
-    decay       times the squared weights is added to the loss
-    The weights W are (D+1)xM; the last row holds the biases."""
+    decay       the factor of the squared weights in the loss
+    The weights W are (D+1)xM.  The last row of W holds the biases."""
     mean, std = x.mean(0), x.std(0) + 1e-5
     x, x_test = (x - mean) / std, (x_test - mean) / std
     W = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)
@@ -335,7 +337,8 @@ def retrieve(z1, z2):
     """Returns R@1 and R@5: the share of samples of modality 1 whose partner is among the 1 or 5
     nearest of all samples of modality 2.
 
-    z1, z2   nxK   embeddings.  Near is a large cosine after BN; the partner loses every tie"""
+    z1, z2   nxK   embeddings.  Samples are near if the cosine after BN is large.  If another
+                   sample is as near as the partner, the partner counts as the farther one"""
     z1, z2 = F.normalize(BN(z1)), F.normalize(BN(z2))                   # nxK
     similarity = z1 @ z2.T                                              # nxn
     partner = similarity.diagonal()[:, None]                            # nx1
@@ -348,15 +351,17 @@ def retrieve(z1, z2):
 class Explained:
     """Holds what every picture needs.
 
-    args, device           the command line; where the networks run
-    net, settings          of the checkpoint; N its batch size, K and Kc its dimensions
+    args, device           the command line, and where the networks run
+    net, settings          the network and the settings of the checkpoint
+    N, K, Kc               the batch size of training, all dimensions, the common dimensions
     root, data             where the data set lies, and the data set
     modalities             the names of the two modalities, with a number if they are equal
     samples                the samples of the data set that are explained, in random order
     dimensions             the dimensions of each modality that t-SNE shows
-    batch_slices           up to four batches of N of these samples, as slices
+    batch_slices           up to four slices of `samples`, each of N samples
     main adds what needs a pass over the samples:
-    embedded               what `embed` returns; compared: the same of --compare, or None
+    embedded               what `embed` returns for the network
+    compared               what `embed` returns for the network of --compare, or None
     nets                   a `TwoValues` for each modality"""
 
     def __init__(self, args, device, net, settings, root, data):
@@ -367,12 +372,13 @@ class Explained:
         n = len(data)
         usual = n if args.only == ["embeddings"] else max(512, 4 * settings["batch_size"])
         count = args.samples or min(n, usual)
-        need(count <= n, f"--samples {count} is too many: {root[0]} has {n} pairs")
-        # Paper: Fig. 5 is of the whole data set.  Here: of these samples; --samples takes more.
+        need(count <= n, f"--samples {count} is more than the number of pairs in {root[0]}, {n}. "
+                         f"Give {n} or less")
+        # Paper: Fig. 5 shows the whole data set.  Here: these samples, which --samples can change.
         rng = np.random.default_rng(args.seed)
         self.samples = rng.permutation(n)[:count]
         self.dimensions = np.sort(rng.permutation(self.K)[:args.tsne_dims])
-        self.N = N = min(settings["batch_size"], count)  # the batch size of training, as in Alg. 2
+        self.N = N = min(settings["batch_size"], count)  # N of training, as in Alg. 2
         self.batch_slices = [slice(i, i + N) for i in range(0, count - N + 1, N)][:4]  # Fig. 8, 9
 
     def batches(self, text):
@@ -380,16 +386,16 @@ class Explained:
                             self.args.workers, self.device, text)
 
     def keep_nonempty(self, common, unique):
-        """Returns {"common": ..., "unique": ...} without the kind that has no dimensions."""
+        """Returns {"common": common, "unique": unique}, without a kind that has no dimensions."""
         kinds = {"common": (common, self.Kc), "unique": (unique, self.K - self.Kc)}
         return {kind: value for kind, (value, size) in kinds.items() if size > 0}
 
 
 @torch.no_grad()
 def embed(net, batches):
-    """Returns, on the CPU, the embeddings of all samples and the features of the backbones:
-    {"z1" and "z2": NxK, "features1" and "features2": Nxd}.  They stay in memory: 10,000 samples
-    take 0.7 GB if K is 8192."""
+    """Returns the embeddings of all samples and the features of the backbones as a dict:
+    "z1" and "z2" are NxK, "features1" and "features2" are Nxd.  They stay in the CPU's memory:
+    10,000 samples take 0.7 GB if K is 8192."""
     columns = dict(z1=[], z2=[], features1=[], features2=[])
     for x in batches:
         for m, f in enumerate((net.f1, net.f2)):
@@ -400,7 +406,7 @@ def embed(net, batches):
 
 
 def open_net(path, device):
-    """Returns the pretrained network, frozen and in evaluation mode, and its settings and step."""
+    """Returns the pretrained network, frozen and in evaluation mode, and its run's settings."""
     checkpoint = load_checkpoint(path)
     with reading(path, "a pretrained network", "give a checkpoint.pt of pretrain.py"):
         settings = read_settings(checkpoint) | dict(step=checkpoint["step"])
@@ -410,7 +416,8 @@ def open_net(path, device):
 
 
 def find_data(path, settings):
-    """Returns where the run that wrote the checkpoint read its data: a list, of two for custom."""
+    """Returns where the run of the checkpoint has read its data: a list of one folder; for custom,
+    a list of two."""
     record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
     if record.is_file():
         root = read_json(record, "the record of a run by pretrain.py")["data"]
@@ -420,14 +427,14 @@ def find_data(path, settings):
 def open_explained_data(settings, root, split):
     """Returns the data set.  Raises BadInput if its modalities differ from the checkpoint's."""
     custom = dict(inputs=settings["inputs"]) if settings["scenario"] == "custom" else {}
-    need(len(root) == (2 if custom else 1), f"--data {' '.join(root)}: expected two folders or "
-                                            f"patterns for custom, one folder otherwise")
+    need(len(root) == (2 if custom else 1), f"--data {' '.join(root)} does not fit the run. Give "
+         f"two folders or patterns for a run with --scenario custom, otherwise one folder")
     data = open_dataset(settings["scenario"], root if custom else root[0], settings["size"], split,
                         settings["depth_unit"], settings["seed"], **custom)
     found = [[name, len(views[0])] for name, views in zip(data.modalities, data[0])]
     expected = [list(pair) for pair in zip(settings["modalities"], settings["channels"])]
     need(found == expected, f"{root[0]} holds {found} (modality, channels), but the checkpoint was "
-                            f"trained on {expected}.  Give other --data")
+                            f"trained on {expected}. Give other --data")
     return data
 
 
@@ -440,10 +447,10 @@ def load_batches(data, samples, size, batch_size, workers, device, text):
 
 
 def choose_layer(net, name):
-    """Returns the module of each encoder that GradCAM looks at.  The default is the last layer."""
+    """Returns, for each encoder, the module that GradCAM looks at.  The default is the last one."""
     layers1, layers2 = find_layers(net.f1.E), find_layers(net.f2.E)
     name = name or list(layers1)[-1]
-    need(name in layers1, f"--layer {name}: the encoder has no such layer.  Choose one of "
+    need(name in layers1, f"--layer {name}: the encoder has no layer of this name. Choose one of "
                           f"{' '.join(layers1)}")
     return layers1[name], layers2[name]
 
@@ -451,7 +458,7 @@ def choose_layer(net, name):
 def main(argv=None):
     args = get_args(argv)
     rank, _, device = read_environment()
-    if rank > 0:                                # under torchrun the first process does all
+    if rank > 0:                                # under torchrun, only the first works
         return
     if args.sweep:
         return sweep(args, device)
@@ -463,7 +470,8 @@ def main(argv=None):
     if args.compare:
         other, others = open_net(args.compare, device)
         check_equal(others, settings, ("scenario", "modalities", "channels", "size", "K"),
-                    args.compare, "the run of --checkpoint; give a run with the same settings")
+                    f"--compare {args.compare}",
+                    "the run of --checkpoint. Give a run with the same settings")
     make_folder(args.out)
     print(f"{len(e.samples)} of {len(data)} pairs of {' and '.join(e.modalities)} from "
           f"{' '.join(root)}; N {e.N}  K {e.K}  Kc {e.Kc}; {device.type}")
@@ -481,7 +489,8 @@ def main(argv=None):
 
 # ---- made-up scenes, of which the objects are known ----
 
-# Where the label image of a scene lies: 0 nothing, 1 background, then SHAPES for each object.
+# The label image of a scene.  It is 0 without label, 1 in the background, then there is one value
+# for each shape of each object.
 LABEL_FILES = {"rgbd": "Label/{}.png", "sar-optical": "Label/{}.png",
                "rgb-dem": "cropped/seg/{}.png"}
 RANDOM = "random encoder"
@@ -497,9 +506,9 @@ def are_made_up(root):
 
 
 def read_masks(scenario, root, name, size):
-    """Returns 3xSxS in [0, 1], on the grid of what the networks see: the places of the objects that
-    both sensors see, sensor 1 alone and sensor 2 alone.  A pixel belongs to one object only, even
-    where the objects of the two sensors overlap."""
+    """Returns a mask of each object, 3xSxS in [0, 1], with the pixels that the networks see.  Both
+    sensors see the first object, only sensor 1 sees the second, only sensor 2 sees the third.  A
+    pixel belongs to one object only, even where two objects overlap."""
     label = torch.as_tensor(read_mask(Path(root[0]) / LABEL_FILES[scenario].format(name)))
     which = (label - 2).div(len(SHAPES), rounding_mode="floor")         # HxW; -1 is no object
     masks = torch.stack([which == factor for factor in range(3)])       # 3xHxW
@@ -526,9 +535,10 @@ def compare_objects(title, found, modalities):
     each modality and object.  Returns a claim for each label that has both kinds of dimensions.
 
     found   {(label, m, kind): Sx3}   S measurements of the three objects
-    What both sensors see belongs in common dimensions, what one sensor alone sees belongs in its
-    unique dimensions.  A ratio of the claim is the mean where the object belongs over the mean in
-    the other kind of dimensions.  So each ratio should be above 1."""
+    An object that both sensors see belongs in common dimensions.  An object that only one sensor
+    sees belongs in the unique dimensions of that sensor.  The claim has ratios: the mean in the
+    dimensions where the object belongs, divided by the mean in the other dimensions.  So each ratio
+    should be above 1."""
     objects = [f"{modality}: {name}" for modality in modalities
                for name in name_objects(modalities)]
     print(f"{title}\n| | {' | '.join(objects)} |\n{'|---' * 7}|")
@@ -541,8 +551,9 @@ def compare_objects(title, found, modalities):
             both = means[label, "common"] / means[label, "unique"]
             ratios = {objects[0]: both[0], objects[1]: 1 / both[1],
                       objects[3]: both[3], objects[5]: 1 / both[5], "equal": 1}
-            claims.append(claim(f"{label}: common / unique of what both see and unique / common of "
-                                f"what only one sees are above 1", ratios, "equal"))
+            claims.append(claim(f"{label}: above 1 are common / unique for objects that both see, "
+                                f"and unique / common for objects that only one sees", ratios,
+                                "equal"))
     return claims
 
 
@@ -565,7 +576,7 @@ def read_scenes(settings, root, workers, device):
     for split in ("train", "test"):
         data = open_explained_data(settings, root, split)
         classes = [factors.get(name) for name in data.ids]
-        need(all(classes), f"factors.csv in {root[0]} lacks scenes of the split {split}.  Make the "
+        need(all(classes), f"factors.csv in {root[0]} lacks scenes of the split {split}. Make the "
                            f"scenes again with `data.py toy`")
         loaded = load_batches(data, range(len(data)), settings["size"], 256, workers, device, split)
         x1, x2 = (torch.cat(images) for images in zip(*loaded))
@@ -589,12 +600,12 @@ def probe_factors(E, m, scenes):
 
 
 def measure_factors(runs, scenes):
-    """Measures what the networks of several runs know about the three factors.  runs: a label, a
-    network and its settings each.
+    """Measures what the networks of several runs know about the three factors.
 
-    Returns {(label, m, kind): Sx3} for the S runs with that label.  Of kind
-    "common" or "unique": the mean share of variance on the test split.  Of kind "backbone": the
-    accuracy of a linear probe.  The last label is the random encoder, one for each seed."""
+    runs    a list of (label, network, settings)
+    Returns {(label, m, kind): Sx3} for the S runs with that label.  For the kinds "common" and
+    "unique" the numbers are the mean share of variance on the test split.  For the kind "backbone"
+    they are the accuracy of a linear probe.  The last label has a random encoder for each seed."""
     found, (x1, x2, factors) = collections.defaultdict(list), scenes["test"]
     for label, net, settings in runs:
         print(f"measuring {label}, seed {settings['seed']}")
@@ -614,21 +625,21 @@ def measure_factors(runs, scenes):
 
 
 def sweep(args, device):
-    """Measures the factors in many runs on made-up scenes, for Table 4, Fig. 3a and the like.
+    """Measures the factors in many runs on made-up scenes, as in Table 4 or Fig. 3a.
 
-    Runs whose folders have the same name except for a seed at the end, such as decur-0 and decur-1,
-    are one line of the tables."""
+    Runs share a line of the tables if the names of their folders differ only in a seed at the end,
+    such as decur-0 and decur-1."""
     runs = []
     for folder in args.sweep:
         net, settings = open_net(folder / "checkpoint.pt", device)
         label = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
         runs.append((label, net, settings))
         check_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
-                    "the first run; give runs on the same scenario and size")
+                    "the first run. Give runs with the same settings")
     settings = runs[0][2]
     root = args.data or find_data(args.sweep[0] / "checkpoint.pt", settings)
     need(are_made_up(root), f"--sweep works only with runs on made-up scenes, but {root[0]} has no "
-                            f"factors.csv")
+                            f"factors.csv. Give runs with --toy")
     found = measure_factors(runs, read_scenes(settings, root, args.workers, device))
     make_folder(args.out)
     picture = picture_measured(found, settings["modalities"])
@@ -637,8 +648,8 @@ def sweep(args, device):
 
 # ---- the pictures: each function returns an image, its numbers, and what to print ----
 
-# These colours are of Okabe and Ito, because colour-blind readers can tell them apart.
-INK, GREY, PAPER, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
+# These are colours of Okabe and Ito, which colour-blind readers can tell apart.
+INK, GREY, WHITE, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
 KIND_COLOURS = {"common": "#009e73", "unique": "#e69f00", "backbone": INK, RANDOM: "#ddd"}
 TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=KIND_COLOURS["common"], Lu=KIND_COLOURS["unique"])
 MARKS = {("common", 0): (RED, "cross"), ("common", 1): (BLUE, "square"),
@@ -646,8 +657,10 @@ MARKS = {("common", 0): (RED, "cross"), ("common", 1): (BLUE, "square"),
 
 
 def claim(expected, measured, lower):
-    """Returns a line: what is expected, the measured numbers, and whether they agree, which means
-    that measured[lower] is the lowest.  They hardly agree if it is so by less than 5 % or 0.01."""
+    """Returns a line: what is expected, the measured numbers, and whether the two agree.
+
+    They agree if measured[lower] is the lowest number.  They "hardly" agree if it is the lowest by
+    less than 5 % or 0.01."""
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in measured.items())
     line = f"Expected: {expected}. Measured: {numbers}."
     others = [value for name, value in measured.items() if name != lower]
@@ -661,10 +674,10 @@ def claim(expected, measured, lower):
 
 
 def picture_curves(e):
-    """Draws the terms of Eq. 6 and the mean diagonals as they were logged."""
+    """Draws the loss, its terms (Eq. 6) and the mean diagonals, from the log of the run."""
     path = e.args.checkpoint.with_name("log.jsonl")
     if e.settings["method"] != "decur" or not path.is_file():
-        return None, {}, f"curves.png is left out, because it needs a run of DeCUR and its {path}"
+        return None, {}, f"curves.png is left out, because it needs --method decur and {path}"
     log = read_log(path)
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
@@ -695,7 +708,7 @@ def picture_curves(e):
 def read_log(path):
     """Returns {name: values} of a run's log.jsonl.  A run that was resumed may have logged a step
     twice; the last line of a step counts."""
-    with reading(path, "the numbers of a step on each line", "or leave curves out of --only"):
+    with reading(path, "the log of a run", "give --only without curves"):
         parsed = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         lines = list({line["step"]: line for line in parsed}.values())
         return {name: [line[name] for line in lines] for name in lines[0]}
@@ -716,11 +729,11 @@ def picture_alignment(e):
     if e.compared:
         losses["compared"] = measure_alignment(e, e.compared)           # nxK
         legend.append(("all dimensions of --compare", INK))
-    top = max(1.5, *(a.max().item() for a in losses.values()))  # at most 4; Algorithm 2 stops at 1
+    top = max(1.5, *(a.max().item() for a in losses.values()))  # in Alg. 2 the top is 1
     edges = np.linspace(0, top, 41)
     image, pen, boxes = start_page(
         len(e.batch_slices), 2, 448, 250, "Cross-modal alignment: the loss of each dimension, "
-        "Eq. 7; bars of unique dimensions stand on those of common ones", legend)
+        "Eq. 7; bars of unique dimensions stand on bars of common dimensions", legend)
     for i, box in enumerate(boxes):
         heights = {kind: torch.histc(a[i], 40, 0, top).numpy() * 100 / e.K
                    for kind, a in losses.items()}
@@ -733,8 +746,8 @@ def picture_alignment(e):
         if e.compared:
             draw_curve(pen, at, (edges[:-1] + edges[1:]) / 2, heights["compared"], INK)
         pen.line((*at(1, 0), *at(1, highest)), GREY)
-    return image, losses, claim("common dimensions have a mean loss near 0, unique ones near 1",
-                                means, "common")
+    return image, losses, claim("the mean loss is near 0 in common dimensions, near 1 in unique "
+                                "dimensions", means, "common")
 
 
 def picture_tsne(e):
@@ -757,7 +770,7 @@ def picture_tsne(e):
         points.append(y)
         pen.rectangle(box, None, GREY)
         middle, radius = (y.min(0) + y.max(0)) / 2, max(np.ptp(y, axis=0).max() / 2, 1e-12)
-        pixels = (y - middle) / radius * (side / 2 - M) + np.reshape(box, (2, 2)).mean(0)
+        pixels = (y - middle) / radius * (side / 2 - MARGIN) + np.reshape(box, (2, 2)).mean(0)
         for (px, py), mark in zip(pixels, marks):
             draw_mark(pen, px, py, *mark)
     together = torch.cat(together).float().view(-1, k).numpy()          # 2nxk
@@ -765,11 +778,11 @@ def picture_tsne(e):
     return image, dict(points=np.stack(points), dimensions=e.dimensions, Kc=e.Kc), (
         f"KL divergence of each batch: {' '.join(divergences)}\n  " +
         claim("common dimensions lie next to the same dimension of the other modality, unique "
-              "dimensions do not (share of those that do)", means, "unique"))
+              "dimensions do not (share of dimensions that do)", means, "unique"))
 
 
 def picture_gradcam(e):
-    """Draws Fig. 4b and 10.  On made-up scenes, also measures how dense maps are on the objects."""
+    """Draws Fig. 4b and 10.  On made-up scenes, measures how dense the maps are on the objects."""
     side, size, tiles, empty = 144, e.settings["size"], [], 0
     numbers = collections.defaultdict(list)
     for x in load_batches(e.data, e.samples[:e.args.pairs], size, 1, 0, e.device, "pairs"):
@@ -790,11 +803,11 @@ def picture_gradcam(e):
         image.paste(tile, (left, top))
         if i < columns:
             pen.text((left, top - LINE - 2), heading, INK, FONT)
-    lines = [f"Each row of the picture is a pair.  Common maps should lie on what both modalities "
-             f"show, unique maps on what one alone shows.  {empty} maps have no positive pixel"]
+    lines = [f"Each row of the picture is a pair. Common maps should lie on what both modalities "
+             f"show, unique maps on what only one shows. Maps without a positive pixel: {empty}"]
     h, w = gradcam(net, net.layer, x[1], 0).shape[-2:]
     if max(h, w) <= 2:
-        lines.append(f"warning: GradCAM's maps have only {h}x{w} pixels, too few to show places.  "
+        lines.append(f"warning: GradCAM's maps have only {h}x{w} pixels, too few to show places. "
                      f"Give an earlier --layer, or pretrain with a larger --size")
     if are_made_up(e.root):
         densities = measure_densities(e)
@@ -836,8 +849,8 @@ def picture_spatial(e):
 def picture_spectral(e):
     """Draws Fig. 5b.
 
-    Paper: a histogram of the scores.  Here: the mean magnitude of the score of each image, where a
-    score is the signed mean over pixels of `IG_stat`."""
+    Paper: a histogram of the scores of the images.  Here: the mean of their magnitudes.  A score is
+    the signed mean over the pixels, from `IG_stat`."""
     stats, errors = ([], []), []
     for x in e.batches("integrated gradients"):
         for m, net in enumerate(e.nets):
@@ -848,8 +861,8 @@ def picture_spectral(e):
             error = imp.sum(2) * x[m][0, 0].numel() - gain              # Nx2  completeness
             errors.append(torch.stack((error, gain)).abs().nanmean((1, 2)).cpu())
     error, gain = torch.stack(errors).mean(0).tolist()
-    numbers, lines = {}, [f"Completeness: with {e.args.steps} steps the integrated gradients miss "
-                          f"{error:.2g} of a mean sum of {gain:.2g}"]
+    numbers, lines = {}, [f"Completeness: with {e.args.steps} steps, the sum of the integrated "
+                          f"gradients is {error:.2g} off; the sum itself is {gain:.2g} (means)"]
     image, pen, boxes = start_page(
         2, 1, 912, 240, f"Integrated gradients, Fig. 5b: how far each band moves the "
         f"{VALUES[e.args.value]} of common, of unique dimensions",
@@ -865,13 +878,13 @@ def picture_spectral(e):
         overall = {kind: a.mean() for kind, a in means.items()}
         draw_grouped_bars(pen, box, means, e.data.inputs[m]["bands"], modality,
                           "mean magnitude of the score")
-        lines.append(claim(f"{modality}: bands move common dimensions less than unique ones; the "
-                           f"paper found that of optical images (means)", overall, "common"))
+        lines.append(claim(f"{modality}: bands move common dimensions less than unique dimensions; "
+                           f"the paper found this for optical images (means)", overall, "common"))
     return image, numbers, "\n  ".join(lines)
 
 
 def picture_factors(e):
-    """Draws what the dimensions of this run vary with, and what a probe on the backbone reads."""
+    """Draws how much dimensions vary with each object, and what a probe on the backbone reads."""
     if not are_made_up(e.root):
         return None, {}, "factors.png is left out, because only made-up scenes have known factors"
     run = ("this run", e.net, e.settings | dict(seed=e.args.seed))
@@ -880,7 +893,7 @@ def picture_factors(e):
 
 
 def picture_measured(found, modalities):
-    """Draws the means over the runs of what `measure_factors` found, two panels for each label."""
+    """Draws the means over runs of what `measure_factors` returns, two panels for each label."""
     labels = list(dict.fromkeys(label for label, _, _ in found))
     image, pen, boxes = start_page(
         2 * len(labels) - 2, 2, 448, 200, f"Share of variance of dimensions between the shapes of "
@@ -901,8 +914,8 @@ def picture_measured(found, modalities):
 
 
 def picture_embeddings(e):
-    """Makes no picture, but keeps embeddings and features of all samples for your own programs, and
-    retrieves each sample's partner in the other modality."""
+    """Returns no picture, but the embeddings and features of all samples, for other programs.
+    Measures how well each sample retrieves its partner in the other modality."""
     z1_c, z2_c = (e.embedded[name][:5000, :e.Kc] for name in ("z1", "z2"))  # time grows as n^2
     n, (first, second) = len(z1_c), e.modalities
     lines = [f"Retrieval among {n} pairs by common dimensions; chance is R@1 {1 / n:.4f}, R@5 "
@@ -923,9 +936,10 @@ PICTURES = dict(curves=picture_curves, alignment=picture_alignment, tsne=picture
 
 
 def save_picture(out, name, image, numbers, sentence, caption):
-    """Writes the picture, with its run as a caption, and its numbers.  Prints how to read it."""
+    """Writes the picture, with the name of its run as a caption, and its numbers.  Prints how to
+    read the picture."""
     if image:
-        corner = image.width - M, image.height - M
+        corner = image.width - MARGIN, image.height - MARGIN
         ImageDraw.Draw(image).text(corner, caption, GREY, FONT, "rs")
         write_atomically(out / f"{name}.png", partial(image.save, format="PNG"))
     if numbers:
@@ -937,24 +951,25 @@ def save_picture(out, name, image, numbers, sentence, caption):
 # ---- a plot kit with Pillow: one font, one margin ----
 
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
-FONT, LINE, M = ImageFont.load_default(14), 20, 16  # a line's height and the margin, in pixels
-TOP = 2 * M + 2 * LINE                          # where panels begin, below title and legend
+FONT, LINE, MARGIN = ImageFont.load_default(14), 20, 16  # height of a line, and margin, in pixels
+TOP = 2 * MARGIN + 2 * LINE                          # where panels begin, below title and legend
 
 
 def start_page(n, columns, width, height, title, legend=()):
     """Returns a blank image, a pen for it, and the box (left, top, right, bottom) of each of the n
-    panels, line by line.  Each entry of the legend is a text, a colour and possibly a shape."""
-    lines = math.ceil(n / columns)
-    size = M + columns * (width + M), TOP + lines * (height + M) + LINE  # the caption's line
-    image = Image.new("RGB", size, PAPER)
-    pen, x, boxes = ImageDraw.Draw(image), M, []
-    pen.text((M, M), title, INK, FONT)
+    panels, row by row.  Each entry of the legend is a text, a colour and possibly a shape."""
+    rows = math.ceil(n / columns)
+    below = TOP + rows * (height + MARGIN)      # where the caption stands
+    size = MARGIN + columns * (width + MARGIN), below + LINE
+    image = Image.new("RGB", size, WHITE)
+    pen, x, boxes = ImageDraw.Draw(image), MARGIN, []
+    pen.text((MARGIN, MARGIN), title, INK, FONT)
     for text, *look in legend:
-        draw_mark(pen, x + 5, M + LINE + 12, *look)
-        pen.text((x + 17, M + LINE + 4), text, INK, FONT)
-        x += 17 + FONT.getlength(text) + 2 * M
+        draw_mark(pen, x + 5, MARGIN + LINE + 12, *look)
+        pen.text((x + 17, MARGIN + LINE + 4), text, INK, FONT)
+        x += 17 + FONT.getlength(text) + 2 * MARGIN
     for i in range(n):
-        left, top = M + i % columns * (width + M), TOP + i // columns * (height + M)
+        left, top = MARGIN + i % columns * (width + MARGIN), TOP + i // columns * (height + MARGIN)
         boxes.append((left, top, left + width, top + height))
     return image, pen, boxes
 
@@ -974,7 +989,7 @@ def draw_axes(pen, box, xs, ys, title, xlabel, ylabel, powers=False, names=()):
     """Draws axes from xs[0] to xs[1] and from ys[0] to ys[1].  Returns a function (x, y) -> pixel.
 
     powers   True: y is a logarithm to the base of 10
-    names    replace the numbers below the x axis; they stand at 0.5, 1.5, ..."""
+    names    words below the x axis at 0.5, 1.5, ..., instead of numbers"""
     left, top, right, bottom = box[0] + 36, box[1] + LINE + 8, box[2] - 8, box[3] - 2 * LINE
 
     def at(x, y):
@@ -1011,7 +1026,7 @@ def draw_bars(pen, at, edges, heights, base, colour):
     """Draws the bars of a histogram, which stand on `base`."""
     for x0, x1, y0, height in zip(edges, edges[1:], base, heights):
         (x0, y1), (x1, y0) = at(x0, y0 + height), at(x1, y0)
-        if y0 > y1:                             # a bar without height is not drawn as a line
+        if y0 > y1:                             # a bar of height 0 is not drawn
             pen.rectangle((x0, y1, x1 - 2, y0 - 1), colour)
 
 
@@ -1026,7 +1041,7 @@ def draw_grouped_bars(pen, box, groups, names, title, ylabel):
 
 
 def to_viridis(value):
-    """Maps 0..1 to colours, 0..255, along a new last dimension of 3."""
+    """Returns the colours of values in 0..1.  A new last dimension has red, green, blue, 0..255."""
     levels = np.linspace(0, 1, len(VIRIDIS))
     return np.stack([np.interp(value, levels, channel) for channel in VIRIDIS.T], -1)
 
@@ -1051,9 +1066,11 @@ def get_args(argv=None):
         help="the folder to write; default: explain/ in the run's folder, for --sweep explain/")
     add("--data", type=expand_path, nargs="+", metavar="DIR",
         help="the folder of the data; for custom two folders or patterns; default: as in training")
-    add("--split", type=expand_path, help="the split of the data; default: as in training")
+    add("--split", type=expand_path, help="the split of the data, such as test; default: as in "
+        "training")
     add("--samples", type=number(int, 8),
-        help="the number of random pairs; default: 512, or 4 batches if that is more")
+        help="the number of random pairs; default: 512, or 4 batches if that is more; all pairs "
+        "with --only embeddings")
     add("--seed", type=number(int, 0), default=0,
         help="the seed of the random pairs and of the random encoder; default: 0")
     add("--workers", type=number(int, 0), default=0, help="processes that read files; default: 0")
@@ -1061,13 +1078,15 @@ def get_args(argv=None):
         help="what is explained, the mean of dimensions or of their squares; default: mean")
     add("--tsne-dims", type=number(int, 4), default=1024,
         help="the number of dimensions of each modality in t-SNE; default: 1024")
-    add("--layer", help="the layer for GradCAM; default: the last convolution, or stage of a MiT")
+    add("--layer", help="the name of the layer for GradCAM, such as layer4.2.conv2; default: the "
+        "last convolution, or the last stage of a SegFormer")
     add("--pairs", type=number(int, 1), default=6,
         help="the number of pairs in the GradCAM picture; default: 6")
     add("--steps", type=number(int, 1), default=64,
         help="the number of steps of integrated gradients; default: 64")
     add("--batch-size", type=number(int, 1), default=64,
-        help="the pairs in memory at a time, which changes numbers only by rounding; default: 64")
+        help="the number of pairs in memory at a time, which changes results only by rounding; "
+        "default: 64")
     args = parser.parse_args(argv)
     args.out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
     return args

@@ -4,15 +4,18 @@
                        --weights runs/toy-rgbd-decur/checkpoint.pt          made-up scenes
     torchrun --nproc_per_node=4 finetune.py --task bigearthnet --linear --labels 0.01 \\
                        --weights runs/sar-optical-decur/checkpoint.pt       Table 1, first column
-    python finetune.py --task geonrw --weights none          Supervised; with --linear Rand. Init.
+    python finetune.py --task geonrw --weights none          Supervised; with --linear: Rand. Init.
     python finetune.py --task custom --data1 A --data2 B --target masks \\
                        --weights runs/custom-decur/checkpoint.pt            your own labels
-    python finetune.py --table runs/*                        lists these runs, means over seeds
+    python finetune.py --table runs/*                        lists runs, with means over seeds
 
-The defaults are the settings of Sec. 5 and App. B.  Writes into --out: results.json (metrics, what
-the most frequent class would score, scores and counts of each class, all settings), ids.txt (the
-training samples), checkpoint.pt (all that --resume needs), log.jsonl, args.json.
-The metrics are of the whole test split after the last step, never of the best step.
+The defaults are the settings of Sec. 5 and App. B.  Writes into --out:
+    results.json         metrics, the metrics of a guess, scores and counts of each class, settings
+    ids.txt              the names of the training samples
+    checkpoint.pt        all that --resume needs
+    log.jsonl            one line per logged step
+    args.json            the settings, the command line, the machine
+The metrics are measured on the whole test split after the last step, never at the best step.
 """
 import argparse
 import copy
@@ -52,7 +55,7 @@ NYU40 = ("wall floor cabinet bed chair sofa table door window bookshelf picture 
          "desk shelves curtain dresser pillow mirror floor_mat clothes ceiling books fridge tv "
          "paper towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub "
          "bag otherstructure otherfurniture otherprop").split()
-# scenario: which the encoders were pretrained on.
+# scenario: the pretraining whose modalities the task has.
 TASKS = {
     "bigearthnet": dict(scenario="sar-optical", data="data/bigearthnet", classes=tuple(CLASSES19)),
     "geonrw": dict(scenario="rgb-dem", data="data/rgb-dem", classes=GEONRW),
@@ -65,23 +68,23 @@ TASKS = {
 FCN_RGBD = [
     (dict(backbone="resnet50", modality=1, batch_size=8, steps=40000, optimizer="sgd", lr=0.01,
           weight_decay=1e-5, schedule="poly"), "paper, App. B"),
-    (dict(momentum=0.9), "MMSegmentation, 40k"),  # its "poly" has a least rate; ours ends at 0
+    (dict(momentum=0.9), "MMSegmentation, 40k"),  # its "poly" ends above 0, ours ends at 0
     (dict(size=480), "CMX, NYUv2"),             # CMX crops to 480x640
-    (dict(scale=(0.5, 1.0)), "here: as pretraining")]
+    (dict(scale=(0.5, 1.0)), "here, as in pretraining")]
 # App. B: "the same settings of CMX".  CMX published settings only for NYUv2: 500 epochs of 100
-# steps.  scale None: CMX's own crops, see `draw_cmx_boxes`.  test_scales: each scale is tested
-# together with its mirror image.
+# steps.  scale None: CMX's own crops, see `draw_cmx_boxes`.  test_scales: the test resizes an
+# image to each of these scales, and mirrors each of them.
 CMX_NYU = dict(modality=0, batch_size=8, optimizer="adamw", lr=6e-5, weight_decay=0.01,
                schedule="warm poly", size=480, scale=None, test_scales=(0.75, 1.0, 1.25))
-TOY = dict(backbone="resnet-toy", modality=0, size=48)
+TINY = dict(backbone="resnet-toy", modality=0, size=48)
 OWN = dict(modality=0, batch_size=32, epochs=50, optimizer="adamw", lr=1e-4, weight_decay=0.01,
            schedule="poly", scale=(0.5, 1.0), test_crop=1.0, split=None, test_split=None,
            ignore=255)
-RECIPES = {                                     # by task and model; a task's first is its default
+RECIPES = {                                     # by task and model; the first is the default
     ("bigearthnet", "late"): [
         (dict(backbone="resnet50", batch_size=256, epochs=100, optimizer="sgd", lr=0.05,
               weight_decay=0.0, momentum=0.9, schedule="steps", scale=(0.8, 1.0)), "paper, App. B"),
-        (dict(size=224, test_crop=224 / 256), "authors")],  # tested on the middle 224 of 256
+        (dict(size=224, test_crop=224 / 256), "authors")],  # test: the middle 224 of 256
     ("geonrw", "fcn"): [
         (dict(backbone="resnet50", batch_size=256, epochs=30, optimizer="adamw",
               lr=1e-4, weight_decay=0.01, scale=(0.2, 1.0)), "paper, App. B"),
@@ -94,15 +97,15 @@ RECIPES = {                                     # by task and model; a task's fi
                        (CMX_NYU | dict(steps=50000), "CMX, NYUv2")],
     ("custom", "late"): [(OWN, "here")],
     ("custom", "fcn"): [(OWN, "here")],
-    ("toy", "late"): [(TOY | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05,
-                                  weight_decay=0.0, momentum=0.9, schedule="steps",
-                                  scale=(0.8, 1.0), test_crop=1.0), "--toy")],
-    ("toy", "fcn"): [(TOY | dict(batch_size=32, epochs=8, optimizer="adamw", lr=1e-3,
-                                 weight_decay=0.01, schedule="poly", scale=(0.5, 1.0)), "--toy")],
-    ("toy", "cmx"): [(CMX_NYU | TOY | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3,
-                                           embed=64), "--toy")],
+    ("toy", "late"): [(TINY | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05,
+                                   weight_decay=0.0, momentum=0.9, schedule="steps",
+                                   scale=(0.8, 1.0), test_crop=1.0), "--toy")],
+    ("toy", "fcn"): [(TINY | dict(batch_size=32, epochs=8, optimizer="adamw", lr=1e-3,
+                                  weight_decay=0.01, schedule="poly", scale=(0.5, 1.0)), "--toy")],
+    ("toy", "cmx"): [(CMX_NYU | TINY | dict(backbone="mit_b0", batch_size=16, epochs=4, lr=1e-3,
+                                            embed=64), "--toy")],
 }
-# With --linear these come first.
+# With --linear, these settings come before those of RECIPES.
 LINEAR = {
     ("bigearthnet", "late"): [(dict(lr=0.5), "paper, App. B")],
     ("custom", "late"): [(dict(lr=1e-2), "here")], ("custom", "fcn"): [(dict(lr=1e-2), "here")],
@@ -117,7 +120,8 @@ OTHER_SETTINGS = dict(backbone="resnet50", size=224, epochs=None, steps=None, te
 # ---- the protocol ----
 
 def train(run, net, model, args, inputs):
-    """Trains as in App. B.  Frozen encoders stay in evaluation mode, batch statistics included."""
+    """Trains as in App. B.  Frozen encoders stay in evaluation mode, because in training mode batch
+    norms would change their statistics."""
     precision = nullcontext() if args.model == "cmx" else mixed_precision(run.device)
     for batch in run.batches():
         net.train()
@@ -125,7 +129,7 @@ def train(run, net, model, args, inputs):
             for E in net.encoders:
                 E.eval()
         x, target = prepare_batch(batch, args, inputs, run.device, run.draws)
-        with precision:                         # CMX in float32, as published
+        with precision:                         # CMX trains in float32, as published
             logits = model(*x)                  # NxC, or NxCxHxW
         loss = compute_transfer_loss(logits, target, run.world)
         run.optimizer.zero_grad()
@@ -135,8 +139,8 @@ def train(run, net, model, args, inputs):
 
 
 def compute_transfer_loss(logits, target, world):
-    """Returns MultiLabelSoftMarginLoss, or CrossEntropyLoss over all labelled samples or pixels.
-    Both are means over the global batch."""
+    """Returns MultiLabelSoftMarginLoss, or CrossEntropyLoss of the samples or pixels that have a
+    label.  Both are means over the global batch."""
     if target.is_floating_point():              # NxC, 0 or 1
         return F.multilabel_soft_margin_loss(logits.float(), target)
     labelled = sum_over_processes((target >= 0).sum().float()).clamp(min=1)
@@ -147,16 +151,16 @@ def compute_transfer_loss(logits, target, world):
 @torch.no_grad()
 def test(net, data, train_counts, args, device, rank=0, world=1):
     """Tests on the whole split; each process takes a share of the samples.  Returns what
-    `summarise` makes of the joint counts."""
-    if world > 1 and device.type == "cpu":      # each process has batch statistics of its own
+    `summarise` makes of the counts of all processes."""
+    if world > 1 and device.type == "cpu":      # CPU processes have different batch statistics
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     net.eval()
     n, C = len(data), len(data.classes)
     first, last = rank * n // world, (rank + 1) * n // world
-    # row: label, column: prediction; of multi-label tasks scores and labels, 0 in others' rows
-    total = torch.zeros(C, C, dtype=torch.int64, device=device)
+    total = torch.zeros(C, C, dtype=torch.int64, device=device)     # rows: labels
     if data.kind == "multi-label":
+        # scores and labels; rows of other processes' samples stay 0, so a sum joins all processes
         total = torch.zeros(2, n, C, device=device)
     for x, target in read_batches(data, np.arange(first, last), args, device, world, "test"):
         scores = compute_scores(net, x, args.test_scales)           # NxC, or NxCxHxW
@@ -174,37 +178,42 @@ def test(net, data, train_counts, args, device, rank=0, world=1):
 
 
 def compute_scores(net, x, scales):
-    """Returns logits.  With several scales it is CMX's evaluation: for each scale, the logits of
-    the image and of its mirror image are added; the exponentials of these sums are added.
-    CMX tests frames above 480x640 (scale 1.25) by sliding windows.  Here: as a whole."""
+    """Returns the logits for one scale, or the scores of CMX's evaluation for several scales.
+
+    CMX adds the logits of the image and of its mirror image for each scale, then adds the
+    exponentials of these sums.
+    CMX tests frames above 480x640 (scale 1.25) by sliding windows.  Here the frame is tested as a
+    whole."""
     if tuple(scales) == (1.0,):
         return net(*x).float()
-    size, both = x[0].shape[-2:], []
+    size, sums = x[0].shape[-2:], []
     for scale in scales:
         scaled_size = [round(scale * n) for n in size]
         scaled = [F.interpolate(images, scaled_size, mode="bilinear") for images in x]
         mirrored = [images.flip(-1) for images in scaled]
-        both.append(net(*scaled).float() + net(*mirrored).flip(-1).float())
-    top = torch.stack([b.amax((1, 2, 3), keepdim=True) for b in both]).amax(0)  # Nx1x1x1
-    excess = (top - 80).clamp(min=0)            # exp(89) is infinite; a shift keeps the order
-    return sum(F.interpolate((b - excess).exp(), size, mode="bilinear") for b in both)
+        sums.append(net(*scaled).float() + net(*mirrored).flip(-1).float())
+    top = torch.stack([t.amax((1, 2, 3), keepdim=True) for t in sums]).amax(0)  # Nx1x1x1
+    # exp(89) is infinite in float32.  A shift of all scales keeps the order of the classes.
+    excess = (top - 80).clamp(min=0)
+    return sum(F.interpolate((t - excess).exp(), size, mode="bilinear") for t in sums)
 
 
 def scale_rate(name, step, steps):
-    """Returns the learning rate at a step, as a fraction of its base."""
+    """Returns the factor of the learning rate at a step."""
     if name == "steps":                         # App. B: "by factor 10 at 60 and 80 epochs" of 100
         return 0.1 ** sum(10 * step >= tenths * steps for tenths in (6, 8))
     if name == "constant":
         return 1.0
-    warm = steps // 50 if name == "warm poly" else 0  # CMX: 10 of 500 epochs, linearly from 0
+    warm = steps // 50 if name == "warm poly" else 0  # CMX: 10 of 500 epochs rise from 0
     return step / warm if step < warm else (1 - step / steps) ** 0.9
 
 
 def make_transfer_optimizer(net, args):
+    """Returns SGD or AdamW for the parameters that are trained."""
     trained = [p for p in net.parameters() if p.requires_grad]
     weights = [p for p in trained if p.ndim > 1]
     others = [p for p in trained if p.ndim < 2]  # biases and norms
-    decay = 0.0 if args.model == "cmx" else args.weight_decay       # CMX does not decay these
+    decay = 0.0 if args.model == "cmx" else args.weight_decay       # CMX does not decay others
     groups = [dict(params=weights), dict(params=others, weight_decay=decay)]
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -214,16 +223,18 @@ def make_transfer_optimizer(net, args):
 # ---- models ----
 
 class LateFusion(nn.Module):
-    """App. B, SAR-optical: pooled features concatenated, then one linear layer.
+    """Classifies as in App. B, SAR-optical: concatenates pooled features, then one linear layer.
 
-    encoders  NxCxHxW -> Nxd each, d as in `dims`;  part: the slice of each output that is used
+    encoders    modules NxCxHxW -> NxD
+    part        the slice of each encoder's output that is used
+    dims        the width of this slice, for each encoder
     Call: NxCxHxW for each encoder -> NxC logits."""
 
     def __init__(self, encoders, dims, num_classes, part=slice(None)):
         super().__init__()
         self.encoders, self.part = nn.ModuleList(encoders), part
         self.fc = nn.Linear(sum(dims), num_classes)
-        nn.init.normal_(self.fc.weight, std=0.01)  # not in the paper: as the authors
+        nn.init.normal_(self.fc.weight, std=0.01)  # the paper has none; the authors' code does
         nn.init.zeros_(self.fc.bias)
 
     def encode(self, *images):
@@ -234,10 +245,13 @@ class LateFusion(nn.Module):
 
 
 class FCN(nn.Module):
-    """App. B, RGB-DEM: the last three stages of all encoders are concatenated, upsampled to the
-    input's size, convolved (1x1), and added.  Call: NxCxHxW for each encoder -> NxCxHxW logits.
-    Paper: upsampled, then convolved: 7168 channels of 224x224.  Here: convolved, then upsampled.
-    The function is the same, because both are linear and bilinear weights sum to 1."""
+    """Segments as in App. B, RGB-DEM: the last three stages of all encoders are concatenated,
+    upsampled to the input's size, convolved (1x1), and added.
+
+    Call: NxCxHxW for each encoder -> NxCxHxW logits.
+    Paper: maps are upsampled, then convolved, which needs 7168 channels of 224x224.
+    Here: maps are convolved, then upsampled.  The result is the same, because both operations are
+    linear and bilinear weights sum to 1."""
 
     def __init__(self, encoders, num_classes):
         super().__init__()
@@ -258,8 +272,8 @@ class FCN(nn.Module):
 # CMX (Zhang et al., 2022).  Parameters have the published names.
 
 class FRM(nn.Module):
-    """Rectifies features, CMX's Eq. 1-5: each stream adds the other one, weighted by channel and
-    by pixel."""
+    """Rectifies features (CMX's Eq. 1-5): adds to each modality the other modality, weighted by
+    channel and by pixel."""
 
     def __init__(self, C):
         super().__init__()
@@ -279,7 +293,7 @@ class FRM(nn.Module):
 
 
 class FFM(nn.Module):
-    """Fuses features, CMX's Eq. 6-9: cross attention, then a residual mix of channels."""
+    """Fuses features (CMX's Eq. 6-9) by cross attention, then by a residual mix of channels."""
 
     def __init__(self, C, heads):
         super().__init__()
@@ -305,7 +319,7 @@ class FFM(nn.Module):
         yb, ub = F.relu(self.cross["channel_proj2"](b)).chunk(2, -1)
         Ga = self.compute_context("kv1", ua)
         Gb = self.compute_context("kv2", ub)
-        # NxHWxC, the context of the other modality
+        # NxHWxC: each modality attends to the context of the other modality
         ta = (self.split_heads(ua) @ Gb).transpose(1, 2).flatten(2)
         tb = (self.split_heads(ub) @ Ga).transpose(1, 2).flatten(2)
         a = self.cross["norm1"](a + self.cross["end_proj1"](torch.cat((ya, ta), -1)))
@@ -324,12 +338,14 @@ class FFM(nn.Module):
 
 
 class CMX(nn.Module):
-    """CMX with its MLP decoder, `embed` wide.  Call: NxCxHxW, NxCxHxW -> NxCxHxW logits.
-    Here the batch norm of the decoder has eps 1e-5; CMX has 1e-3 in training, 1e-5 in tests."""
+    """Segments with CMX and its MLP decoder, which is `embed` wide.
+
+    Call: NxCxHxW, NxCxHxW -> NxCxHxW logits.
+    The batch norm of the decoder has eps 1e-5 here.  CMX has 1e-3 in training and 1e-5 in tests."""
 
     def __init__(self, name, num_classes, channels=(3, 3), embed=512, dropout=0.1):
         super().__init__()
-        # a tuple, because the encoders' modules are registered in `backbone`, by CMX's names
+        # A tuple is not registered as a module.  `backbone` registers the encoders by CMX's names.
         self.encoders = tuple(mit(name, c) for c in channels)
         self.dropout = dropout
         dims = self.encoders[0].dims
@@ -365,12 +381,13 @@ class CMX(nn.Module):
         return F.interpolate(m, size, mode="bilinear")
 
 
-# ---- metrics: of the data set, not means over batches ----
+# ---- metrics of the whole data set (not means over batches) ----
 
 def average_precision(scores, labels):
-    """Returns sum_n (R_n - R_{n-1}) P_n, the area under precision over recall, of all decisions in
-    one ranking; equal scores share one threshold.  Returns None if no label is positive.
-    Of NxC scores and labels this is mAP "micro"."""
+    """Returns sum_n (R_n - R_{n-1}) P_n, the area under precision over recall, or None if no label
+    is positive.  All decisions are in one ranking, where equal scores share one threshold.
+
+    scores, labels    of one shape.  For NxC, the result is mAP "micro"."""
     scores, labels = scores.flatten(), labels.flatten().double()
     if not labels.any():
         return None
@@ -385,7 +402,7 @@ def average_precision(scores, labels):
 
 def compute_ranking_metrics(scores, labels):
     """Returns the mAP of NxC scores and labels, and the AP of each class.
-    "macro" is the mean over the classes that have a positive label."""
+    mAP "macro" is the mean of the AP over the classes that have a positive label."""
     each = [average_precision(s, y) for s, y in zip(scores.T, labels.T)]
     defined = [value for value in each if value is not None]
     macro = math.fsum(defined) / len(defined) if defined else None
@@ -393,8 +410,8 @@ def compute_ranking_metrics(scores, labels):
 
 
 def count_confusions(pred, gt, num_classes, ignore):
-    """Returns CxC counts, row: label, column: prediction.  Labels equal to `ignore` do not count:
-    they get a bin of their own, because selecting the others would take longer."""
+    """Returns CxC counts: rows are labels, columns are predictions.  Labels equal to `ignore` are
+    not counted.  They get a bin of their own, because selecting the other labels takes longer."""
     bins = num_classes ** 2
     bin_of_each = torch.where(gt == ignore, bins, num_classes * gt + pred)
     counts = bin_of_each.flatten().bincount(minlength=bins + 1)
@@ -402,8 +419,8 @@ def count_confusions(pred, gt, num_classes, ignore):
 
 
 def compute_counting_metrics(matrix, kind):
-    """Returns the metrics of a confusion matrix, and the IoU of each class (of single-label tasks,
-    its accuracy).  Classes that are neither predicted nor labelled are not in the mean."""
+    """Returns the metrics of a confusion matrix, and the score of each class: its IoU, or in
+    single-label tasks its accuracy.  Classes without a score are not in the mean."""
     matrix = matrix.cpu().double()              # MPS has no float64
     hit, labelled = matrix.diagonal(), matrix.sum(1)
     name, total = "mIoU", matrix.sum(0) + labelled - hit
@@ -426,13 +443,13 @@ def iou_and_accuracy(pred, gt, num_classes, ignore):
 
 
 def summarise(data, total, train_counts):
-    """Returns the metrics; their yardstick: the same metrics of a guess that never looks at the
-    image; and for each class its score and its numbers of training and test labels.
+    """Returns the results as a dict: `metrics`; `yardstick`, the same metrics of a guess that never
+    looks at the image; `classes`, the score of each class; its numbers of training and test labels.
 
-    total         2xNxC   scores and labels of a multi-label task: the guess ranks every image by
-                          how often each class occurs in training;
-                  or CxC  confusions of other tasks: the guess is the most frequent training class
-    train_counts  C       images (in masks: pixels) of each class in what was trained on"""
+    total           scores and labels of a multi-label task (2xNxC), or confusions (CxC)
+    train_counts    the number of training samples of each class; of its pixels, if labels are masks
+    In a multi-label task, the guess ranks the classes by how often they occur in training.  In
+    other tasks, the guess is always the class that is most frequent in training."""
     if data.kind == "multi-label":
         scores, labels = total                                      # NxC each
         metrics, each = compute_ranking_metrics(scores, labels)
@@ -452,7 +469,7 @@ def summarise(data, total, train_counts):
 # ---- the model of a run, and weights into it ----
 
 def build_model(args, data):
-    """Returns the model of the settings, and a line for each of the --weights in its encoders."""
+    """Returns the model that the settings ask for, and lines about the weights of its encoders."""
     sample, modalities, num_classes = data[0], select_modalities(args), len(data.classes)
     channels = [sample[m].shape[0] for m in modalities]
     if args.part:
@@ -471,10 +488,10 @@ def build_model(args, data):
 
 
 def build_with_projectors(args, channels, num_classes):
-    """--part: returns late fusion of a part of the embeddings, instead of the encoders' features,
-    and a line about it."""
+    """Returns late fusion for --part, and a line about it.  The model classifies a part of the
+    embeddings instead of the encoders' features."""
     file, branches = args.weights[0], nn.ModuleDict()
-    with reading(file, "a pretraining's checkpoint.pt that fits", "give another as --weights"):
+    with reading(file, "a checkpoint.pt of pretrain.py for these images", "give other --weights"):
         checkpoint = load_checkpoint(file)
         settings, state = checkpoint["settings"], checkpoint["model"]
         K, Kc = settings["K"], settings["Kc"]
@@ -492,12 +509,13 @@ def build_with_projectors(args, channels, num_classes):
 # ---- samples ----
 
 class Labelled:
-    """Samples of a task: (x1, x2, target).
+    """Holds the samples of a task: (x1, x2, target).
 
-    kind          "multi-label": the target has C zeros and ones; "single-label": it is a class;
-                  "segmentation": HxW classes, -1 where there is no label
-    read_label    returns the label of a name: C zeros and ones; or a class or a mask of classes,
-                  counted from 1, where 0 is no label.  Reads no image"""
+    kind          "multi-label": a target is C zeros and ones
+                  "single-label": a target is a class, counted from 0
+                  "segmentation": a target is HxW classes, counted from 0; -1 is no label
+    read_label    a function that returns the label of a name, without reading an image.  In labels,
+                  classes are counted from 1 and 0 is no label, except for multi-label"""
 
     def __init__(self, data, classes, kind, read_label):
         self.data, self.classes, self.kind, self.read_label = data, classes, kind, read_label
@@ -507,11 +525,11 @@ class Labelled:
         return len(self.ids)
 
     def __getitem__(self, i):
-        self.data.epoch = self.epoch            # seasons of made-up satellite scenes
+        self.data.epoch = self.epoch            # seasons change with the epoch
         x1, x2, *label = self.data[i]
-        if not label:                           # pairs without labels: take their first views
+        if not label:                           # an item of pretraining: take the first views
             x1, x2, label = x1[0], x2[0], [self.read_label(self.ids[i])]
-        if x1.shape[-2:] != x2.shape[-2:]:      # one's own: one box will be cut out of both
+        if x1.shape[-2:] != x2.shape[-2:]:      # own images; one box is cut from both
             x2 = resize(to_unit_range(x2)[None], x1.shape[-2:])[0]
         if self.kind == "multi-label":
             return x1, x2, label[0]
@@ -520,7 +538,7 @@ class Labelled:
         return x1, x2, label[0] - 1
 
     def count_labels(self, i):
-        """Returns C counts of a sample: of its pixels, or of the image itself."""
+        """Returns C counts: the pixels of each class in a mask, or 1 for each class of an image."""
         label = torch.as_tensor(self.read_label(self.ids[i]))
         if self.kind == "multi-label":
             return label.long()
@@ -535,7 +553,7 @@ def open_task(args, rank):
         both, lines = open_published_task(args, rank), []
     modalities = both[0].data.modalities
     need(args.depth_unit == 1000 or "depth" in modalities, f"--depth-unit has no effect on "
-         f"{' and '.join(modalities)}. Leave it out")
+         f"{' and '.join(modalities)}. Leave --depth-unit out")
     return both, lines
 
 
@@ -545,13 +563,13 @@ def open_published_task(args, rank):
     kind = "multi-label" if args.model == "late" else "segmentation"
     classes, labels = task["classes"], None
     if task["scenario"] == "rgbd":
-        size = math.ceil(2 * size / 3)          # its canvas is 3/2 as high
+        size = math.ceil(2 * size / 3)          # RGB-D frames are 3/2 as high as `size`
     if args.toy:
         make_toy(task["scenario"], args.data, rank=rank)
         classes = SCENE_CLASSES
-    if args.toy and args.model == "late":       # classes are the objects in a scene, not its mask
+    if args.toy and args.model == "late":       # the label says which objects are in the scene
         name, classes, labels = task["scenario"], SCENE_CLASSES[1:], {}
-        for scene, shapes in read_factors(args.data).items():       # three shapes of four
+        for scene, shapes in read_factors(args.data).items():       # 3 objects
             labels[scene] = F.one_hot(torch.tensor(shapes), len(SHAPES)).flatten().float()
     for split in (args.split, args.test_split):
         data = open_dataset(name, args.data, size, split, args.depth_unit,
@@ -565,15 +583,16 @@ def open_published_task(args, rank):
 
 
 def read_classes(files, values, name):
-    """Reads the mask of a name: k + 1 where the mask has the k-th of the sorted values, else 0."""
+    """Reads the mask of a name.  Returns k + 1 where the mask has the value values[k], otherwise 0.
+    The values are sorted."""
     mask, values = read_mask(files[name]), np.array(values)
     k = np.searchsorted(values, mask).clip(max=len(values) - 1)
     return torch.from_numpy(np.where(values[k] == mask, k + 1, 0))
 
 
 def choose_subset(n, fraction, seed):
-    """--labels: returns a prefix of a seeded permutation of 0..n-1, so that smaller subsets lie in
-    larger ones."""
+    """Returns the first part of a seeded permutation of 0..n-1, for --labels.  A smaller subset is
+    contained in each larger subset of the same seed."""
     return np.random.default_rng(seed).permutation(n)[:max(1, round(fraction * n))]
 
 
@@ -583,7 +602,7 @@ def select_modalities(args):
 
 
 def read_batches(data, indices, args, device, world, text):
-    """Yields the samples once, in their order, not augmented.  text: of the progress bar."""
+    """Yields the samples once, in their order, not augmented.  text: the progress bar's text."""
     loader = DataLoader(Subset(data, indices.tolist()), max(1, args.batch_size // world),
                         num_workers=args.workers, worker_init_fn=leave_group,
                         pin_memory=device.type == "cuda")
@@ -593,8 +612,8 @@ def read_batches(data, indices, args, device, world, text):
 
 @torch.no_grad()
 def compute_features(net, data, indices, args, device):
-    """--cached: returns each training sample's features, computed once and not augmented, as a
-    data set."""
+    """Returns a data set of features and targets, for --cached.  The features of each training
+    sample are computed once, without augmentation."""
     net.eval()
     features, targets = [], []
     for x, target in read_batches(data, indices, args, device, 1, "features"):
@@ -606,28 +625,28 @@ def compute_features(net, data, indices, args, device):
 # ---- augmentation: one box for both modalities and the mask ----
 
 def draw_cmx_boxes(B, H, W, draws):
-    """Returns boxes as CMX draws them: a frame is scaled by one of six factors, then cropped to
-    its former size, or padded to it.  Top, left, height, width, flip: Bx1."""
+    """Draws boxes as CMX does: a frame is scaled by one of six factors, then cropped or padded to
+    its former size.  Returns top, left, height, width and flip, each Bx1."""
     u = draws(4).double()
     factors = torch.tensor([0.5, 0.75, 1, 1.25, 1.5, 1.75], dtype=u.dtype)
     s = factors[(6 * u[:, :1]).long()]          # Bx1
     starts = []
     for n, v in ((H, u[:, 1:2]), (W, u[:, 2:3])):
-        spare = (s * n).round() - n             # Bx1, in scaled pixels; below 0: padded
+        spare = (s * n).round() - n             # Bx1, scaled pixels; below 0: padding
         starts.append(torch.where(spare >= 0, (v * (spare + 1)).floor(), (spare / 2).ceil()) / s)
     return *starts, H / s, W / s, u[:, 3:] < 0.5
 
 
 def resample_boxes(x, boxes, size):
-    """Returns each box resized to `size`, and mirrored where the box says so.
+    """Cuts a box out of each image or mask, resizes it to `size`, and mirrors it if flip is 1.
 
-    x      BxCxHxW float: resized by a triangle filter as in pretraining, 0 outside of the image;
-           or BxHxW classes: the nearest pixel, -1 outside
+    x      BxCxHxW float: resized by a triangle filter as in pretraining; 0 outside of the image
+           or BxHxW classes: resized by the nearest pixel; -1 outside of the mask
     boxes  Bx5 float on the device of x: top, left, height, width, flip"""
     top, left, h, w, mirrored = boxes.split(1, 1)                   # Bx1 each
     H, W = x.shape[-2:]
     if x.is_floating_point():
-        Wy = make_triangle_filter(top, h, H, size[0]).nan_to_num(0)  # nan: a row outside
+        Wy = make_triangle_filter(top, h, H, size[0]).nan_to_num(0)  # NaN: outside
         Wx = make_triangle_filter(left, w, W, size[1]).nan_to_num(0)
         return filter_separably(x, Wy, torch.where(mirrored[..., None] > 0, Wx.flip(1), Wx))
     pixel = torch.arange(max(size), device=x.device) + 0.5
@@ -640,12 +659,13 @@ def resample_boxes(x, boxes, size):
 
 
 def prepare_batch(batch, args, inputs, device, draws=None):
-    """Returns what the model sees of a batch of files, [NxCxHxW], and the target.
+    """Returns what the model sees of a batch, a list of NxCxHxW, and the target.
 
-    With draws both are augmented.  Without, the model sees the frame; or with test_crop the middle
-    of the frame, resized to the training crops' size, while masks stay as they are."""
+    With draws, images and target are augmented.  Without draws, the model sees the whole frame.  If
+    test_crop is set, it sees the middle of the frame, resized to the size of the training crops;
+    masks stay as they are."""
     *x, target = [move_to(t, device) for t in batch]
-    if args.cached and draws:                   # a batch of features
+    if args.cached and draws:                   # x is a batch of features
         return x, target
     x = [normalise(to_unit_range(x[m]), inputs[m]) for m in select_modalities(args)]
     B, _, H, W = x[0].shape
@@ -667,14 +687,14 @@ def prepare_batch(batch, args, inputs, device, draws=None):
     return x, target
 
 
-# ---- --task custom: one's own pairs and labels ----
+# ---- --task custom: the user's own pairs and labels ----
 
-CSV_FORM = ("one `name,label` a line, such as `scene7,forest`; several labels of a name are "
-            "several lines; the first line may be the header `name,label`")
+CSV_FORM = ("one `name,label` per line, such as `scene7,forest`. A name with several labels has "
+            "several lines. The first line may be the header `name,label`")
 
 
 def open_custom_task(args):
-    """Opens one's own pairs and labels.  Returns the samples of both splits, and lines about
+    """Opens the user's own pairs and labels.  Returns the samples of both splits, and lines about
     them."""
     pairs, lines = open_own_pairs(args)
     if args.model == "late":
@@ -682,31 +702,35 @@ def open_custom_task(args):
     else:
         named = find_images(args.target, (".png", ".tif", ".tiff", ".npy"))
         describe = describe_masks
-    strangers = sorted(set(named) - set(pairs.ids))
-    need(not strangers, f"--target {args.target} names {strangers[:1]}, which has no pair. The "
-         f"pairs have names such as {pairs.ids[0]}. Give masks of equal names, a pattern such as "
-         f"'masks/*_mask.png', or a csv with {CSV_FORM}")
+    unpaired = sorted(set(named) - set(pairs.ids))
+    need(not unpaired, f"--target {args.target} has a label for {' '.join(unpaired[:1])}, but no "
+         f"pair has this name. The first pair is {pairs.ids[0]}. Give masks with the names of the "
+         f"pairs, a pattern such as 'masks/*_mask.png', or a csv with {CSV_FORM}")
     classes, kind, read_label, more = describe(args, named)
-    need(len(classes) > 1, f"--target {args.target} has {len(classes)} classes {classes}. Give "
-         f"labels of 2 classes or more")
+    remedy = "Give labels of two classes or more"
+    if kind == "segmentation" and args.ignore >= 0:
+        remedy += f". If {args.ignore} is the value of a class in these masks, give --ignore -1"
+    need(len(classes) > 1, f"--target {args.target} has fewer than two classes: "
+         f"{', '.join(classes) or 'none'}. {remedy}")
     ids, both = [name for name in pairs.ids if name in named], []
     for part in split_names(args, ids):
         data = copy.copy(pairs)
         data.ids = part
         both.append(Labelled(data, classes, kind, read_label))
-    lines.append(f"{len(ids)} of {len(pairs)} pairs have labels: {kind}, {len(classes)} classes")
+    lines.append(f"pairs with a label: {len(ids)} of {len(pairs)}; the task is {kind} with "
+                 f"{len(classes)} classes")
     return both, lines + more
 
 
 def open_own_pairs(args):
     """Opens the images of --data1 and --data2.  Returns them, and lines about them.
 
-    Encoders that were pretrained on one's own images keep how those were normalised.  With other
-    encoders --as1 and --as2 say what the images are."""
+    If the encoders were pretrained on own images, images are normalised as in that pretraining.
+    Otherwise --as1 and --as2 say what the images are."""
     sources, inputs = args.pretraining, None
     if all(source.get("scenario") == "custom" for source in sources):
         inputs = [source["sees"] for source in sources]
-        if len(sources) == 1:                   # the other modality is normalised, but not seen
+        if len(sources) == 1:                   # the model does not see the other modality
             inputs = sources[0]["inputs"]
     pairs = open_dataset("custom", [args.data1, args.data2], args.size,
                          depth_unit=args.depth_unit, inputs=inputs, declared=(args.as1, args.as2))
@@ -720,8 +744,8 @@ def open_own_pairs(args):
 
 
 def read_label_table(file):
-    """Reads lines `name,label`.  Returns {name: the set of its labels}, which an empty label
-    leaves empty."""
+    """Reads lines `name,label`.  Returns {name: the set of its labels}.  The set is empty if the
+    label is empty."""
     labels = {}
     with reading(file, "a csv"):
         lines = [line for line in read_lines(file) if line != "name,label"]
@@ -734,47 +758,52 @@ def read_label_table(file):
 
 
 def describe_labels(args, labels):
-    """Returns the classes, the kind of the task, a function name -> label, and lines about
-    {name: the set of its labels}."""
+    """Returns the classes, the kind of the task, a function name -> label, and lines to print.
+
+    labels    {name: the set of its labels}, from `read_label_table`"""
     classes, label_of = sorted(set().union(*labels.values())), {}
     kind, lines = "single-label", []
-    odd = [name for name, own in labels.items() if len(own) != 1]
-    if odd:
+    not_single = [name for name, own in labels.items() if len(own) != 1]
+    if not_single:
         kind = "multi-label"
-        lines.append(f"{len(odd)} of {len(labels)} names in --target have several labels or none, "
-                     f"such as {odd[0]}, so that the task is multi-label")
+        lines.append(f"names with several labels or none: {len(not_single)} of {len(labels)} in "
+                     f"--target, such as {not_single[0]}. So the task is multi-label")
     for name, own in labels.items():
         ones = torch.tensor([float(label in own) for label in classes])
-        label_of[name] = ones if odd else ones.argmax() + 1
+        label_of[name] = ones if not_single else ones.argmax() + 1
     joined = [c for c in classes if set(re.split(r"[|;,/&+ ]+", c)) <= set(classes) - {c}]
     if joined:
-        lines.append(f"warning: classes such as {joined[0]!r} look like several labels in one. If "
-                     f"they are, write {CSV_FORM}")
+        lines.append(f"warning: the class {joined[0]!r} looks like several labels in one. If that "
+                     f"is so, write {CSV_FORM}")
     return classes, kind, label_of.get, lines
 
 
 def describe_masks(args, files):
-    """Returns what `describe_labels` does of {name: mask}; each value but --ignore is a class."""
+    """Returns the same as `describe_labels`, for masks.  Each value except --ignore is a class.
+
+    files    {name: path of its mask}"""
     counts = count_mask_values(files)
     total = sum(pixels for pixels, _ in counts.values())
     counts = {value: n for value, n in counts.items() if value >= 0 and value != args.ignore}
     shares = {value: pixels / total for value, (pixels, _) in counts.items()}
-    held = ", ".join(f"{value} ({share:.2%})" for value, share in shares.items())
-    lines = [f"masks hold {held}; {1 - sum(shares.values()):.2%} of the pixels have no label "
-             f"(--ignore {args.ignore}, negative, or no data)"]
+    values = ", ".join(f"{value} ({share:.2%})" for value, share in shares.items())
+    lines = [f"classes in the masks: {values}. {1 - sum(shares.values()):.2%} of the pixels have "
+             f"no label, because their value is {args.ignore} (--ignore), negative, or no data"]
     lines += [f"warning: {warning}" for warning in find_mask_warnings(counts)]
     classes = [str(value) for value in counts]
     return classes, "segmentation", partial(read_classes, files, list(counts)), lines
 
 
 def split_names(args, ids):
-    """Returns names to train on and names to test on: of two lists, or of a seeded fifth."""
+    """Returns names to train on and names to test on, from the two lists that were given.  Without
+    lists, a random fifth (by --seed) is tested on."""
     if args.split:
         names = dict.fromkeys(ids)
         train, test = [read_list(Path(file), names) for file in (args.split, args.test_split)]
         shared = sorted(set(train) & set(test))
-        need(not shared, f"{len(shared)} names are in both {args.split} and {args.test_split}, "
-             f"such as {shared[:1]}; test on samples that are not trained on")
+        need(not shared, f"{args.split} and {args.test_split} share names, such as "
+             f"{' '.join(shared[:1])}. Test on names that are not trained on ({len(shared)} are "
+             f"shared)")
         return train, test
     test = [ids[i] for i in sorted(choose_subset(len(ids), 0.2, args.seed))]
     return sorted(set(ids) - set(test)), test
@@ -783,8 +812,8 @@ def split_names(args, ids):
 # ---- pictures ----
 
 def save_prediction(args, data, i, x, target, scores):
-    """Draws inputs, label and prediction side by side; below, the names of the classes in the
-    colours of the classes."""
+    """Draws inputs, label and prediction side by side.  Below stand the names of the classes, each
+    in its colour."""
     names = ["no label", *data.classes]
     colours = np.random.default_rng(0).integers(100, 256, (len(names), 3), np.uint8)
     colours[0] = 80
@@ -816,7 +845,7 @@ def main(argv=None):
     checkpoint = find_checkpoint(args.out, args.resume)             # or None
     step = checkpoint["step"] if checkpoint else 0
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in CMX and evaluation
+        torch.set_float32_matmul_precision("high")  # TF32, for CMX and for tests
 
     # ---- data ----
     (data, test_data), lines = open_task(args, rank)
@@ -841,9 +870,9 @@ def main(argv=None):
         restore(checkpoint, args.out, net, optimizer, settings)
     frozen = [copy.deepcopy(E.state_dict()) for E in net.encoders] if args.linear else []
 
-    # ---- run; the loader's workers start before the processes meet ----
+    # ---- run; the loader's workers start before the processes are connected ----
     trained, samples, indices = net, data, chosen
-    if args.cached:                             # the same loop, of the linear layer, on features
+    if args.cached:                             # the same loop trains only the linear layer
         trained, indices = net.fc, np.arange(len(chosen))
         samples = compute_features(net, data, chosen, args, device)
     loader = make_loader(args, samples, indices, step, args.steps, process)
@@ -855,18 +884,18 @@ def main(argv=None):
     run = Run(args, settings, net, optimizer, loader, step, args.steps,
               len(indices) // args.batch_size, partial(scale_rate, args.schedule), process)
     lines += more + describe_training(args, data, counts.tolist(), len(chosen))
-    run.introduce(sources, lines, find_warnings(data.data))
+    run.print_start(sources, lines, find_warnings(data.data))
     train(run, net, model, args, data.inputs)
     if not run.stopped:
         result = test(net, test_data, counts, args, device, rank, world)
         check_frozen(net, frozen)
-        finish(run, args, result, sorted(data.ids[i] for i in chosen))
+        finish(run, result, sorted(data.ids[i] for i in chosen))
     leave()
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
 
 
 def count_classes(data, indices, workers):
-    """Returns C counts of the labels that samples have: of images, or of pixels in masks."""
+    """Returns C counts of the labels of these samples: images of a class, or pixels in masks."""
     total = torch.zeros(len(data.classes), dtype=torch.int64)
     for counts in in_processes(data.count_labels, indices.tolist(), workers, "classes"):
         total += counts
@@ -874,28 +903,31 @@ def count_classes(data, indices, workers):
 
 
 def describe_training(args, data, counts, n):
-    """Returns lines: how many samples are trained on, and what is wrong with them."""
-    lines = [f"trained on {n} of {len(data)} training samples"]
-    lines += warn_of_missing_classes(data.classes, counts, "samples trained on")
+    """Returns lines: how many samples are trained on, and warnings about labels and weights."""
+    lines = [f"trains on {n} of {len(data)} training samples"]
+    lines += warn_of_missing_classes(data.classes, counts, "training")
     for source in args.pretraining:
         if source.get("stopped"):
-            lines.append(f"warning: {source['file']} was stopped {source['stopped']}")
+            lines.append(f"warning: the pretraining {source['file']} was stopped "
+                         f"{source['stopped']}. Its command with --resume goes on")
     return lines
 
 
 def warn_of_missing_classes(classes, counts, where):
-    """Returns at most one line: the classes that do not occur."""
+    """Returns a list of one warning that names the classes without a label, or an empty list."""
     missing = [name for name, n in zip(classes, counts) if not n]
-    words = f"warning: {len(missing)} of {len(classes)} classes do not occur in the {where}: "
-    return [words + ", ".join(missing)] if missing else []
+    if not missing:
+        return []
+    return [f"warning: no {where} sample has a label of {', '.join(missing)} ({len(missing)} of "
+            f"{len(classes)} classes)"]
 
 
 def freeze(net, data, chosen, args, device, resumed):
-    """Takes the encoders out of training.  Random encoders get the batch statistics of what they
-    see; if the run is resumed, its checkpoint has them."""
+    """Freezes the encoders.  The batch statistics of random encoders are measured on what they see.
+    A resumed run has these statistics in its checkpoint."""
     for E in net.encoders:
         E.requires_grad_(False)
-    if args.weights == ["none"] and args.model != "cmx" and not resumed:  # CMX has layer norms
+    if args.weights == ["none"] and args.model != "cmx" and not resumed:  # CMX: layer norms
         n = args.batch_size * min(20, len(chosen) // args.batch_size)
         batches = read_batches(data, chosen[:n], args, device, 1, "statistics")
         measure_statistics(net, (x for x, _ in batches))
@@ -905,11 +937,13 @@ def check_frozen(net, frozen):
     """Ends the run unless every encoder equals the copy of its state in `frozen`."""
     for state, E in zip(frozen, net.encoders):
         if not all(torch.equal(t, state[name]) for name, t in E.state_dict().items()):
-            sys.exit("a frozen encoder has changed, which must not be: the results are void")
+            sys.exit("a frozen encoder has changed in training, so no results are written. This is "
+                     "a fault in the code. Please report it")
 
 
-def finish(run, args, result, ids):
-    """Writes results.json and ids.txt, and prints the scores, each beside its yardstick."""
+def finish(run, result, ids):
+    """Writes results.json and ids.txt.  Prints each score with the score of a guess beside it."""
+    args = run.args
     result |= run.settings
     result |= dict(pretraining=args.pretraining, run=identify_run(args, run.settings))
     if run.rank == 0:
@@ -919,11 +953,11 @@ def finish(run, args, result, ids):
     run.print(f"  {'class':36s} {'score':>6s} {'labels in training':>20s} {'in test':>14s}")
     for name, score in zip(trained, to_percent(result["classes"].values())):
         run.print(f"  {name:36s} {score:6.1f} {trained[name]:20d} {tested[name]:14d}")
-    run.print(*warn_of_missing_classes(tested, tested.values(), "test samples"))
+    run.print(*warn_of_missing_classes(tested, tested.values(), "test"))
     if args.linear:
-        run.print("the frozen encoders have not changed by one bit")
-    run.print(f"{format_scores([result])}  on {result['test_samples']} test samples",
-              "a guess: the score without a look at the images, from the classes in training",
+        run.print("the weights of the frozen encoders have not changed")
+    run.print(f"{format_scores([result])}  test samples: {result['test_samples']}",
+              "a guess: the score of predicting what is frequent in training, without any image",
               f"wrote {args.out}/results.json")
 
 
@@ -931,18 +965,18 @@ def finish(run, args, result, ids):
 
 METHOD_NAMES = dict(barlowtwins="Barlow Twins (w/o intra&decoup.)", vicreg="VICReg",
                     simclr="SimCLR-cross", clip="CLIP")
-# Table 4's names of DeCUR without one term or both, by (no_intra, common == 1)
+# Names in Table 4 by (no_intra, common == 1): DeCUR, and DeCUR without one part or without both
 DECUR_NAMES = {(False, False): "DeCUR", (True, False): "w/o intra", (False, True): "w/o decoup.",
                (True, True): METHOD_NAMES["barlowtwins"]}
-TITLE = ("task", "model", "weights", "protocol", "labels")  # begin each line
-# Settings by which runs are not told apart: seeds, and what follows from other settings.
+TITLE = ("task", "model", "weights", "protocol", "labels")  # these begin each line
+# Runs that differ only in these settings share a line: seeds, and what follows from other settings.
 NOT_COMPARED = ("seed", "weights_sha256", "file", "inputs", "sees", "channels", "modalities",
                 "widths", "K", "Kc", "steps")
 
 
 def identify_run(args, settings):
-    """Returns {name: value} of all that tells runs apart but their seeds.  A file counts by its
-    content, a pretraining by its settings."""
+    """Returns {name: value} of everything that makes two runs different, except their seeds.  Files
+    are compared by their content, pretrainings by their settings."""
     run = dict(settings)
     if args.task == "custom":
         for name in ("data1", "data2", "target", "split", "test_split"):
@@ -957,7 +991,7 @@ def identify_run(args, settings):
 
 
 def name_weights(source):
-    """Returns the paper's name of the pretraining behind an encoder, or the file of others."""
+    """Returns the paper's name of an encoder's pretraining; for weights of others, the file."""
     if "method" not in source:
         return name_file(source["file"])
     if source["method"] == "decur":
@@ -966,18 +1000,18 @@ def name_weights(source):
 
 
 def name_file(path):
-    """Returns the name of a file with a hash of its content; of a folder or a pattern its path."""
+    """Returns the name of a file with a hash of its content, or the path of a folder or pattern."""
     if path and Path(path).is_file():
         return f"{Path(path).name} ({hash_file(path)[:8]})"
     return str(path)
 
 
 def print_table(folders):
-    """Prints a line for all runs that differ only by their seeds: what they are; in what they
-    differ from other runs whose lines begin alike; scores."""
+    """Prints one line for all runs that differ only by their seeds: a title, the settings in which
+    the line differs from other lines with this title, and the scores."""
     groups, values = {}, {}
     for file in [Path(folder) / "results.json" for folder in folders]:
-        if not file.is_file():                  # a pretraining, or a run that is not done
+        if not file.is_file():                  # a pretraining, or a run that has not ended
             continue
         result = read_json(file, "results of finetune.py")
         need("run" in result, f"{file} is from an older version of finetune.py. Run its command "
@@ -989,8 +1023,8 @@ def print_table(folders):
         groups.setdefault((title, str(sorted(run.items()))), {})[str(seeds)] = result
         for name, value in run.items():
             values.setdefault((title, name), set()).add(value)
-    need(groups, f"--table {' '.join(folders)}: no folder has a results.json. Give the --out of "
-         f"runs of finetune.py")
+    need(groups, f"--table {' '.join(folders)}: none of these folders has a results.json. Give the "
+         f"--out of runs of finetune.py that have ended")
     for (title, _), runs in sorted(groups.items()):
         results = list(runs.values())
         differences = [f"{name} {value}" for name, value in results[0]["run"].items()
@@ -1000,7 +1034,8 @@ def print_table(folders):
 
 
 def format_scores(results):
-    """Returns mean and standard deviation over the seeds, in percent, and their yardsticks."""
+    """Returns, for each metric, mean and deviation over the seeds and the score of a guess, as text
+    in percent."""
     words = []
     for name in results[0]["metrics"]:
         scores = to_percent(result["metrics"][name] for result in results)
@@ -1011,48 +1046,55 @@ def format_scores(results):
 
 
 def to_percent(values):
-    """Returns an array of percents, where None, an undefined score, is nan."""
+    """Returns an array of percents.  None (an undefined score) becomes NaN."""
     return 100 * np.array(list(values), float)
 
 
 # ---- command line ----
 
-# Flags of pretrain.py, some with other help texts or limits, and flags of transfer only.
-RECIPE = "default: of the task's recipe"
+# The flags of pretrain.py, some with another help text or range, and flags of finetune.py only.
+BY_TASK = "default: depends on the task; printed at the start"
 TRANSFER_FLAGS = FLAGS | {
-    "task": dict(choices=TASKS, help="data set with its classes; custom: your own labels"),
-    "table": dict(nargs="+", metavar="DIR", help="list the runs in these folders, nothing else"),
-    "split": dict(type=expand_path, help="list to train on, of custom a file; default: train"),
-    "test-split": dict(type=expand_path, help="list to test on, of custom a file; default: test"),
-    "labels": dict(type=number(float, 1e-9, 1), help="share of training samples; default: 1"),
-    "modality": dict(type=int, choices=(0, 1, 2), help="modality that the model sees; 0: both; "
-                     "default: 0, FCN on RGB-D 1"),
-    "size": FLAGS["size"] | dict(help=f"height of the training crops in pixels; {RECIPE}"),
-    "target": FLAGS["data1"] | dict(help="with custom: labels, masks given as --data1, or a csv of "
-                                    "lines `name,label`"),
-    "ignore": dict(type=number(int, -2 ** 31), help="with custom: value in masks that is no label, "
-                   "as all negative values are; default: 255"),
-    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: fcn, "
-                  "with bigearthnet or a csv late"),
+    "task": dict(choices=TASKS, help="the data set and its classes; custom: your own labels"),
+    "table": dict(nargs="+", metavar="DIR", help="folders of runs to list; nothing is trained"),
+    "split": dict(type=expand_path, help="name of the list to train on, with custom its file; "
+                  "default: train, with custom a random four fifths"),
+    "test-split": dict(type=expand_path, help="name of the list to test on, with custom its file; "
+                       "default: test, with custom the remaining fifth"),
+    "labels": dict(type=number(float, 1e-9, 1), help="share of the training samples that is used, "
+                   "such as 0.01; default: 1"),
+    "modality": dict(type=int, choices=(0, 1, 2), help="modality that the model sees, or 0 for "
+                     "both; default: 0, but 1 for FCN on sunrgbd and nyuv2"),
+    "size": FLAGS["size"] | dict(help=f"height of the training crops in pixels; {BY_TASK}"),
+    "target": FLAGS["data1"] | dict(help="with custom: the labels, either masks (a folder or a "
+                                    "pattern in quotes) or a csv with lines `name,label`"),
+    "ignore": dict(type=number(int, -2 ** 31), help="with custom: the value in masks that means no "
+                   "label, beside negative values; default: 255"),
+    "model": dict(choices=("late", "fcn", "cmx"), help="late fusion, FCN or CMX; default: fcn, but "
+                  "late for bigearthnet and for a csv"),
     "weights": FLAGS["weights"] | dict(help="weights to start from: one file for both encoders, a "
                                        "file for each, imagenet, or none (random)"),
-    "part": dict(choices=("common", "unique", "all"), help="dimensions of the embedding to "
-                 "classify; default: the encoder's features"),
-    "linear": dict(action="store_true", help="freeze the encoders; default: fine-tuning"),
-    "cached": dict(action="store_true", help="with --linear: fast, features without augmentation"),
-    "epochs": FLAGS["epochs"] | dict(help=f"passes over the data; {RECIPE}"),
-    "batch-size": dict(type=number(int, 1), help=f"samples per step, of all processes; {RECIPE}"),
-    "lr": FLAGS["lr"] | dict(help=f"learning rate at the start; {RECIPE}"),
-    "weight-decay": FLAGS["weight-decay"] | dict(help=f"weight decay; {RECIPE}"),
-    "out": FLAGS["out"] | dict(help="folder; default: runs/TASK-MODEL-WEIGHTS-seedN"),
-    "save-images": dict(type=number(int, 0), metavar="N", help="draw N test samples; default: 0"),
+    "part": dict(choices=("common", "unique", "all"), help="with --linear and late fusion: "
+                 "dimensions of the embedding to classify; default: the encoder's features"),
+    "linear": dict(action="store_true", help="freeze the encoders; default: fine-tune them"),
+    "cached": dict(action="store_true", help="with --linear and late fusion: compute the features "
+                   "once, without augmentation, which is fast; default: augment"),
+    "epochs": FLAGS["epochs"] | dict(help=f"number of passes over the data; {BY_TASK}"),
+    "batch-size": dict(type=number(int, 1), help=f"samples per step, in all processes together; "
+                       f"{BY_TASK}"),
+    "lr": FLAGS["lr"] | dict(help=f"learning rate at the start; {BY_TASK}"),
+    "weight-decay": FLAGS["weight-decay"] | dict(help=f"weight decay; {BY_TASK}"),
+    "out": FLAGS["out"] | dict(help="folder of the run; default: runs/TASK-MODEL-WEIGHTS-seedN, so "
+                               "runs that differ only in other flags need an --out each"),
+    "save-images": dict(type=number(int, 0), metavar="N", help="number of test samples to draw; "
+                        "default: 0"),
 }
 
 
 def get_args(argv=None):
-    """Returns the settings, and {name: its source} of those that have a default."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Transfer (Tables 1-3). A "
-                                     "setting that is not given is the paper's for the task.")
+    """Returns the settings, and {name: source} of the settings that have a default."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Transfer (Tables 1-3). The "
+                                     "defaults are the paper's settings for the task.")
     for title, names in (
             ("what to run", "task table toy"),
             ("data", "data split test-split labels modality depth-unit size workers"),
@@ -1064,8 +1106,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.table:
         return args, {}
-    need(args.task and args.weights, "nothing to do: give --task and --weights (a file, or none), "
-         "or --table")
+    need(args.task and args.weights, "--task or --weights is missing. Give --task and --weights (a "
+         "file, imagenet or none) to train, or --table to list runs")
     args.pretraining = read_sources(args.weights)
     choose_data_and_model(args)
     sources = fill_in(args, list_settings(args))
@@ -1080,8 +1122,9 @@ def get_args(argv=None):
 
 
 def read_sources(files):
-    """Returns for each encoder in --weights: its `file`, the settings of its pretraining, and what
-    it `sees`, a row of MODALITIES; of weights of others only the file."""
+    """Returns a dict for each encoder in --weights: its `file`, the settings of its pretraining,
+    and `sees`, the row of MODALITIES that it was trained on.  Weights of others have no more than
+    the file."""
     sources = []
     for file in files:
         settings, rows = read_pretraining(file)
@@ -1094,26 +1137,28 @@ def read_sources(files):
 
 
 def choose_data_and_model(args):
-    """Sets --data and --model.  Refuses flags that do not fit the task."""
+    """Sets --data and --model.  Raises BadInput for flags that do not fit the task."""
     custom, task = args.task == "custom", TASKS[args.task]
     for name in ("data1", "data2", "as1", "as2", "target", "ignore"):
         need(custom or getattr(args, name) is None, f"--{name} works only with --task custom")
     models = [model for name, model in RECIPES if name == args.task]
     if custom:
         need(args.data1 and args.data2 and args.target and not args.data and not args.toy,
-             "--task custom needs --data1, --data2 and --target, and has no --data and no --toy")
+             "--task custom needs --data1, --data2 and --target. It does not work with --data or "
+             "--toy")
         args.data = [args.data1, args.data2]
         models = ["late" if args.target.lower().endswith(".csv") else "fcn"]
     args.data = args.data or (f"data/toy-{task['scenario']}" if args.toy else task["data"])
     args.model = args.model or models[0]
     if args.toy and args.task != "bigearthnet":
         models = ("late", "fcn", "cmx")
-    need(args.model in models, f"--task {args.task} has no --model {args.model}; give --model "
-         f"{' or '.join(models)}")
+    need(args.model in models, f"--model {args.model} does not work with --task {args.task}. "
+         f"Give --model {' or '.join(models)}")
 
 
 def list_settings(args):
-    """Returns [(settings, their source)].  The first that names a setting gives its default."""
+    """Returns [(settings, their source)].  The default of a setting is in the first pair that has
+    the setting."""
     name, tables, first = "toy" if args.toy else args.task, [], args.pretraining[0]
     if args.epochs:
         tables.append((dict(steps=None), "--epochs"))
@@ -1125,17 +1170,18 @@ def list_settings(args):
 
 
 def check_transfer_flags(args):
-    """Refuses settings that do not go together."""
+    """Raises BadInput for settings that do not go together."""
     late = args.model == "late"
-    need(not late or not args.save_images, "--save-images does not work with --model late, which "
-         "predicts no masks")
+    need(not late or not args.save_images, "--save-images does not work with --model late, because "
+         "late fusion predicts no masks. Leave --save-images out")
     for name in ("part", "cached"):
         need(not getattr(args, name) or args.linear and late,
              f"--{name} works only with --linear and --model late")
     need(args.model != "cmx" or args.backbone in MITS and not args.modality,
-         "--model cmx works only with a mit as --backbone and with both modalities")
+         "--model cmx works only with a SegFormer as --backbone, such as mit_b2, and without "
+         "--modality")
     need(args.task != "custom" or bool(args.split) == bool(args.test_split),
-         "--split and --test-split are two files of names: give both, or neither")
+         "--task custom needs both --split and --test-split, or neither. Each is a file of names")
 
 
 if __name__ == "__main__":

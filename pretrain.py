@@ -1,4 +1,4 @@
-"""Pretrains DeCUR: Algorithm 1, with the settings of Sec. 4 and App. B as defaults.
+"""Pretrains DeCUR by Algorithm 1.  The defaults are the settings of Sec. 4 and App. B.
 
     python pretrain.py --scenario rgbd --toy                     made-up scenes, minutes on a CPU
     python pretrain.py --scenario rgbd                           CPU, MPS or one GPU; data/rgbd
@@ -10,7 +10,8 @@ Writes into --out:
     encoder1.pth, encoder2.pth      the encoders without projectors; parameters have the names of
                                     torchvision's ResNet or of SegFormer
     encoder1.json, encoder2.json    what each encoder was trained on, and the settings of the run
-    log.jsonl                       a line per logged step; the last line of a step is the valid one
+    log.jsonl                       one line per logged step; if a step has two lines, the later one
+                                    counts
     args.json                       the settings, the command line, the machine
 """
 import argparse
@@ -49,43 +50,43 @@ SCENARIOS = {                                   # Sec. 4, Model architecture | O
     "custom": dict(common=0.8, epochs=100, batch_size=256),
 }
 NETWORK = dict(size=224, backbone="resnet50", projector="8192-8192-8192")  # Sec. 4
-LARS_RATES = dict(lr=0.2, lr_bias=0.0048, weight_decay=1e-6)  # App. B; not scaled with the batch
-# SegFormers train with AdamW.  App. B gives its learning rate, but no weight decay: CMX's is taken.
-# Biases and norms are not decayed.
+LARS_RATES = dict(lr=0.2, lr_bias=0.0048, weight_decay=1e-6)  # App. B; not scaled by batch size
+# SegFormers train with AdamW.  App. B gives AdamW's learning rate, but no weight decay.  So the
+# weight decay here is CMX's.  Biases and norms have no weight decay.
 ADAMW_RATES = [(dict(lr=1e-4, lr_bias=1e-4), "paper, App. B"), (dict(weight_decay=0.01), "as CMX")]
 # The methods that Tables 1-3 compare DeCUR with.  They have no unique dimensions.
 LOSSES = dict(barlowtwins=barlow_twins_loss, vicreg=vicreg_loss, simclr=simclr_loss, clip=clip_loss)
 METHODS = {
     "decur": dict(),
-    "barlowtwins": dict(common=1.0),            # with --modality: the tables' -SAR and -RGB
+    "barlowtwins": dict(common=1.0),            # with --modality: Barlow Twins-SAR and -RGB
     "vicreg": dict(common=1.0),
     "simclr": dict(common=1.0, projector="2048-128"),  # SimCLR, Sec. 2.3
     "clip": dict(common=1.0, projector="1024"),  # CLIP, Sec. 2.3 and Table 19
 }
 # --toy is small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm per
 # step, because eta / (1 - momentum) is 1 / 100.  A toy run has about 1,000 steps, the paper's runs
-# have tens of thousands, so a toy run needs a higher rate.  K is above N, as in the paper, but not
-# far above, because the scenes share few features: if k dimensions agree on only r features, the
-# diagonal ends at 1 / (1 + lambda (k / r - 1)).
+# have tens of thousands, so a toy run needs a higher rate.  As in the paper, K is above N.  But K
+# is not far above N, because both modalities of a scene share few features.  If k dimensions agree
+# on only r features, the diagonal ends at 1 / (1 + lambda (k / r - 1)).
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", batch_size=128, lr=2.0,
            split="train")
-TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # after fewer, probes miss factors
+TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # fewer are too few for probes
 OTHER_DEFAULTS = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
 
 
 def pretrain(run, model, augment1, augment2, Kc):
-    """Algorithm 1.  `Run`, below, does what surrounds a step: learning rates, log, checkpoints."""
+    """Trains by Algorithm 1.  `Run`, below, sets learning rates, writes the log and saves."""
     for x1, x2 in run.batches():                                    # load a batch of pairs
-        # x1 is a pair of batches, one for each view: of two seasons, or the same batch twice
+        # x1 holds two batches, one for each view: images of two seasons, or the same images twice
         x1, x2 = move_views(x1, run.device), move_views(x2, run.device)
         # two augmented views for each modality
         x11, x12 = augment1(x1[0]), augment1(x1[1])                 # nxC1xSxS, n of this process
         x21, x22 = augment2(x2[0]), augment2(x2[1])                 # nxC2xSxS
-        # compute embeddings and normalize: the losses begin with BN
+        # compute embeddings and normalize (the losses begin with BN)
         with mixed_precision(run.device):
             z11, z12, z21, z22 = model(x11, x12, x21, x22)          # nxK
         z11, z12, z21, z22 = map(gather, (z11, z12, z21, z22))      # NxK, the global batch, float32
-        # cross-correlation matrices, calculate losses: Algorithm 1's own lines are decur.decur_loss
+        # cross-correlation matrices, calculate losses (as in Algorithm 1: see decur.decur_loss)
         loss, terms = compute_loss(run.args, Kc, z11, z12, z21, z22)
         # optimization
         run.optimizer.zero_grad()
@@ -99,8 +100,8 @@ def compute_loss(args, Kc, z11, z12, z21, z22):
 
     z11, z12, z21, z22    NxK, or None for a view that is not encoded
 
-    With the paper's sizes (N 256, K 8192) DeCUR's loss is computed by `decur_loss_gram`: it equals
-    `decur_loss`, but has no cross-correlation matrices and costs a twentieth."""
+    With the paper's sizes (N 256, K 8192) `decur_loss_gram` computes DeCUR's loss.  It equals
+    `decur_loss` and costs a twentieth, because it makes no cross-correlation matrix."""
     if args.method == "decur":
         N, K = z11.shape
         form = decur_loss_gram if 3 * N <= 2 * K else decur_loss    # the cheaper of two equal forms
@@ -120,8 +121,8 @@ def measure_embeddings(args, Kc, z11, z12, z21, z22):
 
 
 def choose_views(args):
-    """Returns which of x11 x12 x21 x22 are encoded.  All four are made in any case, so that every
-    method sees the same augmented views."""
+    """Returns four booleans: whether x11, x12, x21 and x22 are encoded.  All four views are made in
+    any case, so that every method sees the same augmented views."""
     if args.modality:                           # two views of one modality
         return [args.modality == 1, args.modality == 1, args.modality == 2, args.modality == 2]
     if args.method == "decur" and not args.no_intra:
@@ -137,7 +138,7 @@ class LARS(torch.optim.Optimizer):
     groups    parameters, or groups of parameters with a learning rate for each group
 
     Parameters of fewer than two dimensions (biases, batch norm) take a plain momentum step, without
-    weight decay and adaptation.  step() scales the gradients in place, so they are used up."""
+    weight decay and adaptation.  step() overwrites the gradients, so nothing may use them later."""
 
     def __init__(self, groups, lr=0.2, weight_decay=1e-6, momentum=0.9, eta=0.001):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
@@ -149,11 +150,11 @@ class LARS(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 g = p.grad
-                if p.ndim > 1:                  # in place, because memory bounds the speed
+                if p.ndim > 1:                  # in place, because new memory takes time
                     g.add_(p, alpha=group["weight_decay"])
                     p_norm, g_norm = p.norm(), g.norm()
                     trust = group["eta"] * p_norm / g_norm
-                    # a weight of norm 0 moves, too
+                    # a weight of norm 0 takes a plain step, because trust 0 would never move it
                     g.mul_(torch.where((p_norm > 0) & (g_norm > 0), trust, 1))
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
@@ -162,12 +163,13 @@ class LARS(torch.optim.Optimizer):
 
 
 def cosine(step, steps):
-    """Returns the share of the learning rate: from 1 at step 0 to 0 at the last, no warm-up."""
+    """Returns the factor of the learning rate: 1 at step 0, 0 after the last step, no warm-up."""
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def make_optimizer(net, args):
-    """Returns LARS, for a SegFormer AdamW.  Biases and norms have their own rate and no decay."""
+    """Returns LARS for a ResNet, AdamW for a SegFormer.  Biases and norms have their own learning
+    rate and no weight decay."""
     weights = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]           # biases and norms
     groups = [dict(params=weights, lr=args.lr, weight_decay=args.weight_decay),
@@ -183,7 +185,7 @@ def main(argv=None):
     checkpoint = find_checkpoint(args.out, args.resume)             # or None
     step = checkpoint["step"] if checkpoint else 0
 
-    # ---- data; the loader's workers start before the processes meet ----
+    # ---- data; the loader's workers start before the processes are connected ----
     if args.toy:
         make_toy(args.scenario, args.data, rank=rank)
     data = open_pretraining_data(args, sources, checkpoint)
@@ -196,32 +198,32 @@ def main(argv=None):
     # ---- model and optimizer ----
     channels = [views[0].shape[0] for views in data[0]]
     net, encoders = make_network(args, channels)
-    rows = {m: data.inputs[m - 1] for m in encoders}                # what each encoder sees
+    inputs = {m: data.inputs[m - 1] for m in encoders}              # what each encoder sees
     K = args.widths[-1] if args.widths else max(E.dims[-1] for E in encoders.values())
     Kc = round(args.common * K)
     lines = describe_run(args, data, net, Kc, K)
     if args.weights and not checkpoint:
-        lines += start_from(args.weights, list(encoders.values()), args, list(rows.values()))
+        lines += start_from(args.weights, list(encoders.values()), args, list(inputs.values()))
     model = distribute(net, world, device)
     optimizer = make_optimizer(net, args)
     settings = collect_settings(
         args, K=K, Kc=Kc, pairs=len(data), modalities=list(data.modalities), channels=channels,
         inputs=list(data.inputs))
     if checkpoint:
-        restore(checkpoint, args.out, net, optimizer, settings, ", or train on from its encoders "
-                f"with --weights {args.out / 'checkpoint.pt'} and a new --out")
+        restore(checkpoint, args.out, net, optimizer, settings,
+                f". With --weights {args.out / 'checkpoint.pt'} a new run starts from its encoders")
 
     # ---- run ----
     if rank == 0:
         make_run_folder(args, settings, process)
     run = Run(args, settings, net, optimizer, loader, step, steps, steps_per_epoch, cosine, process)
-    run.introduce(sources, lines, find_warnings(data))
+    run.print_start(sources, lines, find_warnings(data))
     augment1, augment2 = [partial(augment, row=row, size=args.size, draws=run.draws)
                           for row in data.inputs]
     pretrain(run, model, augment1, augment2, Kc)
     if rank == 0 and not run.stopped:
         for m, E in encoders.items():
-            export(args.out / f"encoder{m}.pth", E, rows[m], settings)
+            export(args.out / f"encoder{m}.pth", E, inputs[m], settings)
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
@@ -230,7 +232,7 @@ def main(argv=None):
 
 
 def make_network(args, channels):
-    """Returns the network of --method, and its encoders by the number of their modality."""
+    """Returns the network of --method, and {number of the modality: encoder}."""
     torch.manual_seed(args.seed)
     net = DeCUR(args.backbone, *channels, args.widths, choose_views(args))
     net.to(memory_format=torch.channels_last)
@@ -245,13 +247,13 @@ RUN_ONLY = ("data", "data1", "data2", "target", "out", "resume", "save_every", "
 
 
 def find_checkpoint(out, resume):
-    """Loads the checkpoint.pt of the run to go on from; returns None if there is none.
+    """Loads checkpoint.pt from the folder `out`.  Returns None if there is no such file.
 
     Raises BadInput if `out` holds a run and `resume` is false."""
     file = out / "checkpoint.pt"
     holds_run = file.exists() or (out / "log.jsonl").exists()
-    need(resume or not holds_run, f"--out {out} holds a run. Give a new --out, or go on from that "
-         f"run with --resume")
+    need(resume or not holds_run, f"--out {out} already holds a run. Give another folder as --out, "
+         f"or go on from that run with --resume")
     return load_checkpoint(file) if file.exists() else None
 
 
@@ -260,25 +262,26 @@ def make_loader(args, data, indices, step, steps, process):
 
     Reads the first batch before --out is made, so that a run that cannot read leaves no folder."""
     rank, world, device = process
-    rows = choose_rows(args.batch_size, rank, world)
+    share = choose_share(args.batch_size, rank, world)
     loader = iter(DataLoader(
         Samples(data, keep=args.workers == 0), num_workers=args.workers,
-        batch_sampler=order_batches(indices, args.batch_size, args.seed, rows, step, steps),
+        batch_sampler=order_batches(indices, args.batch_size, args.seed, share, step, steps),
         worker_init_fn=leave_group, pin_memory=device.type == "cuda"))
     first = next(loader, None)                  # None if all steps are done
-    return chain(iter([first]), loader)         # an iterator, because chain would keep a list
+    return chain(iter([first]), loader)         # chain would keep a list (and the batch) in memory
 
 
-def choose_rows(N, rank, world):
-    """Returns the slice of a global batch of N that the process `rank` of `world` takes."""
+def choose_share(N, rank, world):
+    """Returns the slice of a global batch of N samples that process `rank` takes."""
     return slice(rank * N // world, (rank + 1) * N // world)
 
 
-def order_batches(indices, N, seed, rows, step, steps):
-    """Yields a list of (epoch, index) per batch: the `rows` of each global batch from `step` on."""
+def order_batches(indices, N, seed, share, step, steps):
+    """Yields a list of (epoch, index) for each batch from `step` on.  share: the slice of a global
+    batch that this process takes."""
     while step < steps:
         epoch, done = divmod(step, len(indices) // N)
-        batches = epoch_batches(len(indices), N, seed, epoch)[done:done + steps - step, rows]
+        batches = epoch_batches(len(indices), N, seed, epoch)[done:done + steps - step, share]
         for batch in batches:
             yield [(epoch, i) for i in indices[batch].tolist()]
         step += len(batches)
@@ -290,13 +293,13 @@ def collect_settings(args, **about):
     return settings | about
 
 
-def restore(checkpoint, out, net, optimizer, settings, remedy=""):
+def restore(checkpoint, out, net, optimizer, settings, hint=""):
     """Loads the states of the checkpoint that find_checkpoint(out) returned.
 
-    Raises BadInput if the checkpoint's settings differ; `remedy` is added to that message."""
+    Raises BadInput if the checkpoint's settings differ.  `hint` is added to that message."""
     file = out / "checkpoint.pt"
     check_equal(settings, checkpoint["settings"], settings, "--resume",
-                f"{file}. Give the settings of that run, or a new --out{remedy}")
+                f"{file}. Give the settings of that run, or a new --out{hint}")
     net.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
 
@@ -304,7 +307,7 @@ def restore(checkpoint, out, net, optimizer, settings, remedy=""):
 def check_equal(settings, others, names, flag, where):
     """Raises BadInput if one of the named settings differs from `others`.
 
-    where    says what has the other settings, and what to do"""
+    where    the place of the other settings, and what to do: the end of the message"""
     for name in names:
         need(others.get(name) == settings[name],
              f"{flag}: {name} is {settings[name]}, but {others.get(name)} in {where}")
@@ -316,7 +319,7 @@ def make_run_folder(args, settings, process):
     try:
         open(args.out / "log.jsonl", "a" if args.resume else "x").close()  # --out is in use now
     except FileExistsError:
-        raise BadInput(f"--out {args.out}: another run has just begun there. Give a new "
+        raise BadInput(f"--out {args.out}: another run has just begun in this folder. Give a new "
                        f"--out") from None
     _, world, device = process
     record = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
@@ -329,20 +332,21 @@ def make_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {out} cannot be made ({error.strerror}). Give another") from None
+        raise BadInput(f"--out {out} cannot be made ({error.strerror}). Give another "
+                       f"folder") from None
 
 
 # ---- around each step, here and in finetune.py ----
 
 class Run:
-    """Yields batches; does what surrounds a step: learning rates, log, checkpoints, signals.
+    """Yields batches, sets learning rates, writes the log, saves checkpoints, handles signals.
 
     args               seed, batch_size (of all processes), out, resume, save_every (minutes)
     settings           the settings that checkpoints keep, from `collect_settings`
     loader             an iterator of batches from `step` on, from `make_loader`
-    step, steps        the number of steps that are done, and of all steps
-    steps_per_epoch    for the log
-    rate               rate(step, steps) is the learning rate as a share of its base
+    step, steps        the number of steps that are done, and the number of all steps
+    steps_per_epoch    for the number of the epoch in the log
+    rate               a function: rate(step, steps) is the factor of the base learning rate
     process            rank, world and device, from `read_environment`
 
     Saves a checkpoint every save_every minutes, at a signal, and at the end."""
@@ -353,16 +357,16 @@ class Run:
         self.loader, self.step, self.steps, self.rate = loader, step, steps, rate
         self.steps_per_epoch = steps_per_epoch
         self.rank, self.world, self.device = process
-        if step == 0:                           # a checkpoint has the initial rates, too
+        if step == 0:                           # a resumed run has initial_lr from its checkpoint
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         self.draws = Draws(args.seed, args.batch_size,
-                           choose_rows(args.batch_size, self.rank, self.world))
+                           choose_share(args.batch_size, self.rank, self.world))
         self.signalled = 0                      # the number of a signal that has arrived, or 0
-        self.stopped = 0                        # the same, once all processes know of it
+        self.stopped = 0                        # that number, once all processes know of the signal
         self.waited = 0.0                       # seconds of waiting for batches since the last line
 
-    def introduce(self, sources, lines, warnings):
+    def print_start(self, sources, lines, warnings):
         """Prints the command, each setting with its source, `lines`, and the warnings."""
         self.print(" ".join(sys.argv))
         for name, source in sources.items():
@@ -377,7 +381,7 @@ class Run:
             self.print(f"--resume: no checkpoint.pt in {self.args.out}, so this run begins anew")
 
     def batches(self):
-        """Yields every batch of this process.  The caller has done its step when it asks again."""
+        """Yields every batch of this process.  The caller takes one step with each batch."""
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True,
                         disable=self.rank > 0 or None)
         self.saved = self.logged = time.time()
@@ -401,20 +405,20 @@ class Run:
             if self.stopped or self.step == self.steps or minutes > self.args.save_every:
                 self.save()
         self.bar.close()
-        self.listen(signal.SIG_DFL)             # all is saved, so a signal may end the process
+        self.listen(signal.SIG_DFL)             # all is saved, so a signal may end the run
         if self.stopped:
             self.print(f"stopped after step {self.step} of {self.steps} and saved. To go on, give "
                        f"the same command with --resume")
 
     def log(self, loss, terms=None, measure=dict):
-        """Logs every 50th step; in a run of fewer than 2,500 steps about 50 steps in all.
+        """Logs every 50th step.  A run of fewer than 2,500 steps logs about 50 steps in all.
 
         terms        the scalars whose sum is the loss
         measure()    returns further values by name
 
-        Values are copied from the GPU only for lines that are logged.  If the loss is not finite,
-        the run ends; a loss that was not finite since the last line has spoilt the weights, so that
-        this loss is not finite either."""
+        Values are copied from the GPU only for lines that are logged.  If a logged loss is not
+        finite, the run ends.  A loss between two lines is not looked at: if it is not finite, its
+        step makes the weights not finite, and so the next logged loss."""
         step, every = self.step + 1, min(50, max(1, self.steps // 50))
         if step % every and step not in (1, self.steps):
             return
@@ -422,8 +426,9 @@ class Run:
         for name, value in {**(terms or {}), **measure()}.items():
             line[name] = value.item()
         if not math.isfinite(line["loss"]):
-            sys.exit(f"the loss is {line['loss']} by step {step} ({format_losses(line)}). The last "
-                     f"checkpoint stays. Look at the data, or give a smaller --lr or --lr-bias")
+            sys.exit(f"the loss is {line['loss']} at step {step} ({format_losses(line)}). The last "
+                     f"checkpoint is kept. Check the data with `data.py check`, or give a smaller "
+                     f"--lr (in pretrain.py also --lr-bias)")
         if self.rank > 0:
             return
         seconds = max(time.time() - self.logged, 1e-9)
@@ -442,26 +447,27 @@ class Run:
         if self.rank > 0:
             return
         if not all(p.isfinite().all() for p in self.net.parameters()):
-            sys.exit(f"a weight is not finite after step {self.step}. The last checkpoint stays. "
-                     f"Give a smaller --lr or --lr-bias")
+            sys.exit(f"a weight is not finite after step {self.step}. The last checkpoint is kept. "
+                     f"Give a smaller --lr (in pretrain.py also --lr-bias)")
         checkpoint = dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
                           step=self.step, settings=self.settings)
         write_atomically(self.args.out / "checkpoint.pt", partial(torch.save, checkpoint))
         self.saved = time.time()
 
     def print(self, *lines):
-        """Prints on the first process, above the bar.  If nobody reads stdout, the run stops."""
+        """Prints lines above the progress bar, on the first process.  If the reader of stdout (such
+        as `| head`) has ended, the run saves and stops."""
         if self.rank > 0:
             return
         try:
             for line in lines:
                 tqdm.write(line, file=sys.stdout)
-        except BrokenPipeError:                 # ends the run after a save, as a signal does
+        except BrokenPipeError:                 # the run saves and ends, as after a signal
             sys.stdout = open(os.devnull, "w")
-            self.signalled = 13                 # SIGPIPE, a name that Windows lacks
+            self.signalled = 13                 # SIGPIPE; Windows does not have this name
 
     def listen(self, handler):
-        """Sets the handler of SIGTERM, Ctrl-C, a closed terminal, and Slurm's warning."""
+        """Sets the handler of SIGTERM, Ctrl-C, a closed terminal, and SIGUSR1 (Slurm's warning)."""
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
             if hasattr(signal, name):           # Windows has only the first two
                 signal.signal(getattr(signal, name), handler)
@@ -490,14 +496,15 @@ def format_losses(line):
 # ---- processes ----
 
 class Gather(torch.autograd.Function):
-    """Joins the nxK of each of W processes to the global batch, NxK, in the order of ranks.
+    """Joins the embeddings of W processes, nxK each, to the global batch, NxK, in order of rank.
 
     Every process computes the loss of all N rows, and DistributedDataParallel divides gradients by
-    W.  So `backward` returns the gradient of this process's rows times W, and the average is the
-    gradient of one process.  (An in-place all_reduce of C, outside autograd, would give 1/W of it.)
+    W.  So `backward` returns the gradient of this process's rows times W.  The average over the
+    processes is then the gradient that one process would compute.  (If C were summed by an in-place
+    all_reduce, outside autograd, the average would be 1/W of that gradient.)
 
-    The join is a sum of matrices that are zero in the other processes' rows, because gloo does not
-    document all_gather for CUDA tensors."""
+    Each process writes its rows into zeros, and the sum over the processes is the global batch.
+    all_gather would be shorter, but gloo does not document it for CUDA tensors."""
 
     @staticmethod
     def forward(ctx, z):
@@ -524,13 +531,14 @@ def gather(z):
 
 
 def read_environment():
-    """Returns rank, world size and device of this process.  Without torchrun there is only one."""
+    """Returns rank, world size and device of this process.  Without torchrun there is only one
+    process."""
     defaults = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
     rank, world, local = [int(os.environ.get(name, n)) for name, n in defaults.items()]
     need(rank < world, f"RANK={rank} and WORLD_SIZE={world} in the environment contradict each "
-         f"other. Start by torchrun, or unset both")
+         f"other. Start with torchrun, or unset both variables")
     if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True   # pays, because all shapes of a run are fixed
+        torch.backends.cudnn.benchmark = True   # faster, because all shapes of a run are fixed
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and world == 1:
@@ -552,7 +560,7 @@ def join(out, step, process):
 
 def choose_backend(device):
     """Returns "nccl" if each process has a GPU to itself, otherwise "gloo"."""
-    # torchrun says how many processes this node has; Slurm does not, and gives each its own GPU
+    # torchrun sets LOCAL_WORLD_SIZE.  Slurm does not, but it gives each process its own GPU.
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda" and local_world <= torch.cuda.device_count():
         return "nccl"
@@ -566,7 +574,7 @@ def leave():
 
 
 def distribute(net, world, device):
-    """Moves net to its device.  Returns the model that averages gradients over the processes."""
+    """Moves net to the device.  Returns the model that averages gradients over the processes."""
     net.to(device)
     if world == 1:
         return net
@@ -574,8 +582,9 @@ def distribute(net, world, device):
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     elif dist.get_rank() == 0:
         print(f"warning: torch cannot synchronise batch normalisation over {world} CPU processes, "
-              f"so each process normalises its own samples. The loss is of all samples")
-    # batch statistics of random networks differ between processes, and no buffer is broadcast later
+              f"so each process normalises its own samples. The loss is still of all samples")
+    # Batch statistics that were measured on a random network may differ between the processes, and
+    # buffers are not broadcast later.
     for buffer in net.buffers():
         dist.broadcast(buffer, 0)
     return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -610,7 +619,7 @@ def check_batch(N, n, world, least=1):
     need(N % world == 0 and N >= least * world, f"--batch-size {N} does not give each of {world} "
          f"processes the same number of samples, {least} or more. Give "
          f"{max(least, N // world) * world}")
-    need(N <= n, f"--batch-size {N} is more than the {n} samples. Give {n} or less")
+    need(N <= n, f"--batch-size {N} is more than the number of samples, {n}. Give {n} or less")
 
 
 # ---- checkpoints and weights ----
@@ -618,13 +627,13 @@ def check_batch(N, n, world, least=1):
 def load_checkpoint(path):
     """Loads a checkpoint.pt.  Raises BadInput if the file is damaged or not of this project."""
     with reading(path, "a checkpoint.pt of this project",
-                 "give another, or at --resume a new --out"):
+                 "give another file, or with --resume a new --out"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {name: checkpoint[name] for name in ("model", "optimizer", "step", "settings")}
 
 
 def read_settings(checkpoint):
-    """Returns the settings of a pretraining; `stopped` says where it was stopped, or is None.
+    """Returns the settings of a pretraining.  `stopped` says at which step it was stopped, or None.
 
     Raises KeyError if the checkpoint is not of a pretraining."""
     settings, step = checkpoint["settings"], checkpoint["step"]
@@ -646,43 +655,43 @@ def hash_file(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def start_from(files, encoders, args, rows):
+def start_from(files, encoders, args, inputs):
     """Loads --weights into the encoders.  Returns lines to print: for each encoder its file, with
     the pretraining behind the file, and a warning if the encoder was trained on other inputs.
 
-    rows    what each encoder sees here, as in data.MODALITIES
+    inputs    what each encoder sees in this run: rows of data.MODALITIES
     Raises BadInput unless there are weights for each encoder and every key fits."""
     need(not args.bgr or any(E.channels == 3 for E in encoders), "--bgr has no effect, because no "
-         "encoder sees 3 channels. Leave it out")
+         "encoder sees images of 3 channels. Leave --bgr out")
     try:
-        states = []                             # of each encoder: its source, weights, and input
+        states = []                             # for each encoder: source, weights, and input
         for file in files:
-            settings, inputs = read_pretraining(file)
+            settings, trained_on = read_pretraining(file)
             need(not (settings and args.bgr), f"--bgr is for weights trained on BGR images. {file} "
                  f"was trained by this project, on RGB images. Leave --bgr out")
             source = f"{file} ({describe_pretraining(settings)})" if settings else file
             for m, state in enumerate(read_weights(file, args.backbone)):
-                states.append((source, state, inputs[m] if inputs else None))
+                states.append((source, state, trained_on[m] if trained_on else None))
         if args.modality and len(states) == 2:
             states = [states[args.modality - 1]]
         if files == ["imagenet"]:
             states = states * len(encoders)
         if len(states) != len(encoders):
-            raise ValueError(f"the files hold {len(states)} encoders, but {len(encoders)} are "
-                             f"needed. Give one file with both encoders, or a file for each")
+            raise ValueError(f"the number of encoders in these files is {len(states)}, but must be "
+                             f"{len(encoders)}. Give one checkpoint.pt, or a file for each encoder")
         lines = []
-        for E, row, (source, state, seen) in zip(encoders, rows, states):
+        for E, row, (source, state, seen) in zip(encoders, inputs, states):
             lines.append(f"{source}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
             if seen and differ(seen, row):
                 lines.append(f"warning: {source} was trained on {describe_input(seen)}. Here it "
-                             f"sees {describe_input(row)}")
+                             f"sees {describe_input(row)}, which may make its features worse")
         return lines
     except (OSError, ValueError) as error:
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
 
 
 def describe_pretraining(settings):
-    """Returns in words what tells a pretraining from another one."""
+    """Returns the settings by which pretrainings usually differ, as text."""
     without = ", without intra-modal terms" if settings["no_intra"] else ""
     return (f"{settings['method']} on {settings['scenario']}, common {settings['common']}{without},"
             f" {settings['epochs']} epochs, seed {settings['seed']}")
@@ -693,7 +702,7 @@ def read_pretraining(file):
     row of MODALITIES that the encoder was trained on; ({}, []) for a file of another project."""
     path, beside = Path(file), Path(file).with_suffix(".json")
     if path.suffix == ".pth" and beside.is_file():
-        written = "what pretrain.py wrote beside an encoder"
+        written = "the json file that pretrain.py writes beside an encoder"
         about = read_json(beside, written)
         with reading(beside, written):
             return about["settings"], [about["sees"]]
@@ -701,13 +710,13 @@ def read_pretraining(file):
         settings = read_settings(load_checkpoint(path))
         m = settings["modality"]                # of a pretraining of one modality, or None
         return settings, settings["inputs"][m - 1:m] if m else settings["inputs"]
-    except (BadInput, KeyError, TypeError):     # `read_weights` refuses a file that is damaged
+    except (BadInput, KeyError, TypeError):     # if it is damaged, `read_weights` says so later
         return {}, []
 
 
 def differ(seen, row):
-    """Returns whether two rows of MODALITIES stand for different inputs.  Bands without known names
-    (`channel 1`) agree with bands of any names."""
+    """Returns whether two rows of MODALITIES describe different inputs.  Bands whose names are not
+    known (`channel 1`) count as equal to bands of any names."""
     named = not any(bands[0].startswith("channel") for bands in (seen["bands"], row["bands"]))
     if named and list(seen["bands"]) != list(row["bands"]):
         return True
@@ -715,26 +724,29 @@ def differ(seen, row):
 
 
 def describe_input(row):
+    """Returns the bands of a row of MODALITIES and how they are scaled, as text."""
     return f"{' '.join(row['bands'])} ({describe_scale(row)})"
 
 
 def describe_scale(row):
     """Returns as text what x in [0, 1] stands for, and the mean and std that x is normalised by."""
     scale = row["range"]
-    if row.get("raw_mean"):                     # of a normaliser that was measured, per band
+    if row.get("raw_mean"):                     # these were measured on own images, for each band
         scale = f"{join_numbers(row['raw_mean'])} -+ 3 x {join_numbers(row['raw_std'])}, clipped"
     return f"{scale}; mean {join_numbers(row['mean'])}, std {join_numbers(row['std'])}"
 
 
-def join_numbers(numbers):
-    return " ".join(f"{number:.4g}" for number in numbers)
+def join_numbers(values):
+    return " ".join(f"{value:.4g}" for value in values)
 
 
 @torch.no_grad()
 def measure_statistics(net, batches):
-    """Sets the statistics of a random network's batch norms to their mean over the batches, which
-    are lists of the network's inputs.  With the mean 0 and variance 1 that batch norms start with,
-    the features of a ResNet-50 would be in the thousands."""
+    """Measures the statistics of the batch norms in a random network: their average over batches.
+    Batch norms start with mean 0 and variance 1.  With these, the features of a ResNet-50 would be
+    in the thousands.
+
+    batches    an iterable of lists; a list holds the inputs of one call of net"""
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             module.momentum = None              # a plain mean instead of a moving average
@@ -745,41 +757,51 @@ def measure_statistics(net, batches):
 
 # ---- data and command line ----
 
-# The flags of this script, of which finetune.py has most, too.  A setting without a default here
-# gets the default of `list_defaults`.
-RATE = number(float, 1e-12, 1e6)
+# The flags of this script.  finetune.py has most of these flags, too.  If no default is given here,
+# `list_defaults` has the default.
+LEARNING_RATE = dict(type=number(float, 1e-12, 1e6))
 FLAGS = DATA_FLAGS | {
-    "scenario": dict(required=True, choices=SCENARIOS, help="two modalities with their settings"),
-    "toy": dict(action="store_true", help="made-up scenes in data/toy-..., and small settings"),
+    "scenario": dict(required=True, choices=SCENARIOS, help="the two modalities, with the paper's "
+                     "settings for them; custom: your own images"),
+    "toy": dict(action="store_true", help="use made-up scenes, which are written into --data, and "
+                "settings that suit a CPU; default: real data"),
     "workers": DATA_FLAGS["workers"] | dict(default=choose_workers()),
-    "method": dict(choices=METHODS, default="decur", help="method of Tables 1-3; default: decur"),
-    "modality": dict(type=int, choices=(1, 2), help="barlowtwins: two views of this modality only"),
-    "backbone": dict(choices=[*RESNETS, *MITS], help="encoder; default: resnet50"),
+    "method": dict(choices=METHODS, default="decur", help="a method of Tables 1-3; default: decur"),
+    "modality": dict(type=int, choices=(1, 2), help="with barlowtwins: take two views of this "
+                     "modality; default: one view of each modality"),
+    "backbone": dict(choices=[*RESNETS, *MITS], help="network of the encoders; default: resnet50"),
     "weights": dict(type=expand_path, nargs="+", metavar="FILE", help="weights to start from: one "
                     "file for both encoders, a file for each, or imagenet; default: random"),
-    "bgr": dict(action="store_true", help="--weights saw BGR images, as the DeCUR authors' did"),
-    "projector": dict(metavar="WIDTHS", help="widths of layers, or none; default: 8192-8192-8192"),
-    "common": dict(type=number(float, 0, 1), help="share of dimensions that are common; default: "
-                   "0.75, sar-optical 0.875, custom 0.8"),
-    "no-intra": dict(action="store_true", help="leave L1 and L2 out: Table 4, w/o intra"),
-    "epochs": dict(type=number(int, 1), help="passes over the data; default: 100, rgbd 200"),
-    "batch-size": dict(type=number(int, 2), help="samples per step, of all processes together; "
+    "bgr": dict(action="store_true", help="say that --weights were trained on BGR images, like the "
+                "weights of the DeCUR authors; default: RGB"),
+    "projector": dict(metavar="WIDTHS", help="widths of the projector's layers, joined by -, or "
+                      "none for no projector; default: 8192-8192-8192"),
+    "common": dict(type=number(float, 0, 1), help="share of the dimensions that are common, 0 to "
+                   "1; default: 0.75, sar-optical 0.875, custom 0.8"),
+    "no-intra": dict(action="store_true", help="leave the terms L1 and L2 out of the loss (Table "
+                     "4, w/o intra); default: keep them"),
+    "epochs": dict(type=number(int, 1), help="number of passes over the data; default: 100, rgbd "
+                   "200"),
+    "batch-size": dict(type=number(int, 2), help="samples per step, in all processes together; "
                        "default: 256, rgbd 128"),
-    "lr": dict(type=RATE, help="learning rate of the weights; default: 0.2, mit 1e-4"),
-    "lr-bias": dict(type=RATE, help="learning rate of biases and norms; default: 0.0048, mit 1e-4"),
-    "weight-decay": dict(type=number(float, 0, 1),
-                         help="weight decay, not of biases and norms; default: 1e-6, mit 0.01"),
-    "seed": dict(type=number(int, 0, 2 ** 63 - 1), help="seed of all that is random; default: 0"),
+    "lr": LEARNING_RATE | dict(help="learning rate of the weights; default: 0.2, with a mit "
+                               "backbone 1e-4"),
+    "lr-bias": LEARNING_RATE | dict(help="learning rate of biases and norms; default: 0.0048, with "
+                                    "a mit backbone 1e-4"),
+    "weight-decay": dict(type=number(float, 0, 1), help="weight decay of the weights, not of "
+                         "biases and norms; default: 1e-6, with a mit backbone 0.01"),
+    "seed": dict(type=number(int, 0, 2 ** 63 - 1), help="seed of all random numbers; default: 0"),
     "out": dict(type=expand_path, metavar="DIR",
                 help="folder of the run; default: runs/SCENARIO-METHOD"),
-    "resume": dict(action="store_true", help="go on from the checkpoint in --out, if there is one"),
+    "resume": dict(action="store_true", help="go on from the checkpoint in --out, if there is "
+                   "one; default: start a new run"),
     "save-every": dict(type=number(float, 1e-6), metavar="MINUTES",
-                       help="time between two checkpoints; default: 10"),
+                       help="minutes between two checkpoints; default: 10"),
 }
 
 
 def open_pretraining_data(args, sources, checkpoint):
-    """Opens the data set; a run that goes on keeps the statistics that it measured at its start."""
+    """Opens the data set.  A resumed run keeps the image statistics that its start has measured."""
     inputs = None
     if checkpoint and args.scenario == "custom":
         inputs = checkpoint["settings"].get("inputs")
@@ -787,13 +809,14 @@ def open_pretraining_data(args, sources, checkpoint):
                         inputs=inputs, declared=(args.as1, args.as2), reduce=True)
     if "depth" not in data.modalities:
         need(sources.pop("depth_unit") == "default",
-             f"--depth-unit has no effect on {' and '.join(data.modalities)}. Leave it out")
+             f"--depth-unit has no effect on {' and '.join(data.modalities)}. Leave --depth-unit "
+             f"out")
     return data
 
 
 def describe_run(args, data, net, Kc, K):
-    """Returns lines about the data, the augmentations, the size of the networks and, for DeCUR, the
-    loss of independent embeddings and the least loss that is possible."""
+    """Returns lines about the data, the augmentations and the size of the networks.  For DeCUR, two
+    more lines have the loss of independent embeddings and the least possible loss."""
     root = " and ".join(args.data) if isinstance(args.data, list) else args.data
     lines = [f"{len(data)} pairs of {' and '.join(data.modalities)} from {root}"]
     lines += data.notes
@@ -813,7 +836,8 @@ def describe_run(args, data, net, Kc, K):
 
 
 def list_defaults(scenario, method, backbone, toy):
-    """Returns [(settings, their source)].  The first that names a setting gives its default."""
+    """Returns [(settings, their source)].  The default of a setting is in the first pair that has
+    the setting."""
     tables = [(METHODS[method], f"--method {method}")]
     if backbone in MITS:
         tables += ADAMW_RATES
@@ -825,7 +849,7 @@ def list_defaults(scenario, method, backbone, toy):
 
 
 def fill_in(args, tables):
-    """Sets each setting that was not given: the first table that names a setting has its default.
+    """Sets each setting that was not given to its default: that of the first table that has it.
 
     Returns {name: source} of all settings."""
     sources = {}
@@ -841,9 +865,9 @@ def fill_in(args, tables):
 
 
 def get_args(argv=None):
-    """Returns the settings, and {name: source} of those that have a default."""
+    """Returns the settings, and {name: source} of the settings that have a default."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="DeCUR pretraining (Algorithm "
-                                     "1). A setting that is not given is the paper's.")
+                                     "1). The defaults are the paper's settings.")
     add_flags(parser, FLAGS, "scenario toy")
     for title, names in (
             ("data", "data data1 data2 as1 as2 split depth-unit size workers"),
@@ -856,8 +880,8 @@ def get_args(argv=None):
     check_flags(args)
     widths = [] if args.projector == "none" else args.projector.split("-")
     need(all(width.isdecimal() and 0 < int(width) < 10 ** 6 for width in widths),
-         f"--projector {args.projector} is no list of widths. Give widths like 8192-8192-8192, or "
-         f"none")
+         f"--projector {args.projector} is not a list of widths. Give widths such as "
+         f"8192-8192-8192, or none")
     args.widths = [int(width) for width in widths]
     toy = "toy-" if args.toy else ""
     if args.scenario == "custom":
@@ -871,7 +895,7 @@ def check_flags(args):
     """Raises BadInput for flags that do not go together, or that would have no effect."""
     custom, decur, mit = args.scenario == "custom", args.method == "decur", args.backbone in MITS
     need(not custom or args.data1 and args.data2 and not args.data and not args.toy,
-         "--scenario custom needs --data1 and --data2, and takes neither --data nor --toy")
+         "--scenario custom needs --data1 and --data2. It does not work with --data or --toy")
     for name in ("data1", "data2", "as1", "as2"):
         need(custom or not getattr(args, name), f"--{name} works only with --scenario custom")
     need(decur or args.common == 1 and not args.no_intra, f"--common and --no-intra work only with "
