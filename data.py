@@ -471,7 +471,7 @@ def open_ssl4eo(root, names, seed, strict):
     """Opens SSL4EO-S12: the files that `prepare` packed or, if there are none, the raw tree."""
     packed = root if (root / "ids.txt").is_file() else root / "packed"
     if (packed / "ids.txt").is_file():
-        rows, unpaired = find_rows(packed), []
+        rows, unpaired = find_rows(packed, [f"season{season}.npy" for season in range(4)]), []
         read = functools.partial(read_packed, packed, rows)
     else:
         rows, unpaired = find_locations(root)
@@ -487,16 +487,16 @@ def open_bigearthnet(root, split):
     packed = root / "packed" / split
     need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt.  Run `python data.py prepare "
          f"--task bigearthnet --data {root}` first, with {split}.csv under {root}")
-    rows, labels = find_rows(packed), np.load(packed / "labels.npy")
+    rows, labels = find_rows(packed, ["season0.npy", "labels.npy"]), np.load(packed / "labels.npy")
     labels = {name: labels[row] for name, row in rows.items()}
     return Packed(list(rows), functools.partial(read_packed, packed, rows), labels=labels)
 
 
-def find_rows(packed):
+def find_rows(packed, files):
     """Reads ids.txt.  Returns {name: the number of its row}.  Lines that begin with # are damaged
     samples, and are left out."""
     lines = read_lines(packed / "ids.txt")
-    for path in sorted(packed.glob("*.npy")):
+    for path in [packed / file for file in files]:
         with reading(path, "packed bytes", f"delete {packed} and prepare it again"):
             n = len(np.load(path, mmap_mode="r"))
         need(n == len(lines), f"{path} has {n} rows, but ids.txt has {len(lines)} lines.  Delete "
@@ -851,14 +851,15 @@ def measure_inputs(row, paths):
     for path in show_progress(spread_evenly(paths, 200), "measuring"):
         with contextlib.suppress(BadInput):     # a damaged image is reported when samples are read
             x = np.ma.masked_invalid(read_input(path, row).reshape(C, -1).astype(float))
-            numbers.append([x.count(1), x.mean(1).filled(0), x.var(1).filled(0)])
+            numbers.append([x.count(1), x.mean(1).filled(0), x.var(1).filled(0),
+                            x.min(1).filled(np.inf), x.max(1).filled(-np.inf)])
     need(numbers, f"{os.path.dirname(paths[0])} has no image with a valid value.  {paths[0]} is "
          f"the first of {len(paths)} images.  Give other images")
-    n, means, variances = np.array(numbers).swapaxes(0, 1)              # images x C each
+    n, means, variances, low, high = np.array(numbers).swapaxes(0, 1)   # images x C each
     total = np.maximum(n.sum(0), 1)
     mean = (n * means).sum(0) / total
     std = np.sqrt((n * (variances + (means - mean) ** 2)).sum(0) / total)
-    std[std <= 1e-12 * np.abs(mean)] = 1        # the channel is constant, or has no valid value
+    std[low.min(0) >= high.max(0)] = 1          # the channel is constant, or has no valid value
     if row["dtype"] == "uint8":
         return row | dict(range="0 to 255", mean=(mean / 255).tolist(), std=(std / 255).tolist(),
                           raw_mean=None, raw_std=None)
@@ -1050,9 +1051,10 @@ def find_samples(where, names=None, strict=True):
     Returns a list of {name: path} for each of `where`, the names for which no file is missing, and
     the other names."""
     files = [find_images(folder) for folder in where]
-    found = sorted(set().union(*files))
+    skipped = set().union(*map(read_skipped, where))
+    found = sorted(set().union(*files) - skipped)
     if names:
-        found = read_list(names, dict.fromkeys(found))
+        found = read_list(names, dict.fromkeys(found), skipped)
     whole = set.intersection(*map(set, files))
     ids = [name for name in found if name in whole]
     unpaired = [name for name in found if name not in whole]
@@ -1150,8 +1152,8 @@ def read_tiff(path, kinds):
             a = a[:3]                           # the alpha channel is left out, as in a png
         if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
-            a = a.astype(np.result_type(a, np.float32))
-            a[np.isclose(a, nodata, rtol=1e-6, atol=0)] = np.nan
+            missing = np.isclose(a.astype(float), nodata, rtol=1e-6, atol=0)
+            a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
         return a
 
 
@@ -1232,7 +1234,13 @@ def read_lines(path):
     return lines
 
 
-def read_list(path, names):
+def read_skipped(folder):
+    """Returns the names of the samples that `prepare --skip-bad` has left out of a folder."""
+    file = Path(folder) / "bad-ids.txt"
+    return {line.split("\t")[0] for line in read_lines(file)} if file.is_file() else set()
+
+
+def read_list(path, names, skipped=()):
     """Reads a list of images.  Returns their names, in the order of the lines.
 
     path     the file of the list.  A line, or its first column, is a name or the path of an image
@@ -1240,7 +1248,10 @@ def read_list(path, names):
     names    the names that exist"""
     found = {}                                  # name -> its line
     for line in read_lines(path):
-        name = match_name(line, names) or match_name(re.split(r"[\s,]", line)[0], names)
+        first = re.split(r"[\s,]", line)[0]
+        if match_name(line, skipped) or match_name(first, skipped):
+            continue
+        name = match_name(line, names) or match_name(first, names)
         need(name, f"{path}: no image has the name in the line {line!r}.  Write one name per line, "
              f"such as {next(iter(names), '')!r}")
         need(name not in found, f"{path} names {name} twice.  Remove one of the two lines")
@@ -1374,6 +1385,14 @@ def choose_visible(row):
     if "B4" in bands:
         return [bands.index(band) for band in ("B4", "B3", "B2")]
     return [0] if row["name"] in ("sar", "dem") or len(bands) < 3 else [0, 1, 2]
+
+
+def name_visible(row):
+    """Names a modality and, if they are not red, green and blue, the bands that make_visible shows:
+    `ms: B4 B3 B2`."""
+    shown = [row["bands"][channel] for channel in choose_visible(row)]
+    return row["name"] if shown == list(MODALITIES["rgb"]["bands"]) else (
+        f"{row['name']}: {' '.join(shown)}")
 
 
 def make_visible(x, row):
@@ -1515,10 +1534,12 @@ def find_fault(row, c, x, raw):
                 f"`data.py prepare`, or set the tag GDAL_NODATA, or replace the value by NaN")
     if np.isin(x, ends).mean() > normal:
         return f"more than {normal:.0%} of the values are clipped: {question}"
+    # B10 (cirrus) is 0 in products of level 2A, and nearly 0 in products of level 1C.
+    if x.min() == x.max() and row["bands"][c] != "B10":
+        return "all values are equal"
     low, half, high = np.percentile(x, (25, 50, 75))
     if row["name"] == "depth" and half < 0.03:
         return f"half of the values are below {0.03 * MAX_DEPTH:.1f} m: {question}"
-    # B10 (cirrus) is 0 in products of level 2A, and nearly 0 in products of level 1C.
     if high - low < least and row["bands"][c] != "B10":
         return f"half of the values look equal to the network: {question}"
     return None
@@ -1588,7 +1609,9 @@ REMEDIES = {
         "--shm-size)",
     "stack expects each tensor":
         "The images have different sizes.  Cut them into tiles of one size with `data.py prepare "
-        "--scenario custom`"}
+        "--scenario custom`",
+    "more than 1 value per channel":
+        "Batch normalisation needs more values.  Give a larger --batch-size or --size"}
 
 
 def write_text(path, text):
@@ -1683,7 +1706,7 @@ def run_main(main):
         sys.exit(130)                           # shells use this code for Ctrl-C
     except BrokenPipeError:                     # the reader of stdout, such as `| head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (BadInput, OSError, RuntimeError) as error:
+    except (BadInput, OSError, RuntimeError, ValueError) as error:
         line = describe_error(error)
         if line is None:
             raise
@@ -1697,7 +1720,7 @@ def describe_error(error):
     if "Traceback" in text:                     # from a worker: the message is in the last line
         text = text.splitlines()[-1]
     text = re.sub(r"^(\w+\.)?(BadInput|\w+Error): ", "", " ".join(text.splitlines()))
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, (RuntimeError, ValueError)):
         return text
     for pattern, remedy in REMEDIES.items():
         if re.search(pattern, text):
@@ -1967,7 +1990,10 @@ def report_bad(bad, file):
 
 
 def read_shapes(dataset, i):
-    """Reads a sample.  Returns the shapes of its tensors."""
+    """Reads a sample, of SSL4EO-S12 all four seasons.  Returns the shapes of its tensors."""
+    if isinstance(dataset, Packed) and not dataset.labels:
+        for season in range(4):
+            dataset.read(dataset.ids[i], season)
     return [tuple(x[0].shape if isinstance(x, list) else x.shape) for x in dataset[i]]
 
 
@@ -2006,7 +2032,7 @@ def check(args):
             print(f"warning: {line}")
         draw_contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
         print(f"{out / 'contact-sheet.png'} shows what the network will see.  Each row is a pair: "
-              f"two augmented views of {' and two of '.join(dataset.modalities)}")
+              f"two augmented views of {' and two of '.join(map(name_visible, dataset.inputs))}")
     print(f"samples that were read: {len(dataset)}; bad samples: {len(bad)}, of which "
           f"{len(dataset.unpaired)} have no partner.  {out / 'bad-ids.txt'} lists the bad samples")
     report_bad(bad, out / "bad-ids.txt")
@@ -2051,8 +2077,9 @@ def fill_folder(out, settings, size):
 
     settings   a text that holds every setting on which the content of the files depends
     size       about how many bytes will be written"""
+    out = Path(out)                             # without a slash at the end
     part, record = Path(f"{out}.part"), Path(f"{out}.part/settings.txt")
-    need(not Path(out).exists(), f"{out} exists, so it is prepared already.  Delete it to prepare "
+    need(not out.exists(), f"{out} exists, so it is prepared already.  Delete it to prepare "
          f"it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
     with open(part / "lock", "w") as lock:
@@ -2070,7 +2097,7 @@ def fill_folder(out, settings, size):
         yield part
     os.replace(part, out)
     for name in ("lock", "settings.txt", "done.jsonl"):
-        (Path(out) / name).unlink(missing_ok=True)
+        (out / name).unlink(missing_ok=True)
 
 
 NOTED = 256                                     # done samples are noted in groups of this size
@@ -2203,7 +2230,7 @@ def prepare_geonrw(root, out, args):
     need(jobs, f"no tile (<city>/<x>_<y>_rgb.jp2 and _dem.tif) under {root}.  Give the folder of "
          f"GeoNRW with --data; {TREE}")
     # A tile has 1000 x 1000 pixels, each of 8 bytes: 3 of rgb, 4 of dem and 1 of seg.
-    with fill_folder(out, "", len(jobs) * 8e6) as part:
+    with fill_folder(out, json.dumps(list(jobs)), len(jobs) * 8e6) as part:
         work_through(part, jobs, functools.partial(cut_geonrw, part), args, {})
         tiles = sorted(path.stem for path in (part / "rgb").iterdir())
         tested = {name for name in jobs if name.split("_")[0] in TEST_CITIES}
@@ -2298,7 +2325,7 @@ def prepare_tiles(where, args):
     files, names, unpaired = find_samples(patterns, strict=False)
     bad = dict.fromkeys(unpaired, "has no partner, or no mask")
     jobs = {name: (name, [side[name] for side in files]) for name in names}
-    settings = json.dumps([*patterns, args.size, nodata, declared, seed, share])
+    settings = json.dumps([*patterns, args.size, nodata, declared, seed, share, *jobs])
     size = sum(read_first([side[name] for name in names])[1].nbytes for side in files)
     with fill_folder(args.out, settings, len(jobs) * size) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)

@@ -25,7 +25,6 @@ This file is the method itself.  Read it beside Sec. 3 and Algorithm 1 of the pa
 `python decur.py` times both forms of the loss at the paper's N and K.
 """
 import os
-import pickle
 import time
 
 import torch
@@ -506,7 +505,9 @@ def read_weights(file, backbone):
                          f"torch.save(s.load_file('{file}'), 'w.pth')\"")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError):
+    except OSError:
+        raise
+    except Exception:                           # a damaged file raises nearly anything
         raise ValueError(f"{file} is damaged, or holds more than tensors and plain values. Such a "
                          f"file could run code, so it is not loaded. Give another file") from None
     for key in ("model", "state_dict", "model_state_dict"):

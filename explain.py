@@ -420,7 +420,8 @@ def find_data(path, settings):
     a list of two."""
     record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
     if record.is_file():
-        root = read_json(record, "the record of a run by pretrain.py")["data"]
+        with reading(record, "the record of a run by pretrain.py"):
+            root = read_json(record, "the record of a run by pretrain.py")["data"]
     return [root] if isinstance(root, str) else root
 
 

@@ -700,6 +700,8 @@ def open_custom_task(args):
     if args.model == "late":
         named, describe = read_label_table(args.target), describe_labels
     else:
+        need(not Path(args.target).is_file(), f"--target {args.target} is no csv. Give a file "
+             f"NAME.csv with {CSV_FORM}, or a folder or a pattern of masks")
         named = find_images(args.target, (".png", ".tif", ".tiff", ".npy"))
         describe = describe_masks
     unpaired = sorted(set(named) - set(pairs.ids))
@@ -977,7 +979,7 @@ NOT_COMPARED = ("seed", "weights_sha256", "file", "inputs", "sees", "channels", 
 def identify_run(args, settings):
     """Returns {name: value} of everything that makes two runs different, except their seeds.  Files
     are compared by their content, pretrainings by their settings."""
-    run = dict(settings)
+    run = dict(settings, data=args.data)
     if args.task == "custom":
         for name in ("data1", "data2", "target", "split", "test_split"):
             run[name] = name_file(getattr(args, name))
@@ -1016,9 +1018,11 @@ def print_table(folders):
         result = read_json(file, "results of finetune.py")
         need("run" in result, f"{file} is from an older version of finetune.py. Run its command "
              f"again, or leave it out")
-        run = result["run"]
-        title = "  ".join(run[name] for name in TITLE)
-        seeds = [source.get("seed") for source in [result, *result["pretraining"]]]
+        with reading(file, "results of finetune.py", "run its command again, or leave it out"):
+            run = result["run"]
+            title = "  ".join(run[name] for name in TITLE)
+            seeds = [source.get("seed") for source in [result, *result["pretraining"]]]
+            format_scores([result])
         # a run that was repeated with the same seeds counts once
         groups.setdefault((title, str(sorted(run.items()))), {})[str(seeds)] = result
         for name, value in run.items():
@@ -1164,6 +1168,8 @@ def list_settings(args):
         tables.append((dict(steps=None), "--epochs"))
     if args.linear:
         tables += LINEAR.get((name, args.model), [])
+    if "depth" in first.get("modalities", ()):
+        tables.append((dict(depth_unit=first["depth_unit"]), "--weights"))
     if args.task == "custom" and "method" in first:
         tables.append((dict(backbone=first["backbone"], size=first["size"]), "--weights"))
     return tables + RECIPES[name, args.model] + [(OTHER_SETTINGS, "default")]
@@ -1180,6 +1186,8 @@ def check_transfer_flags(args):
     need(args.model != "cmx" or args.backbone in MITS and not args.modality,
          "--model cmx works only with a SegFormer as --backbone, such as mit_b2, and without "
          "--modality")
+    need(args.backbone not in MITS or args.size >= 48, f"--size {args.size} is too small for "
+         f"{args.backbone}. Give --size 48 or more")
     need(args.task != "custom" or bool(args.split) == bool(args.test_split),
          "--task custom needs both --split and --test-split, or neither. Each is a file of names")
 

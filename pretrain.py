@@ -223,7 +223,7 @@ def main(argv=None):
     pretrain(run, model, augment1, augment2, Kc)
     if rank == 0 and not run.stopped:
         for m, E in encoders.items():
-            export(args.out / f"encoder{m}.pth", E, inputs[m], settings)
+            export(args.out / f"encoder{m}.pth", E, inputs[m], settings | dict(data=args.data))
         run.print(f"wrote checkpoint.pt, the encoders, log.jsonl and args.json into {args.out}")
     if device.type == "cuda":
         run.print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB")
@@ -450,7 +450,7 @@ class Run:
             sys.exit(f"a weight is not finite after step {self.step}. The last checkpoint is kept. "
                      f"Give a smaller --lr (in pretrain.py also --lr-bias)")
         checkpoint = dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
-                          step=self.step, settings=self.settings)
+                          step=self.step, settings=self.settings, data=self.args.data)
         write_atomically(self.args.out / "checkpoint.pt", partial(torch.save, checkpoint))
         self.saved = time.time()
 
@@ -638,7 +638,8 @@ def read_settings(checkpoint):
     Raises KeyError if the checkpoint is not of a pretraining."""
     settings, step = checkpoint["settings"], checkpoint["step"]
     steps = settings["epochs"] * (settings["pairs"] // settings["batch_size"])
-    return settings | dict(stopped=f"at step {step} of {steps}" if step < steps else None)
+    return settings | dict(stopped=f"at step {step} of {steps}" if step < steps else None,
+                           data=checkpoint["data"])
 
 
 def export(path, E, row, settings):
@@ -705,7 +706,8 @@ def read_pretraining(file):
         written = "the json file that pretrain.py writes beside an encoder"
         about = read_json(beside, written)
         with reading(beside, written):
-            return about["settings"], [about["sees"]]
+            describe_input(about["sees"])       # raises an error if the file lacks something
+            return about["settings"] | dict(method=about["settings"]["method"]), [about["sees"]]
     try:
         settings = read_settings(load_checkpoint(path))
         m = settings["modality"]                # of a pretraining of one modality, or None
