@@ -458,7 +458,7 @@ def choose_layer(net, name):
 def main(argv=None):
     args = get_args(argv)
     rank, _, device = read_environment()
-    if rank > 0:                                # under torchrun, only the first works
+    if rank > 0:                                # under torchrun, only process 0 works
         return
     if args.sweep:
         return sweep(args, device)

@@ -1007,8 +1007,10 @@ def name_file(path):
 
 
 def print_table(folders):
-    """Prints one line for all runs that differ only by their seeds: a title, the settings in which
-    the line differs from other lines with this title, and the scores."""
+    """Prints one line for all runs that differ only by their seeds.
+
+    A line begins with TITLE.  If lines have the same title, the settings follow in which they
+    differ.  Then follow the scores."""
     groups, values = {}, {}
     for file in [Path(folder) / "results.json" for folder in folders]:
         if not file.is_file():                  # a pretraining, or a run that has not ended
