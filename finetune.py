@@ -563,7 +563,7 @@ def open_published_task(args, rank):
     kind = "multi-label" if args.model == "late" else "segmentation"
     classes, labels = task["classes"], None
     if task["scenario"] == "rgbd":
-        size = math.ceil(2 * size / 3)          # RGB-D frames are 3/2 as high as `size`
+        size = math.ceil(2 * size / 3)          # the canvas is 3/2 as high as its `size`
     if args.toy:
         make_toy(task["scenario"], args.data, rank=rank)
         classes = SCENE_CLASSES
@@ -909,7 +909,7 @@ def describe_training(args, data, counts, n):
     for source in args.pretraining:
         if source.get("stopped"):
             lines.append(f"warning: the pretraining {source['file']} was stopped "
-                         f"{source['stopped']}. Its command with --resume goes on")
+                         f"{source['stopped']}. To finish it, give its command with --resume")
     return lines
 
 
@@ -1059,9 +1059,9 @@ BY_TASK = "default: depends on the task; printed at the start"
 TRANSFER_FLAGS = FLAGS | {
     "task": dict(choices=TASKS, help="the data set and its classes; custom: your own labels"),
     "table": dict(nargs="+", metavar="DIR", help="folders of runs to list; nothing is trained"),
-    "split": dict(type=expand_path, help="name of the list to train on, with custom its file; "
+    "split": dict(type=expand_path, help="name of the list to train on, with custom a file; "
                   "default: train, with custom a random four fifths"),
-    "test-split": dict(type=expand_path, help="name of the list to test on, with custom its file; "
+    "test-split": dict(type=expand_path, help="name of the list to test on, with custom a file; "
                        "default: test, with custom the remaining fifth"),
     "labels": dict(type=number(float, 1e-9, 1), help="share of the training samples that is used, "
                    "such as 0.01; default: 1"),

@@ -70,7 +70,8 @@ METHODS = {
 # on only r features, the diagonal ends at 1 / (1 + lambda (k / r - 1)).
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", batch_size=128, lr=2.0,
            split="train")
-TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # fewer are too few for probes
+# After fewer epochs, linear probes miss some of the factors of the scenes.
+TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}
 OTHER_DEFAULTS = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
 
 
