@@ -459,7 +459,7 @@ def choose_layer(net, name):
 def main(argv=None):
     args = get_args(argv)
     rank, _, device = read_environment()
-    if rank > 0:                                # under torchrun, only the first works
+    if rank > 0:                                # under torchrun, only process 0 works
         return
     if args.sweep:
         return sweep(args, device)
@@ -552,9 +552,9 @@ def compare_objects(title, found, modalities):
             both = means[label, "common"] / means[label, "unique"]
             ratios = {objects[0]: both[0], objects[1]: 1 / both[1],
                       objects[3]: both[3], objects[5]: 1 / both[5], "equal": 1}
-            claims.append(claim(f"{label}: above 1 are common / unique for objects that both see, "
-                                f"and unique / common for objects that only one sees", ratios,
-                                "equal"))
+            claims.append(claim(f"{label}: the ratios common / unique (objects that both see) and "
+                                f"unique / common (objects that only one sees) are above 1",
+                                ratios, "equal"))
     return claims
 
 

@@ -563,7 +563,7 @@ def open_published_task(args, rank):
     kind = "multi-label" if args.model == "late" else "segmentation"
     classes, labels = task["classes"], None
     if task["scenario"] == "rgbd":
-        size = math.ceil(2 * size / 3)          # RGB-D frames are 3/2 as high as `size`
+        size = math.ceil(2 * size / 3)          # the canvas is 3/2 as high as its `size`
     if args.toy:
         make_toy(task["scenario"], args.data, rank=rank)
         classes = SCENE_CLASSES
@@ -911,7 +911,7 @@ def describe_training(args, data, counts, n):
     for source in args.pretraining:
         if source.get("stopped"):
             lines.append(f"warning: the pretraining {source['file']} was stopped "
-                         f"{source['stopped']}. Its command with --resume goes on")
+                         f"{source['stopped']}. To finish it, give its command with --resume")
     return lines
 
 
@@ -1009,8 +1009,10 @@ def name_file(path):
 
 
 def print_table(folders):
-    """Prints one line for all runs that differ only by their seeds: a title, the settings in which
-    the line differs from other lines with this title, and the scores."""
+    """Prints one line for all runs that differ only by their seeds.
+
+    A line begins with TITLE.  If lines have the same title, the settings follow in which they
+    differ.  Then follow the scores."""
     groups, values = {}, {}
     for file in [Path(folder) / "results.json" for folder in folders]:
         if not file.is_file():                  # a pretraining, or a run that has not ended
@@ -1061,9 +1063,9 @@ BY_TASK = "default: depends on the task; printed at the start"
 TRANSFER_FLAGS = FLAGS | {
     "task": dict(choices=TASKS, help="the data set and its classes; custom: your own labels"),
     "table": dict(nargs="+", metavar="DIR", help="folders of runs to list; nothing is trained"),
-    "split": dict(type=expand_path, help="name of the list to train on, with custom its file; "
+    "split": dict(type=expand_path, help="name of the list to train on, with custom a file; "
                   "default: train, with custom a random four fifths"),
-    "test-split": dict(type=expand_path, help="name of the list to test on, with custom its file; "
+    "test-split": dict(type=expand_path, help="name of the list to test on, with custom a file; "
                        "default: test, with custom the remaining fifth"),
     "labels": dict(type=number(float, 1e-9, 1), help="share of the training samples that is used, "
                    "such as 0.01; default: 1"),

@@ -70,7 +70,8 @@ METHODS = {
 # on only r features, the diagonal ends at 1 / (1 + lambda (k / r - 1)).
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", batch_size=128, lr=2.0,
            split="train")
-TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}  # fewer are too few for probes
+# After fewer epochs, linear probes miss some of the factors of the scenes.
+TOY_EPOCHS = {"rgbd": 30, "rgb-dem": 60, "sar-optical": 120}
 OTHER_DEFAULTS = dict(split="all", depth_unit=1000.0, seed=0, save_every=10.0)
 
 
@@ -239,7 +240,7 @@ def make_network(args, channels):
     return net, {m: f.E for m, f in ((1, net.f1), (2, net.f2)) if f is not None}
 
 
-# ---- before the loop, here and in finetune.py: find, load, join, restore, make the folder ----
+# ---- what this script and finetune.py do before the loop ----
 
 # These settings may differ at --resume.
 RUN_ONLY = ("data", "data1", "data2", "target", "out", "resume", "save_every", "workers", "toy",
@@ -336,7 +337,7 @@ def make_folder(out):
                        f"folder") from None
 
 
-# ---- around each step, here and in finetune.py ----
+# ---- what this script and finetune.py do around each step ----
 
 class Run:
     """Yields batches, sets learning rates, writes the log, saves checkpoints, handles signals.
@@ -346,7 +347,7 @@ class Run:
     loader             an iterator of batches from `step` on, from `make_loader`
     step, steps        the number of steps that are done, and the number of all steps
     steps_per_epoch    for the number of the epoch in the log
-    rate               a function: rate(step, steps) is the factor of the base learning rate
+    rate               a function: the learning rate of a step is rate(step, steps) * initial_lr
     process            rank, world and device, from `read_environment`
 
     Saves a checkpoint every save_every minutes, at a signal, and at the end."""

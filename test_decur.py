@@ -3076,6 +3076,7 @@ def own_folder(scenes, tmp_path_factory):
         mask[:12] = 255                         # a quarter of the pixels
         save(root / "masks" / f"{name}.png", mask)
         save(root / "small" / f"{name}.png", mask[::2])
+        save(root / "binary" / f"{name}.png", np.where(mask == 7, 255, 0).astype(np.uint8))
         negative = np.where(mask == 255, -5, mask.astype(np.int16) + 1)
         (root / "signed").mkdir(exist_ok=True)
         tifffile.imwrite(root / "signed" / f"{name}.tif", negative)
@@ -3211,6 +3212,7 @@ def test_declared_images_are_normalised_as_in_pretraining_and_others_are_told(ow
 @pytest.mark.parametrize("target, text, more, words", [
     ("unknown.csv", "nobody,disk\n0000,ring\n", "", "unknown.csv .*nobody"),
     ("one.csv", "0000,disk\n0001,disk\n", "", "one.csv .*disk"),
+    ("binary", None, "", "binary has fewer than two classes: 0.* give --ignore -1"),
     ("split.csv", "0000,disk,train\n", "", "split.csv .*name,label"),
     ("labels.tsv", "0000\tdisk\n", "", "labels.tsv"),
     ("nowhere.csv", None, "", "nowhere.csv"),
