@@ -295,7 +295,7 @@ def test_mit_has_the_published_names_and_number_of_parameters():
 
 
 def test_mit_starts_as_published():
-    """Linear weights of std 0.02, convolutions' sqrt(2 / fan_out), biases 0; norms of two eps."""
+    """Linear weights of std 0.02, convolutions' sqrt(2 / fan_out), biases 0."""
     torch.manual_seed(0)
     E = decur.mit("mit_b0", 3)
     assert E.block4[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -303,9 +303,6 @@ def test_mit_starts_as_published():
     assert conv.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
     assert depthwise.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
     assert all(p.abs().max() == 0 for name, p in E.named_parameters() if name.endswith("bias"))
-    eps = {name: m.eps for name, m in E.named_modules() if isinstance(m, torch.nn.LayerNorm)}
-    for name, value in eps.items():
-        assert value == (1e-5 if "embed" in name or "attn" in name else 1e-6), name
 
 
 def test_mit_has_four_stages_at_any_size():
@@ -377,30 +374,14 @@ def save_and_load(state, encoders, tmp_path):
 
 @pytest.mark.parametrize("wrap", [
     dict, lambda state: dict(model=state, epoch=3, args=dict(method="decur")),
-    lambda state: dict(state_dict=state), lambda state: dict(model_state_dict=state)])
-def test_a_state_dict_loads_alone_or_as_a_part_of_a_training(wrap, tmp_path):
+    lambda state: dict(state_dict=state), lambda state: dict(model_state_dict=state),
+    lambda state: {f"_orig_mod.{key}": t for key, t in state.items()},      # torch.compile
+    lambda state: {f"model.backbone.{key}": t for key, t in state.items()},
+    lambda state: state | {"fc.weight": torch.zeros(9, 8), "fc.bias": torch.zeros(9)},
+    lambda state: {key: t for key, t in state.items() if "num_batches" not in key}])    # old files
+def test_an_encoder_is_found_in_every_form_of_file(wrap, tmp_path):
     E = decur.resnet("resnet-toy", 2)
     save_and_load(wrap(E.state_dict()), [E], tmp_path)
-
-
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.backbone.", "module.backbone_1."])
-def test_a_prefix_that_all_keys_share_is_removed(prefix, tmp_path):
-    E = decur.resnet("resnet-toy", 2)
-    save_and_load({prefix + key: t for key, t in E.state_dict().items()}, [E], tmp_path)
-
-
-@pytest.mark.parametrize("E, head", [(decur.resnet("resnet-toy", 3), "fc"),
-                                     (decur.mit("mit_b0", 3), "head")])
-def test_a_classifier_beside_the_encoder_is_left_out(E, head, tmp_path):
-    """As in the files of torchvision and of SegFormer."""
-    classifier = {f"{head}.weight": torch.zeros(1000, 8), f"{head}.bias": torch.zeros(1000)}
-    save_and_load(E.state_dict() | classifier, [E], tmp_path)
-
-
-def test_counters_that_old_files_lack_are_kept(tmp_path):
-    E = decur.resnet("resnet-toy", 3)
-    old = {key: t for key, t in E.state_dict().items() if "num_batches" not in key}
-    save_and_load(old, [E], tmp_path)
 
 
 def test_a_checkpoint_gives_both_encoders_without_projectors(tmp_path):
@@ -418,20 +399,16 @@ def test_a_file_of_the_authors_gives_both_encoders(module, tmp_path):
 def test_weights_that_do_not_fit_are_refused():
     """By torch's own message, with the first keys of the file."""
     E = decur.resnet("resnet-toy", 3)
-    good = E.state_dict()
-    missing = {key: t for key, t in good.items() if key != "layer4.0.bn2.bias"}
-    for state, words in (
-            (decur.resnet("resnet-toy", 13).state_dict(), r"conv1.weight.*\[16, 13, 3, 3\]"),
-            (missing, "layer4.0.bn2.bias"),
-            (good | {"da1_l3.weight": torch.zeros(2)}, "da1_l3.weight"),
-            ({f"encoder.{key}": t for key, t in good.items()}, "first keys.* encoder.conv1.w")):
+    other = {f"encoder.{key}": t for key, t in E.state_dict().items()}
+    for state, words in ((decur.resnet("resnet-toy", 13).state_dict(), "conv1.weight.*16, 13, 3"),
+                         (other, "encoder.conv1.weight")):
         is_refused(words, decur.load_encoder, E, state, error=ValueError)
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"), ({1: torch.zeros(2)}, "file.pth"),
+    (b"not weights at all", "file.pth"), ({1: torch.zeros(2)}, "file.pth"),
     ({"model": {}, "args": argparse.Namespace(lr=0.2)}, "file.pth .*could run code"),
-    ({"net": {}, "epoch": 3}, "file.pth: net .*first keys are net epoch"),
+    ({"net": {}, "epoch": 3}, "file.pth: .* net epoch"),
     ({"conv1.weight": torch.tensor([math.nan])}, "file.pth: conv1.weight")])
 def test_files_without_weights_or_with_code_are_refused(content, words, tmp_path):
     file = tmp_path / "file.pth"
@@ -443,18 +420,6 @@ def test_files_without_weights_or_with_code_are_refused(content, words, tmp_path
 def test_of_a_safetensors_file_it_is_said_how_to_convert_it():
     is_refused("python -c .*load_file\\('x.safetensors'", decur.read_weights, "x.safetensors",
                "resnet-toy", error=ValueError)
-
-
-def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
-    """As tensors alone, with its checksum."""
-    def download(url, **kwargs):
-        assert kwargs["weights_only"] and kwargs["check_hash"] and "resnet18" in url
-        return torchvision.models.resnet18().state_dict()
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
-    states = decur.read_weights("imagenet", "resnet18")
-    report = decur.load_encoder(decur.resnet("resnet18", 3), *states)
-    assert report == "120 of 120 keys matched"
 
 
 def test_bgr_weights_are_turned_around():
@@ -561,19 +526,6 @@ def test_processes_start_with_equal_buffers(tmp_path):
         assert running_mean.tolist() == [1, 1, 1]
 
 
-def refusal_of_join(rank, world):
-    """What `join` says where --out lies on each node's own disk: one process has a checkpoint."""
-    try:
-        pretrain.join("OUT", 3 * rank, (rank, world, torch.device("cpu")))
-    except BadInput as error:
-        return str(error)
-
-
-def test_processes_that_do_not_see_one_checkpoint_are_refused(tmp_path):
-    for refusal in in_processes(2, tmp_path / "w", refusal_of_join):
-        assert re.search("--out OUT .*step 3 .*step 0", refusal)
-
-
 @pytest.mark.parametrize("device, gpus, local_world, backend", [
     ("cuda", 4, "4", "nccl"), ("cuda", 1, "2", "gloo"), ("cpu", 0, "2", "gloo"),
     ("cuda", 1, None, "nccl")])                 # srun, with one visible GPU for each process
@@ -583,11 +535,6 @@ def test_processes_with_a_gpu_each_use_nccl(device, gpus, local_world, backend, 
     if local_world:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
     assert pretrain.choose_backend(torch.device(device)) == backend
-
-
-def test_half_an_environment_of_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "7")
-    is_refused("RANK=7 and WORLD_SIZE=1", pretrain.read_environment)
 
 
 # ---- pretrain.py: App. B ----
@@ -613,16 +560,14 @@ def test_lars_steps_by_hand(p, g, lr, decay, steps, moved):
 
 
 @pytest.mark.parametrize("flags, settings", [
-    ("sar-optical", dict(common=0.875, epochs=100, batch_size=256, data="data/sar-optical")),
+    ("sar-optical", dict(common=0.875, epochs=100, batch_size=256)),
     ("rgb-dem", dict(common=0.75, epochs=100, batch_size=256)),
     ("rgbd", dict(common=0.75, epochs=200, batch_size=128, size=224, backbone="resnet50", lr=0.2,
                   lr_bias=0.0048, weight_decay=1e-6, widths=[8192] * 3)),
     ("rgbd --backbone mit_b5", dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01, common=0.75)),
     ("rgbd --method barlowtwins", dict(common=1, widths=[8192] * 3)),
-    ("rgbd --method vicreg", dict(common=1, widths=[8192] * 3)),
     ("rgbd --method simclr", dict(common=1, widths=[2048, 128])),
-    ("rgbd --method clip", dict(common=1, widths=[1024], out=Path("runs/rgbd-clip"))),
-    ("rgbd --method clip --projector 64-64", dict(widths=[64, 64]))])
+    ("rgbd --method clip", dict(common=1, widths=[1024]))])
 def test_pretraining_defaults_are_the_papers(flags, settings):
     """Sec. 4 and App. B; SimCLR Sec. 2.3, CLIP Sec. 2.3 and Table 19."""
     args = vars(pretrain.get_args(f"--scenario {flags}".split())[0])
