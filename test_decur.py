@@ -637,24 +637,20 @@ def log_of(out):
     return list(lines.values())
 
 
-def test_pretrain_runs_and_loss_falls(pretrained):
-    out, printed = pretrained
-    for words in ("chance (independent embeddings)", "step 000048/000048", "augmentations of depth",
-                  "common 0.75 paper, Sec. 4", "lr-bias 0.0048 paper, App. B", "data ",
-                  "epochs 16 command line", "seed 0 default"):
-        assert words in " ".join(printed.split())
-    log = log_of(out)
-    assert [row["step"] for row in log] == list(range(1, 49))
-    losses = [row["loss"] for row in log]
+def test_the_loss_of_a_pretraining_falls(pretrained):
+    log = log_of(pretrained[0])
+    assert [line["step"] for line in log] == list(range(1, 49))
+    losses = [line["loss"] for line in log]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
-    assert json.loads((out / "args.json").read_text())["K"] == 32
+
+
+def test_a_pretraining_saves_each_encoder_alone_and_what_it_sees(pretrained):
+    out, _ = pretrained
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    for k, channels in ((1, 3), (2, 1)):
-        encoder = decur.resnet("resnet-toy", channels)
-        encoder.load_state_dict(torch.load(out / f"encoder{k}.pth", weights_only=True))
-        assert torch.equal(encoder.conv1.weight, checkpoint["model"][f"f{k}.E.conv1.weight"])
-        about = json.loads((out / f"encoder{k}.json").read_text())
-        assert about["sees"]["bands"] == (["depth"] if k == 2 else ["red", "green", "blue"])
+    for k, bands in ((1, ["red", "green", "blue"]), (2, ["depth"])):
+        encoder = torch.load(out / f"encoder{k}.pth", weights_only=True)
+        assert torch.equal(encoder["conv1.weight"], checkpoint["model"][f"f{k}.E.conv1.weight"])
+        assert json.loads((out / f"encoder{k}.json").read_text())["sees"]["bands"] == bands
 
 
 @pytest.mark.parametrize("signalled", [True, False])
@@ -682,23 +678,10 @@ def test_resume_equals_no_interruption(signalled, pretrained, scenes, tmp_path):
     assert log_of(whole) == log_of(broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_the_run_after_the_step_and_a_save(number, scenes, tmp_path, monkeypatch):
-    """SIGTERM: in the test above.  Afterwards the signal has its own effect again."""
-    watched(monkeypatch, pretrain, "compute_loss", 2, lambda: os.kill(os.getpid(), number))
-    try:
-        code = pretrain.main(shlex.split(flags_of(scenes, tmp_path)))
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert code == 128 + number
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
-
-
 def test_resume_without_a_checkpoint_begins_anew_and_says_so(scenes, tmp_path, capsys):
     call(pretrain, flags_of(scenes, tmp_path, "--resume"))
     printed = capsys.readouterr().out
-    assert "resumed from" not in printed and f"no checkpoint.pt in {tmp_path}" in printed
+    assert "resumed from" not in printed and re.search(f"checkpoint.pt .*{tmp_path}", printed)
 
 
 def test_workers_of_any_number_and_start_method_give_the_same_batches(scenes, tmp_path):
@@ -743,29 +726,21 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
         return data.augment(x, row, size, draws) * (math.nan if len(calls) > 20 else 1)
 
     monkeypatch.setattr(pretrain, "augment", diverges)
-    is_refused(r"the loss is nan by step 6 \(loss nan = L1 nan", call, pretrain,
-               flags_of(scenes, tmp_path / "out", "--epochs 4 --save-every 1e-6"), error=SystemExit)
-    checkpoint = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
+    is_refused("nan .*step 6 ", call, pretrain,
+               flags_of(scenes, tmp_path, "--epochs 4 --save-every 1e-6"), error=SystemExit)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 5 and all(p.isfinite().all() for p in checkpoint["model"].values())
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--data nowhere", "nowhere"), ("--split val", "val.txt"), ("--batch-size 49", "-size 49"),
-    ("--projector 32-x", "--projector 32-x"), ("--data1 x", "--data1"),
-    ("--scenario custom --data1 x --data2 y", "--data"), ("--modality 1", "--modality 1"),
-    ("--method clip --no-intra", "--no-intra"),
-    ("--backbone mit_b0 --size 24", "--size 24"), ("--out {scenes}/train.txt/out", "--out .*/out"),
-    ("--bgr", "--bgr works only with --weights"),
-    ("--bgr --weights {run}/checkpoint.pt", "--bgr .*checkpoint.pt was trained by this project"),
-    ("--weights {run}/encoder1.pth", "hold 1 encoders, but 2"),
-    ("--weights {run}/encoder2.pth {run}/encoder1.pth", "encoder1.pth: the weights do not fit"),
-    ("--weights nowhere.pth", "--weights .*nowhere.pth"),
-    ("--weights imagenet", "no ImageNet weights of resnet-toy"),
+    ("--projector 32-x", "--projector 32-x"), ("--out {scenes}/train.txt/out", "--out .*/out"),
+    ("--bgr --weights {run}/checkpoint.pt", "--bgr .*checkpoint.pt"),
+    ("--weights {run}/encoder1.pth", "encoder1.pth"), ("--weights nowhere.pth", "nowhere.pth"),
     ("--out {run}", "--out .*--resume"),
-    ("--out {run} --resume --epochs 20", "epochs is 20, but 16 .*--weights .*/checkpoint.pt and"),
-    ("--out {run} --resume --epochs 16 --common 0.5", "common is 0.5, but 0.75")])
+    ("--out {run} --resume --epochs 20", "epochs is 20, .*--weights .*/checkpoint.pt")])
 def test_bad_input_is_refused_in_one_line(flags, words, scenes, pretrained, tmp_path):
-    """Got, expected, remedy; nothing is left behind, no earlier run overwritten."""
+    """Nothing is left behind, and no earlier run is overwritten."""
     run = pretrained[0]
     before = {path: path.read_bytes() for path in run.iterdir()}
     flags = flags_of(scenes, tmp_path / "out", flags.format(scenes=scenes, run=run))
@@ -774,22 +749,11 @@ def test_bad_input_is_refused_in_one_line(flags, words, scenes, pretrained, tmp_
     assert before == {path: path.read_bytes() for path in run.iterdir()}
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda whole: whole[:len(whole) // 2], lambda whole: pickle.dumps(Evil(), 2),
-    lambda whole: pickle.dumps([1, 2], 2)])
-def test_a_damaged_checkpoint_is_named_and_left_alone(damage, pretrained, scenes, tmp_path,
-                                                      monkeypatch):
-    content = damage((pretrained[0] / "checkpoint.pt").read_bytes())
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    monkeypatch.chdir(tmp_path)
-    is_refused("checkpoint.pt .*a new --out", call, pretrain,
-               flags_of(scenes, tmp_path, "--resume"))
-    assert Path("checkpoint.pt").read_bytes() == content and not Path("evil").exists()
+def test_a_damaged_checkpoint_is_named_and_left_alone(pretrained, scenes, tmp_path):
+    half = (pretrained[0] / "checkpoint.pt").read_bytes()[:99999]
+    (tmp_path / "checkpoint.pt").write_bytes(half)
+    is_refused("checkpoint.pt .*--out", call, pretrain, flags_of(scenes, tmp_path, "--resume"))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == half
 
 
 def test_bad_input_exits_with_code_2_and_one_line(scenes, tmp_path):
@@ -802,36 +766,16 @@ def test_bad_input_exits_with_code_2_and_one_line(scenes, tmp_path):
     assert not list(out.glob("checkpoint*"))
 
 
-def test_a_first_batch_that_cannot_be_read_leaves_no_folder(scenes, tmp_path):
-    root, out = shutil.copytree(scenes, tmp_path / "scenes"), tmp_path / "out"
-    for file in (root / "RGB").iterdir():
-        file.write_bytes(b"")
-    is_refused("cannot be read as an image", call, pretrain, flags_of(root, out))
-    assert not out.exists()
-
-
-def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(tmp_path):
-    """Both find the folder empty; the second to make its log is refused."""
-    begin = partial(pretrain.make_run_folder, process=(0, 1, torch.device("cpu")))
-    args = [argparse.Namespace(out=tmp_path, resume=False, data=name) for name in "ab"]
-    assert pretrain.find_checkpoint(tmp_path, resume=False) is None
-    begin(args[0], {})
-    is_refused(f"--out {tmp_path}: another run", begin, args[1], {})
-    assert json.loads((tmp_path / "args.json").read_text())["data"] == "a"
-
-
 def test_torchrun_trains_on_two_cpu_processes(scenes, tmp_path):
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     result = subprocess.run(**command(flags_of(scenes, tmp_path), torchrun))
     assert result.returncode == 0, result.stderr
-    assert "2 x cpu (gloo)" in result.stdout and "batch normalisation" in result.stdout
+    assert "gloo" in result.stdout
     assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("world, words", [(3, "--batch-size 16 .*3 processes.* 15"),
-                                          (16, "--batch-size 16 .*16 processes.* 32")])
-def test_a_batch_is_divided_evenly_among_the_processes(world, words):
-    is_refused(words, pretrain.check_batch, 16, 48, world, least=2)
+def test_a_batch_is_divided_evenly_among_the_processes():
+    is_refused("--batch-size 16 .* 15", pretrain.check_batch, 16, 48, 3, least=2)
 
 
 # ---- pretrain.py: methods, ablations and weights ----
@@ -851,8 +795,6 @@ def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, sce
     assert len(calls) == 3 * views              # three steps
     assert {E.channels for E, _ in calls} == set(channels.values())
     assert {path.name for path in tmp_path.glob("encoder*.pth")} == channels.keys()
-    settings = json.loads((tmp_path / "encoder2.json").read_text())["settings"]
-    assert settings["no_intra"] == ("--no-intra" in flags)
 
 
 def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars():
@@ -861,13 +803,11 @@ def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_wi
     args = argparse.Namespace(backbone="mit_b0", lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
     adamw = pretrain.make_optimizer(net, args)
     assert isinstance(adamw, torch.optim.AdamW)
-    args.backbone = "resnet50"
-    assert isinstance(pretrain.make_optimizer(net, args), pretrain.LARS)
     decayed, spared = adamw.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
-    names = [name for name, p in net.named_parameters() if p.ndim < 2]
-    assert len(spared["params"]) == len(names)
-    assert all(name.endswith("bias") or "norm" in name or ".P." in name for name in names)
+    assert len(spared["params"]) == sum(p.ndim < 2 for p in net.parameters())
+    args.backbone = "resnet50"
+    assert isinstance(pretrain.make_optimizer(net, args), pretrain.LARS)
 
 
 @pytest.mark.parametrize("files, more", [
@@ -879,41 +819,10 @@ def test_weights_start_a_run(files, more, pretrained, scenes, tmp_path, monkeypa
     monkeypatch.setattr(pretrain, "cosine", lambda step, steps: 0)  # a rate of 0: weights stay
     files = " ".join(f"{first}/{file}" for file in files.split())
     call(pretrain, flags_of(scenes, tmp_path, f"--weights {files} {more}"))
-    printed = capsys.readouterr().out
-    assert re.search(r"decur on rgbd, common 0.75, 16 epochs, seed 0\): 72 of 72 keys", printed)
-    assert "was trained on" not in printed
+    assert "decur on rgbd, common 0.75, 16 epochs, seed 0" in capsys.readouterr().out
     a, b = (torch.load(folder / "encoder2.pth", weights_only=True) for folder in (first, tmp_path))
     keys = [key for key in a if "running" not in key and "num_batches" not in key]
     assert all(torch.equal(a[key], b[key]) for key in keys)
-
-
-def test_every_file_of_weights_is_asked_for_its_pretraining(runs, tmp_path):
-    """encoder1 of DeCUR and encoder2 of Barlow Twins do not count as DeCUR."""
-    settings = json.loads((runs / "decur-0" / "encoder2.json").read_text())
-    settings["settings"]["method"] = "barlowtwins"
-    shutil.copy(runs / "decur-0" / "encoder2.pth", tmp_path)
-    (tmp_path / "encoder2.json").write_text(json.dumps(settings))
-    files = [str(runs / "decur-0" / "encoder1.pth"), str(tmp_path / "encoder2.pth")]
-    args = argparse.Namespace(backbone="resnet-toy", modality=None, bgr=False)
-    encoders = decur.resnet("resnet-toy", 3), decur.resnet("resnet-toy", 1)
-    rows = [data.MODALITIES[name] for name in ("rgb", "depth")]
-    lines = pretrain.start_from(files, encoders, args, rows)
-    assert "(decur on" in lines[0] and "(barlowtwins on" in lines[1] and len(lines) == 2
-
-
-def test_a_checkpoint_of_one_modality_gives_the_input_of_that_one(pretrained, tmp_path):
-    checkpoint = torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)
-    checkpoint["settings"]["modality"] = 2
-    torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    _, rows = pretrain.read_pretraining(tmp_path / "checkpoint.pt")
-    assert [row["name"] for row in rows] == ["depth"]
-
-
-def test_a_depth_unit_is_refused_where_hha_is_read(scenes, tmp_path):
-    root = shutil.copytree(scenes, tmp_path / "scenes")
-    shutil.copytree(root / "RGB", root / "HHA")
-    is_refused("--depth-unit .* rgb and hha", call, pretrain,
-               flags_of(root, tmp_path / "out", "--depth-unit 1000"))
 
 
 RGB = data.MODALITIES["rgb"]
@@ -930,15 +839,6 @@ def test_a_warning_compares_what_an_encoder_sees_and_not_only_names(seen, differ
 def test_a_warning_names_the_numbers_of_a_measured_normaliser():
     text = pretrain.describe_input(MEASURED)
     assert "9 9 9 -+ 3 x 2 2 2" in text and "raw_mean" not in text
-
-
-@pytest.mark.parametrize("missing", ["settings", "sees"])
-def test_a_json_beside_an_encoder_that_lacks_something_is_named(missing, pretrained, tmp_path):
-    shutil.copy(pretrained[0] / "encoder1.pth", tmp_path)
-    about = json.loads((pretrained[0] / "encoder1.json").read_text())
-    del about[missing]
-    (tmp_path / "encoder1.json").write_text(json.dumps(about))
-    is_refused("encoder1.json", pretrain.read_pretraining, tmp_path / "encoder1.pth")
 
 
 def drawn(B, seed=0, rows=slice(None)):
@@ -1025,12 +925,6 @@ def test_brightness_contrast_and_saturation_are_torchvisions_and_never_wrap():
         y = data.random_colour(x, (0.4 * torch.eye(4)[k]).tolist(), 1.0, 0.0, drawn(64, k))
         expected = [function(image, factor) for image, factor in zip(x, factors.tolist())]
         assert torch.allclose(y, torch.stack(expected), atol=2e-3) and y.max() == 1
-    x = 0.2 * x + 0.4                           # away from the clamp, two at a time
-    factors = 1 + 0.4 * (2 * drawn(64, 3)(6)[:, 1:3] - 1)
-    y = data.random_colour(x, (0.4, 0.4, 0, 0), 1.0, 0.0, drawn(64, 3))
-    expected = [TF.adjust_contrast(TF.adjust_brightness(image, b), c)
-                for image, (b, c) in zip(x, factors.tolist())]
-    assert torch.allclose(y, torch.stack(expected), atol=2e-3)
 
 
 @pytest.mark.parametrize("C", [2, 3, 13])
@@ -1084,52 +978,24 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says(name, C):
 
 
 @pytest.mark.parametrize("value, dtype, words", [
-    (7500, torch.float32, "7500 to 7500"), (np.nan, torch.float32, "nan to nan"),
-    (-0.1, torch.float32, "-0.1 to -0.1"), (0, torch.int32, "torch.int32"),
-    (0, torch.uint16, "torch.uint16")])
+    (7500, torch.float32, "7500"), (np.nan, torch.float32, "nan"), (-0.1, torch.float32, "-0.1"),
+    (0, torch.int32, "int32")])
 def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
     """Images are checked wherever they enter.  Depth in metres gave a loss of 60481 once."""
-    x = torch.full((1, 1, 4, 4), value, dtype=dtype)
-    is_refused(words, data.resize_and_normalise, x, MODALITIES["depth"], 4)
-    is_refused(words, data.normalise, x, MODALITIES["depth"])
-    is_refused(words, augment, x, MODALITIES["depth"], 4, drawn(1))
+    x, row = torch.full((1, 1, 4, 4), value, dtype=dtype), MODALITIES["depth"]
+    is_refused(words, data.resize_and_normalise, x, row, 4)
+    is_refused(words, data.normalise, x, row)
+    is_refused(words, augment, x, row, 4, drawn(1))
 
 
-def test_collate_gives_two_views_of_each_modality():
-    one, two = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
-    batch = torch.utils.data.default_collate([([one], [one, two]), ([two], [two, one])])
-    x1, x2 = (data.move_views(views, "cpu") for views in batch)
-    assert x1[0] is x1[1] and x1[0].shape == x2[0].shape == (2, 1, 2, 2)
-    assert [x.amax((1, 2, 3)).tolist() for x in (*x1, *x2)] == [[0, 1], [0, 1], [0, 1], [1, 0]]
-
-
-class Scenes:
-    """A data set of two sensors: one shows the index, the other the epoch."""
-    epoch, reads = None, 0
-
-    def __init__(self):
-        pass
-
-    def __getitem__(self, i):
-        self.reads += 1
-        return [torch.tensor(i)], [torch.tensor(self.epoch)]
-
-
-class Seasons(Scenes, data.Packed):
-    """Two sensors whose samples change with the epoch."""
-
-
-@pytest.mark.parametrize("kind, keep, room, reads", [
-    (Scenes, True, 1000, 5), (Scenes, False, 1000, 10), (Seasons, True, 1000, 10),
-    (Scenes, True, 16, 9)])                     # 16: the bytes of one sample
-def test_unchanging_samples_are_decoded_once_while_there_is_room(kind, keep, room, reads):
-    scenes = kind()
-    samples = data.Samples(scenes, keep)
-    samples.room = min(samples.room, room)
-    for epoch in (0, 1):
-        assert [samples[epoch, i][0] for i in range(5)] == [[0], [1], [2], [3], [4]]
-    assert scenes.reads == reads
-    assert samples[2, 5] == ([5], [2])
+@pytest.mark.parametrize("keep, reads", [(True, 5), (False, 10)])
+def test_unchanging_samples_are_decoded_once(keep, reads, scenes, monkeypatch):
+    samples = data.Samples(open_dataset("rgbd", scenes, 32), keep)
+    calls = watched(monkeypatch, data.Folders, "__getitem__")
+    first, again = ([samples[epoch, i] for i in range(5)] for epoch in (0, 1))
+    assert len(calls) == reads
+    for (a, _), (b, _) in zip(first, again):
+        assert torch.equal(a[0], b[0])
 
 
 # ---- RGB-depth ----
