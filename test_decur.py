@@ -1010,20 +1010,16 @@ def write_frames(root, n=4):
 
 
 def test_frames_of_any_size_are_read_as_colour_and_metres_and_holes_do_not_bleed(tmp_path):
-    """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; no reading: the data set's mean."""
-    root = write_frames(tmp_path, 2)
-    save(root / "RGB" / "x.jpg", Image.new("RGB", (200, 160)))
+    """Canvas 36 x 48 for crops of 24; 2000 mm / 10 m = 0.2; no reading: the data set's mean."""
+    rgb = np.full((160, 200, 3), (10, 20, 30), np.uint8)
     depth = np.full((160, 200), 2000, np.uint16)
     depth[:80] = 0
-    save(root / "Depth" / "x.png", depth)
-    pairs = open_dataset("rgbd", root, 24)
-    (rgb,), (depth,) = pairs[1]
-    assert rgb.dtype == torch.uint8 and rgb[:, 5, 5].tolist() == [10, 20, 30]
-    assert depth[0, 5, 5].item() == pytest.approx(0.21)
-    assert depth[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
-    (rgb2,), (depth2,) = pairs[2]
-    assert rgb.shape == rgb2.shape == (3, 36, 48) and depth.shape == depth2.shape == (1, 36, 48)
-    assert set(depth2.unique().mul(1000).round().int().tolist()) == {200, 238}
+    save(tmp_path / "RGB" / "x.jpg", rgb)
+    save(tmp_path / "Depth" / "x.png", depth)
+    (x1,), (x2,) = open_dataset("rgbd", tmp_path, 24)[0]
+    assert x1.shape == (3, 36, 48) and x1[:, 5, 5].tolist() == [10, 20, 30]
+    assert x2.shape == (1, 36, 48)
+    assert set(x2.unique().mul(1000).round().int().tolist()) == {200, 238}
 
 
 def test_lists_name_the_frames_of_a_split(tmp_path):
@@ -1035,21 +1031,14 @@ def test_lists_name_the_frames_of_a_split(tmp_path):
     assert data.read_list(file, names) == ["2", "0", "frame 1", "frame 2", "a.b", "caf\u00e9"]
 
 
-@pytest.mark.parametrize("kind, text, words", [
-    ("list", b"", "it "), ("list", b"\xe9\n", "it .*utf-8"), ("list", b"a\\0\n", "the line"),
-    ("list", b"0\n# more\n", "the line '# more'"), ("list", None, "it .* has other"),
-    ("list", b"0\n1\n0\n", "names 0 twice"), ("camera", None, "it .*the nine .* has other"),
-    ("camera", b"1 2 3", "read as the nine"), ("camera", b"inf 0 1 0 1 1 0 0 1", "expected the"),
-    ("camera", b"0 0 1 0 1 1 0 0 1", "above 0"), ("camera", b"5 0 nan 0 5 1 0 0 1", "above 0"),
-    ("json", b"", "cannot be read as settings"), ("json", b"[1]", "as settings .*holds a list"),
-    ("json", b"{", "as settings"), ("json", b"\xff", "as settings")])
-def test_lists_cameras_and_json_that_make_no_sense_are_refused(kind, text, words, tmp_path):
-    (tmp_path / "other").touch()
-    if text is not None:
-        (tmp_path / "it").write_bytes(text)
-    readers = dict(list=partial(data.read_list, names=dict.fromkeys("01")),
-                   camera=data.read_intrinsics, json=partial(data.read_json, what="settings"))
-    is_refused(words, readers[kind], tmp_path / "it")
+@pytest.mark.parametrize("reader, text, words", [
+    (data.read_intrinsics, b"0 0 1 0 1 1 0 0 1", "it "),
+    (partial(data.read_list, names=dict.fromkeys("01")), b"0\n1\n0\n", "it .*0 twice"),
+    (partial(data.read_list, names=dict.fromkeys("01")), b"0\n9\n", "it: .*'9'"),
+    (partial(data.read_json, what="settings"), b"[1]", "it ")])
+def test_lists_cameras_and_json_that_make_no_sense_are_refused(reader, text, words, tmp_path):
+    (tmp_path / "it").write_bytes(text)
+    is_refused(words, reader, tmp_path / "it")
 
 
 CAMERA = np.array([[80, 0, 80], [0, 80, 60], [0, 0, 1.0]])
@@ -1101,7 +1090,6 @@ def test_missing_depth_takes_no_part_in_hha():
     far[30:80, 30:100] = False
     assert (np.abs(masked - filled)[..., 2][far] > 1).mean() < 0.01
     is_refused("--depth-unit", hha, z * 1000, z, CAMERA, error=ValueError)
-    is_refused("some valid depth", hha, z, np.zeros_like(z), CAMERA, error=ValueError)
 
 
 def write_sunrgbd(root):
@@ -1164,25 +1152,6 @@ def test_lists_and_masks_of_sun_rgbd_keep_working_once_it_is_prepared(split, lab
     assert (target == label).all() and target.shape == (24, 32)
 
 
-def test_frames_of_sun_rgbd_are_found_behind_links(tmp_path):
-    root = write_sunrgbd(tmp_path)
-    (root / "SUNRGBD" / "xtion").rename(root / "away")
-    (root / "SUNRGBD" / "xtion").symlink_to(root / "away", target_is_directory=True)
-    assert list(data.find_frames(root)) == SUNRGBD_NAMES
-
-
-def test_prepare_of_sun_rgbd_goes_past_a_damaged_frame_and_can_leave_it_out(tmp_path):
-    root = write_sunrgbd(tmp_path)
-    (root / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "intrinsics.txt").unlink()
-    flags = f"--scenario rgbd --data {root}"
-    is_refused("HHA.part/bad-ids.txt .*--skip-bad", prepare, flags)
-    assert not (root / "RGB").exists() and not (root / "HHA").exists()
-    bad = (root / "HHA.part" / "bad-ids.txt").read_text()
-    assert re.fullmatch(f"{SUNRGBD_NAMES[0]}\t.*intrinsics.txt.*\n", bad)
-    prepare(f"{flags} --skip-bad")
-    assert open_dataset("rgbd", root, 16).ids == SUNRGBD_NAMES[1:]
-
-
 def test_holes_are_filled_from_the_background():
     """A hole gets the farther reading beside it."""
     row, full = [0, 2, 0, 0, 3, 0.0], [2, 2, 3, 3, 3, 3]
@@ -1193,24 +1162,12 @@ def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     root = write_frames(tmp_path, 3)
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
-    flags = f"--scenario rgbd --data {root}"
-    is_refused("1 samples .*bad-ids.txt .*--skip-bad", prepare, flags)
-    assert "Depth/2.png" in (root / "HHA.part" / "bad-ids.txt").read_text()
+    is_refused("1 samples .*bad-ids.txt", prepare, f"--scenario rgbd --data {root}")
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
-    is_refused("HHA.part was begun", prepare, f"{flags} --depth-unit 100")
     write_frames(root, 3)
-    prepare(flags)
+    prepare(f"--scenario rgbd --data {root}")
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "hha")
     assert sorted(os.listdir(root)) == ["Depth", "HHA", "RGB", "intrinsics.txt"]
-    is_refused("HHA.* exists", prepare, flags)
-
-
-def test_raw_depth_that_lacks_frames_is_listed_by_their_names(tmp_path):
-    root = write_frames(tmp_path, 2)
-    (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
-    save(root / "RawDepth" / "0.png", np.full((36, 48), 700, np.uint16))
-    is_refused("1 samples", prepare, f"--scenario rgbd --data {root}")
-    assert (root / "HHA.part" / "bad-ids.txt").read_text() == "1\tis not in RawDepth/\n"
 
 
 @pytest.mark.parametrize("write, name", [
@@ -1274,6 +1231,12 @@ def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
         assert change1.sign() == change2.sign()
         seen.append(change2 == 0)
     assert 0 < sum(seen) < 12
+
+
+def test_samples_of_several_seasons_are_not_kept(tmp_path):
+    """They change with the epoch."""
+    pairs = open_dataset("sar-optical", write_ssl4eo(tmp_path, ["0000000"]), 8)
+    assert data.Samples(pairs, keep=True).room == 0
 
 
 def test_eight_bits_are_clipped_and_never_wrap():
@@ -1345,21 +1308,6 @@ def test_prepare_goes_on_where_it_was_killed_and_gives_the_same_bytes(tmp_path):
     assert 4 <= noted < 24 and packed_bytes(whole) == packed_bytes(killed)
 
 
-def test_prepare_reads_nothing_twice(tmp_path, monkeypatch):
-    """A damaged location: the others are noted, and only this one is read again."""
-    root = write_satellites(tmp_path, 4)
-    shutil.move(root / "s1" / "0000002", tmp_path / "away")
-    (root / "s1" / "0000002").mkdir()
-    flags = f"--scenario sar-optical --data {root}"
-    is_refused("1 samples .*--skip-bad", prepare, flags)
-    (root / "s1" / "0000002").rmdir()
-    shutil.move(tmp_path / "away", root / "s1" / "0000002")
-    calls = watched(monkeypatch, data, "read_seasons")
-    prepare(flags)
-    assert [name for _, name in calls] == ["0000000", "0000002"]        # the first shows the sizes
-    assert open_dataset("sar-optical", root, 8).ids == [f"000000{k}" for k in range(4)]
-
-
 def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
     """One without a season, one of another size, one that only S2 has."""
     root = write_ssl4eo(tmp_path, ["0000000", "0000001", "0000003"])
@@ -1376,64 +1324,11 @@ def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
     assert pairs.ids == ["0000000"] and pairs[0][0][0].shape == (2, 12, 12)
 
 
-def test_of_two_prepares_at_once_the_second_is_refused(tmp_path):
-    """The lock ends with its process, even if this is killed."""
-    pytest.importorskip("fcntl")
-    out = tmp_path / "out"
-    program = (f"import data, time\nwith data.fill_folder({str(out)!r}, 'a', 1):\n"
-               f"    time.sleep(100)")
-    first = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE)
-    assert b"out needs about" in first.stdout.readline()
-    is_refused("out.part", data.fill_folder(out, "a", 1).__enter__)
-    first.kill()
-    first.communicate()
-    with data.fill_folder(out, "a", 1):
-        pass
-    assert os.listdir(out) == []
-
-
 def test_prepare_says_how_much_disk_it_will_need(tmp_path, capsys):
     """Two locations of 264 pixels: 2 x 4 seasons x 264^2 x 91 / 12 bytes are 4.2 MB."""
     prepare(f"--scenario sar-optical --data {write_ssl4eo(tmp_path, ['0000000', '0000001'], 264)}")
     text = capsys.readouterr().out
-    assert re.search(r"packed needs about 0.004 GB of disk; [\d.]+ GB are free", text)
-
-
-@pytest.mark.parametrize("write, words", [
-    (npy(np.zeros((1, 4368), np.uint8)), "season3.npy has 1 rows.*prepare it again"),
-    (lambda path: os.truncate(path, 2 * 4368), "season3.npy cannot be read.*prepare it again")])
-def test_packed_seasons_are_checked_when_they_are_opened(write, words, tmp_path):
-    """S = 24: 24^2 x 91 / 12 = 4368 bytes a location."""
-    (tmp_path / "ids.txt").write_text("0000001\n0000002\n")
-    for season in range(4):
-        np.save(tmp_path / f"season{season}.npy", np.zeros((2, 4368), np.uint8))
-    assert len(open_dataset("sar-optical", tmp_path, 8)) == 2
-    write(tmp_path / "season3.npy")
-    is_refused(words, open_dataset, "sar-optical", tmp_path, 8)
-
-
-def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
-    root = write_ssl4eo(tmp_path / "v1")
-    read = partial(data.read_season, root, "0000000", 0)
-    band = min((root / "s2c" / "0000000").glob("*/B9.tif"))             # of the first season
-    save(band, np.zeros((3, 3), np.uint16))
-    is_refused(r"0000000: B9 has \(3, 3\) .*\(2, 2\)", read)
-    save(band, np.zeros((2, 2, 3), np.uint8))
-    is_refused("B9.tif has 3", read)
-    band.unlink()
-    is_refused("B9.tif", read)
-    shutil.rmtree(band.parent)
-    is_refused("s2c/0000000 holds 3 seasons", read)
-    shutil.rmtree(root / "s1" / "000001")
-    is_refused("000001", open_dataset, "sar-optical", root, 8)
-    pairs = open_dataset("sar-optical", root, 8, strict=False)
-    assert pairs.ids == ["0000000", "0000007"] and pairs.unpaired == ["000001"]
-
-
-def test_ssl4eo_v1_1_is_refused(tmp_path):
-    (tmp_path / "train" / "S1GRD").mkdir(parents=True)
-    (tmp_path / "train" / "S1GRD" / "ssl4eos12_train_seasonal_data_000001.zarr.zip").touch()
-    is_refused("v1.1", open_dataset, "sar-optical", tmp_path / "train", 8)
+    assert re.search(r"packed .* 0\.004 GB", text)
 
 
 def write_bigearthnet(root):
@@ -1464,10 +1359,9 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
     assert task.ids == [s2 for s2, _ in pairs[:2]]
     x1, x2, target = task[0]
     assert x1.shape == (2, 12, 12) and x2.shape == (13, 12, 12)
-    assert (x2[data.S2.index("B10")] == 0).all() and data.S2.index("B10") == 10
+    assert (x2[10] == 0).all() and data.S2[10] == "B10"
     assert (x2[11] == round((100 + 13) / 10000 * 255)).all()            # B11, after the empty band
     assert target.nonzero()[:, 0].tolist() == [0, 18] and task[1][2].sum() == 0
-    assert target.dtype == torch.float32
     assert len(data.CLASSES19) == 19 and len(data.CLASSES43) + len(data.DROPPED43) == 43
 
 
@@ -1477,25 +1371,12 @@ def test_s2_names_are_paired_by_the_json_of_the_s1_patches(tmp_path):
     assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == [s2 for s2, _ in pairs[::-1]]
 
 
-def test_patches_without_both_folders_are_bad(tmp_path):
-    (s2, s1), (other, _), _ = write_bigearthnet(tmp_path)
-    shutil.rmtree(tmp_path / "BigEarthNet-S1-v1.0" / s1)
-    flags = f"--task bigearthnet --data {tmp_path}"
-    is_refused("1 samples .*--skip-bad", prepare, flags)
-    bad = (tmp_path / "packed" / "train.part" / "bad-ids.txt").read_text()
-    assert bad.startswith(f"{s2}\ttrain.csv ")
-    prepare(f"{flags} --skip-bad")
-    assert open_dataset("bigearthnet", tmp_path, 8, "train").ids == [other]
-
-
-@pytest.mark.parametrize("text, words", [
-    ('{"labels": null}', "labels_metadata.json .*None"), ("5", "metadata.json"),
-    ('{"labels": ["Moon"]}', "metadata.json: 'Moon'")])
-def test_labels_of_bigearthnet_that_are_none_are_refused(text, words, tmp_path):
+def test_a_patch_whose_labels_are_unknown_is_bad(tmp_path):
     (s2, _), *_ = write_bigearthnet(tmp_path)
-    (tmp_path / f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json").write_text(text)
+    (tmp_path / f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json").write_text('{"labels": ["x"]}')
     is_refused("bad-ids.txt", prepare, f"--task bigearthnet --data {tmp_path}")
-    assert re.search(words, (tmp_path / "packed/train.part/bad-ids.txt").read_text())
+    bad = (tmp_path / "packed" / "train.part" / "bad-ids.txt").read_text()
+    assert bad.startswith(s2) and "labels_metadata.json" in bad
 
 
 # ---- GeoNRW ----
@@ -1526,11 +1407,9 @@ def test_geonrw_is_cut_into_4_x_4_patches_row_by_row(geonrw):
     rgbi = read_image(geonrw / "aachen" / "371_5712_rgb.jp2")
     assert (rgb.numpy() == rgbi[:3, 8:16, 16:24]).all()
     mask = tifffile.imread(geonrw / "aachen" / "371_5712_seg.tif")
-    assert (seg.numpy() == mask[8:16, 16:24]).all() and seg.dtype == torch.int64
-    assert (mask == 0).any()
+    assert (seg.numpy() == mask[8:16, 16:24]).all() and (mask == 0).any()
     heights = tifffile.imread(geonrw / "aachen" / "371_5712_dem.tif")[None, 8:16, 16:24]
-    assert (dem.numpy() == data.stretch(heights)).all() and dem.dtype == torch.float32
-    assert dem.shape == (3, 8, 8)
+    assert (dem.numpy() == data.stretch(heights)).all() and dem.shape == (3, 8, 8)
 
 
 def test_geonrw_is_split_by_city(geonrw):
@@ -1539,24 +1418,6 @@ def test_geonrw_is_split_by_city(geonrw):
             ids = open_dataset(name, geonrw, 8, split).ids
             assert len(ids) == 16 and {id.split("_")[0] for id in ids} == {city}
     assert len(open_dataset("rgb-dem", geonrw, 8)) == 32
-
-
-def test_a_patch_without_its_mask_is_refused_in_the_task_alone(geonrw):
-    (geonrw / "cropped" / "seg" / "aachen_371_5712_0_2.png").unlink()
-    assert len(open_dataset("rgb-dem", geonrw, 8, "train")) == 16
-    is_refused(r"aachen_371_5712_0_2.*cropped/seg has \[\]", open_dataset, "geonrw", geonrw, 8,
-               "train")
-
-
-def test_tiles_of_geonrw_that_do_not_fit_are_bad(tmp_path):
-    """One whose heights have another size, one without heights."""
-    write_geonrw(tmp_path)
-    save(tmp_path / "aachen" / "371_5712_dem.tif", np.zeros((4, 4), np.float32))
-    shutil.copy(tmp_path / "aachen" / "371_5712_rgb.jp2", tmp_path / "aachen" / "9_9_rgb.jp2")
-    flags = f"--scenario rgb-dem --data {tmp_path}"
-    is_refused("2 samples", prepare, flags)
-    prepare(f"{flags} --skip-bad")
-    assert {id.split("_")[0] for id in open_dataset("rgb-dem", tmp_path, 8).ids} == {"herne"}
 
 
 def test_holes_of_a_height_model_take_no_part(tmp_path):
@@ -1606,20 +1467,13 @@ def test_what_a_tiff_declares_as_no_data_is_nan(x, tmp_path):
     ("a.png", lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n")),
     ("a.png", lambda path: path.write_bytes(save(path, np.eye(99) > 0).read_bytes()[:70])),
     ("a.png", lambda path: Image.new("1", (30000, 12000)).save(path)),      # a bomb
-    ("a.npy", lambda path: np.savez(open(path, "wb"), a=np.zeros(3))),
     ("a.npy", npy(np.zeros((2, 2), complex))), ("a.npy", npy(np.zeros((0, 3)))),
-    ("a.npy", npy(np.zeros(()))), ("a.npy", npy(np.zeros((2, 2), "S3"))),
-    ("a.npy", npy(np.zeros((2, 3, 8, 8)))),
-    ("a.tif", tiff(np.zeros((8, 8), np.complex64))),
     ("a.tif", tiff(np.zeros((2, 3, 8, 8), np.uint16), photometric="minisblack")),
     ("a.tif", tiff(np.zeros((32, 32, 13), np.uint16))),                     # HxWxC or CxHxW
     ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite")),
-    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="palette",
-                   colormap=np.zeros((3, 256), np.uint16))),
     ("a.tif", lambda path: Image.new("L", (8, 8)).save(
         path, save_all=True, append_images=[Image.new("L", (9, 9))])),      # two images
     ("a.tif", declared(np.eye(8), "none")),
-    ("a.tif", lambda path: path.write_bytes(b"II*\0 of which the rest is missing")),
     ("a.tif", lambda path: None)])                                          # no such file
 def test_an_image_that_would_be_misread_is_refused_by_name(name, write, tmp_path):
     write(tmp_path / name)
@@ -1664,19 +1518,12 @@ def with_palette(indices, colours=range(768)):
 
 @pytest.mark.parametrize("name, write", [
     ("a.tif", tiff(INDICES.astype(np.int64))), ("a.tif", tiff(INDICES.astype(float))),
-    ("a.tif", tiff(INDICES.astype(np.uint16))), ("a.npy", npy(INDICES)),
-    ("a.tif", tiff(INDICES.astype(np.uint8), photometric="palette",
-                   colormap=np.arange(768, dtype=np.uint16).reshape(3, 256))),
-    ("a.png", lambda path: save(path, INDICES.astype(np.uint8))),
+    ("a.npy", npy(INDICES)), ("a.png", lambda path: save(path, INDICES.astype(np.uint8))),
     ("a.png", lambda path: save(path, with_palette(INDICES)))])
 def test_a_mask_of_any_type_is_read_as_the_indices_it_stores(name, write, tmp_path):
     write(tmp_path / name)
     mask = data.read_mask(tmp_path / name)
     assert mask.dtype == np.int64 and mask.tolist() == INDICES.tolist()
-
-
-def test_a_mask_of_one_bit_holds_0_and_1(tmp_path):
-    assert data.read_mask(save(tmp_path / "a.png", np.eye(2) > 0)).tolist() == [[1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("write", [
@@ -1691,34 +1538,22 @@ def test_no_data_and_negative_values_of_a_mask_are_no_label(write, tmp_path):
     ("a.jpg", lambda path: Image.new("L", (8, 8)).save(path)),
     ("a.png", lambda path: Image.new("L", (8, 8)).save(path, "jpeg")),
     ("a.png", lambda path: Image.new("RGB", (8, 8)).save(path)),
-    ("a.tif", tiff(np.zeros((3, 8, 8), np.uint8), photometric="minisblack")),
-    ("a.tif", tiff(np.array([[0, 1.5]]))), ("a.tif", tiff(np.array([[0, 1e300]]))),
-    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite"))])
+    ("a.tif", tiff(np.array([[0, 1.5]])))])
 def test_a_mask_without_whole_numbers_or_saved_as_jpeg_is_refused(name, write, tmp_path):
     write(tmp_path / name)
     is_refused(name, data.read_mask, tmp_path / name)
 
 
-def write_masks(folder, *masks):
-    """Writes 0.png, 1.png and so on.  Returns {name: path}."""
-    return {str(k): str(save(folder / f"{k}.png", mask)) for k, mask in enumerate(masks)}
-
-
-def test_the_values_of_masks_are_counted_in_pixels_and_in_masks(tmp_path):
-    files = write_masks(tmp_path, np.zeros((4, 4), np.uint8), np.eye(4, dtype=np.uint8) * 127)
-    assert data.count_mask_values(files) == {0: (28, 2), 127: (4, 1)}
-
-
 def test_palettes_of_masks_may_differ_only_in_colours_that_no_pixel_has(tmp_path):
     """Index 5 is another colour in the second mask, which does not use it, and in the third."""
-    zero, other = np.zeros((4, 4)), list(range(768))
+    other = list(range(768))
     other[15] = 99
-    files = write_masks(tmp_path, with_palette(zero + 5), with_palette(zero, other))
+    masks = (5, range(768)), (0, other), (5, other)
+    files = {str(k): str(save(tmp_path / f"{k}.png", with_palette(np.full((4, 4), index), colours)))
+             for k, (index, colours) in enumerate(masks)}
+    third = files.pop("2")
     assert data.count_mask_values(files) == {0: (16, 1), 5: (16, 1)}
-    files |= write_masks(tmp_path / "more", with_palette(zero + 5, other))
-    files["third"] = files.pop("0")
-    files["0"] = str(tmp_path / "0.png")
-    is_refused(f"{tmp_path}/more/0.png.* {tmp_path}/0.png", data.count_mask_values, files)
+    is_refused("0.png.*2.png", data.count_mask_values, files | {"2": third})
 
 
 @pytest.mark.parametrize("way, told", [("NEAREST", 0), ("BILINEAR", 1)])
@@ -1727,19 +1562,15 @@ def test_masks_that_were_resized_bilinearly_are_told(way, told, tmp_path):
     y, x = np.mgrid[:120, :160]
     mask = 40 * (np.hypot(x - 50, y - 50) < 30) + 160 * (np.hypot(x - 120, y - 80) < 25)
     small = Image.fromarray(mask.astype(np.uint8)).resize((77, 55), Image.Resampling[way])
-    counts = data.count_mask_values(write_masks(tmp_path, small))
+    counts = data.count_mask_values({"0": str(save(tmp_path / "0.png", small))})
     assert len(data.find_mask_warnings(counts)) == told
 
 
 @pytest.mark.parametrize("values", [[0, 1, 40, 255], [0, 41], [-1, 0]])
 def test_the_remedy_for_values_that_are_no_class_keeps_class_0(values):
     """Where 0 is a class, to write 0 for 255 alone would take that class away."""
-    is_refused("a.png .* begin at 0 here, add 1 to all of them; then write 0 for", data.check_mask,
-               "a.png", torch.tensor([values]), (1, len(values)), 40)
-
-
-def test_a_mask_of_another_size_than_its_image_is_refused():
-    is_refused("a.png", data.check_mask, "a.png", torch.zeros(4, 5), (5, 4), 40)
+    is_refused("a.png .* add 1 to all .* write 0 ", data.check_mask, "a.png",
+               torch.tensor([values]), (1, len(values)), 40)
 
 
 # ---- names and one's own pairs ----
@@ -1764,17 +1595,11 @@ def save_arrays(folder, *arrays):
     ("f-1.color f-2.color", "f-1.depth f-2.depth", "a/*.color b/*.depth"),
     ("1 2", "1_d 2_d", "a/* b/*_d")])
 def test_names_that_differ_by_a_fixed_part_pair_by_patterns(names1, names2, patterns, tmp_path):
-    """The five forms of real paired sets; without patterns the error gives them."""
+    """The five forms of real paired sets."""
     where = [f"{tmp_path}/{pattern}.png" for pattern in patterns.split()]
-    folders = [os.path.dirname(pattern) for pattern in where]
-    for folder, names in zip(folders, (names1, names2)):
-        write_pairs(Path(folder), names)
-    pairs = open_dataset("custom", where, 8)
-    assert len(pairs) == 2 and pairs[1][0][0].shape == (1, 8, 9)
-    if folders[0] != folders[1]:
-        stems = [re.escape(names.split()[0]) for names in (names1, names2)]
-        words = rf"a has \['{stems[0]}', .*b has \['{stems[1]}', .*--data1 'chips/.* --data2 "
-        is_refused(words, open_dataset, "custom", folders, 8)
+    for pattern, names in zip(where, (names1, names2)):
+        write_pairs(Path(pattern).parent, names)
+    assert len(open_dataset("custom", where, 8)) == 2
 
 
 def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_path):
@@ -1786,52 +1611,28 @@ def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_p
 
 
 @pytest.mark.parametrize("where, words", [
-    ("a/ b/../a", "two folders"), ("a/*.png b/*_*.png", "as many stars"),
-    ("a nowhere", "nowhere.*has a, b, c"), ("a b/*.tif", "b/.*tif.*b has 1_x.png"),
-    ("twice a", "1.png .*1.jpg"), ("a c", r"a has \[\].*c has \['4'\]"),
-    ("flat two", "flat/1.npy has 1 channels"), ("double two", "double/1.npy .*float64")])
+    ("a/ b/../a", "/a .*/a"), ("a/*.png b/*_*.png", "b/.*png"), ("a nowhere", "nowhere"),
+    ("twice a", "1.png .*1.jpg"), ("a b", "a .*1.*b .*1_x.*--data1"), ("flat two", "flat/1.npy")])
 def test_folders_that_do_not_pair_or_hold_images_of_two_forms_are_refused(where, words, tmp_path):
-    write_pairs(tmp_path, "a/1 a/2 a/3 b/1_x twice/1 c/1 c/2 c/3 c/4 two/0 two/1")
+    write_pairs(tmp_path, "a/1 a/2 a/3 b/1_x twice/1 two/0 two/1")
     shutil.copy(tmp_path / "twice" / "1.png", tmp_path / "twice" / "1.jpg")
     first = np.ones((2, 8, 9), np.float32)
     save_arrays(tmp_path / "flat", first, first[:1])
-    save_arrays(tmp_path / "double", first, first.astype(float))
     folders = [f"{tmp_path}/{folder}" for folder in where.split()]
     is_refused(words, lambda: open_dataset("custom", folders, 8)[1])
 
 
-def test_opening_a_folder_asks_nothing_of_each_file(tmp_path, monkeypatch):
-    """100,000 names took 50 s of a busy machine when each file was asked what it is."""
-    write_frames(tmp_path, 300)
-    asked = watched(monkeypatch, os, "stat")
-    assert len(open_dataset("rgbd", tmp_path, 16)) == 300 and len(asked) < 30
-
-
 def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
-    """npy of 2 channels, one constant, a NaN; PNG and TIFF of 8 bits; a list."""
-    rng, two = np.random.default_rng(0), tmp_path / "two"
-    arrays = [np.stack([rng.normal(1000, 50, (8, 9)), np.full((8, 9), 7)]).astype(np.float32)
-              for _ in range(4)]
-    arrays[2][0, 0, 0] = np.nan
-    one = save_arrays(tmp_path / "one", arrays[0].transpose(1, 2, 0), *arrays[1:])
-    for i in range(4):
-        save(two / f"{i}.{'PNG' if i % 2 else 'TIF'}", rng.integers(0, 256, (8, 9, 3), np.uint8))
-    pairs = open_dataset("custom", (one, two), 8, declared=(None, "photo"))
-    row1, row2 = pairs.inputs
-    assert pairs.modalities == ("overhead", "photo")
-    values = np.stack(arrays)[:, 0]
-    assert abs(row1["raw_mean"][0] - np.nanmean(values)) < 1e-3
-    assert abs(row1["raw_std"][0] - np.nanstd(values)) < 1e-3
-    assert row1["raw_mean"][1] == 7 and row2["raw_mean"] is None and len(row2["mean"]) == 3
-    (x1,), (x2,) = pairs[2]
-    assert x1.dtype == torch.float32 and x2.dtype == torch.uint8 and x2.shape == (3, 8, 9)
-    expected = ((arrays[2][0] - row1["raw_mean"][0]) / row1["raw_std"][0] / 6 + 0.5).clip(0, 1)
-    expected[0, 0] = 0.5                        # no value: the mean
-    assert np.abs(x1[0].numpy() - expected).max() < 1e-5 and (x1[1] == 0.5).all()
-    x = torch.stack([to_unit_range(pairs[i][1][0]) for i in range(4)])
-    assert data.normalise(x, row2).mean().abs() < 0.5
-    (tmp_path / "list.txt").write_text("3\n0\n")
-    assert open_dataset("custom", (one, two), 8, tmp_path / "list.txt").ids == ["3", "0"]
+    """Two channels, of which one is constant; a pixel without value becomes the mean."""
+    x = np.random.default_rng(0).normal(1000, 50, (4, 2, 8, 9)).astype(np.float32)
+    x[:, 1], x[2, 0, 0, 0] = 7, np.nan
+    pairs = open_dataset("custom", [save_arrays(tmp_path / name, *x) for name in "ab"], 8)
+    row, ((y,), _) = pairs.inputs[0], pairs[2]
+    mean, std = np.nanmean(x[:, 0]), np.nanstd(x[:, 0])
+    assert row["raw_mean"] == pytest.approx([mean, 7]) and row["raw_std"][0] == pytest.approx(std)
+    expected = ((x[2, 0] - mean) / std / 6 + 0.5).clip(0, 1)
+    expected[0, 0] = 0.5
+    assert np.abs(y[0].numpy() - expected).max() < 1e-5 and (y[1] == 0.5).all()
 
 
 def test_a_small_spread_about_a_large_mean_is_measured(tmp_path):
@@ -1851,31 +1652,26 @@ def test_images_of_8_bits_keep_their_scale_with_a_no_data_tag(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         tifffile.imwrite(tmp_path / name / "0.tif", x[0])
-        tifffile.imwrite(tmp_path / name / "1.tif", x[1], extratags=[(42113, "s", 0, "0", True)])
+        declared(x[1], 0)(tmp_path / name / "1.tif")
     pairs = open_dataset("custom", (tmp_path / "a", tmp_path / "b"), 8)
-    row = pairs.inputs[0]
-    assert row["raw_mean"] is None and row["dtype"] == "uint8"
     (y,), _ = pairs[1]
     assert np.abs(y[0].numpy() - x[1] / 255)[1:].max() < 1e-6
-    assert y[0, 0, 0].item() == pytest.approx(row["mean"][0])
+    assert y[0, 0, 0].item() == pytest.approx(pairs.inputs[0]["mean"][0])
 
 
 # ---- declared modalities ----
 
-def write_kinds(root, n=3):
-    """Images of all kinds in one folder each, 12 x 16."""
+def write_kinds(root):
+    """Three images of each kind in a folder of its own, 12 x 16."""
     rng = np.random.default_rng(0)
-    for i in range(n):
-        save(root / "colour" / f"{i}.png", rng.integers(0, 256, (12, 16, 3)).astype(np.uint8))
-        save(root / "grey" / f"{i}.png", rng.integers(0, 256, (12, 16)).astype(np.uint8))
-        depth = rng.integers(500, 3000, (12, 16)).astype(np.uint16)
-        depth[0, :2] = 0, 65535
-        save(root / "depth" / f"{i}.png", depth)
-        for name, a in (("sar", rng.normal(-15, 5, (2, 12, 16))), ("height", rng.random((12, 16)))):
-            (root / name).mkdir(exist_ok=True)
-            np.save(root / name / f"{i}.npy", a.astype(np.float32))
-        (root / "bands").mkdir(exist_ok=True)
-        np.save(root / "bands" / f"{i}.npy", rng.integers(0, 9000, (4, 12, 16)).astype(np.uint16))
+    depth = rng.integers(500, 3000, (3, 12, 16)).astype(np.uint16)
+    depth[:, 0, 0], depth[:, 0, 1] = 0, 65535
+    save_arrays(root / "colour", *rng.integers(0, 256, (3, 12, 16, 3)).astype(np.uint8))
+    save_arrays(root / "grey", *rng.integers(0, 256, (3, 12, 16)).astype(np.uint8))
+    save_arrays(root / "depth", *depth)
+    save_arrays(root / "sar", *rng.normal(-15, 5, (3, 2, 12, 16)).astype(np.float32))
+    save_arrays(root / "height", *rng.random((3, 12, 16), np.float32))
+    save_arrays(root / "bands", *rng.integers(0, 9000, (3, 4, 12, 16)).astype(np.uint16))
     return root
 
 
@@ -1886,7 +1682,7 @@ def open_kinds(root, one, two, declared=(None, None), **settings):
 @pytest.mark.parametrize("folder, kind, C", [
     ("colour", "rgb", 3), ("colour", "aerial", 3), ("grey", "rgb", 3), ("colour", "hha", 3),
     ("depth", "depth", 1), ("sar", "sar", 2), ("height", "dem", 3), ("bands", "ms", 4),
-    ("colour", "photo", 3), ("bands", "photo", 4), ("bands", "overhead", 4)])
+    ("colour", "photo", 3), ("bands", "overhead", 4)])
 def test_declared_images_are_read_as_that_modality(folder, kind, C, tmp_path):
     """The modality's own row, so its normaliser, and its augmentations."""
     other = "height" if folder == "grey" else "grey"  # `photo` may be that of both sides
@@ -1901,10 +1697,9 @@ def test_own_depth_is_read_as_rgbd_reads_it(tmp_path):
     """--depth-unit counts; 0 and 65535 are no reading and become the mean."""
     pairs = open_kinds(write_kinds(tmp_path), "colour", "depth", ("rgb", "depth"), depth_unit=500)
     _, (x,) = pairs[0]
-    steps = np.array(Image.open(tmp_path / "depth" / "0.png"))
+    steps = np.load(tmp_path / "depth" / "0.npy")
     assert np.allclose(x[0, 1:], steps[1:] / 500 / 10, atol=1e-6)
     assert x[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
-    assert np.isnan(pairs.read_raw(0)[1][0, 0, :2]).all()
 
 
 def test_own_sentinel_chips_are_those_of_ssl4eo(tmp_path):
@@ -1915,12 +1710,10 @@ def test_own_sentinel_chips_are_those_of_ssl4eo(tmp_path):
     assert (x2[3].numpy() == data.to_8bit("B4", ms[3], {})).all()
 
 
-@pytest.mark.parametrize("folder, kind", [
-    ("depth", "rgb"), ("colour", "depth"), ("sar", "ms2"), ("colour", "sar"), ("bands", "dem")])
+@pytest.mark.parametrize("folder, kind", [("depth", "rgb"), ("colour", "depth"), ("colour", "sar"),
+                                          ("bands", "dem")])
 def test_images_that_are_not_what_was_declared_are_refused_by_name(folder, kind, tmp_path):
-    write_kinds(tmp_path)
-    np.save(tmp_path / "sar" / "1.npy", np.zeros((3, 12, 16), np.float32))
-    pairs = open_kinds(tmp_path, folder, "grey", (kind.strip("2"), "rgb"))
+    pairs = open_kinds(write_kinds(tmp_path), folder, "grey", (kind, "rgb"))
     is_refused(f"{folder}/1", pairs.__getitem__, 1)
 
 
@@ -1932,29 +1725,17 @@ def test_without_as_the_run_says_what_it_took_images_for(folder, kind, tmp_path)
     assert f"{tmp_path}/{folder}: " in pairs.notes[0] and "--as2" in pairs.notes[0]
 
 
-def test_rows_that_a_checkpoint_kept_are_used_as_they_are(tmp_path):
-    root = write_kinds(tmp_path)
-    inputs = open_kinds(root, "bands", "depth", ("photo", "depth")).inputs
-    pairs = open_kinds(root, "bands", "depth", inputs=inputs)
-    assert pairs.inputs[0] is inputs[0] and pairs.notes == []
-    is_refused("--as1 .*photo", open_kinds, root, "bands", "depth", ("ms", None), inputs=inputs)
-
-
 def test_frames_much_larger_than_the_crop_are_reduced_as_those_of_rgbd(tmp_path):
-    """480 x 640 for crops of 64: 96 x 128, the same values; not from above; not without reduce."""
+    """480 x 640 for crops of 64: 96 x 128, the same values; but not what is seen from above."""
     rng = np.random.default_rng(0)
-    for name in ("RGB", "Depth"):
-        shape, kind = ((480, 640, 3), np.uint8) if name == "RGB" else ((480, 640), np.uint16)
-        save(tmp_path / name / "0.png", rng.integers(0, 250, shape).astype(kind))
-    frames = open_dataset("rgbd", tmp_path, 64)
+    save(tmp_path / "RGB" / "0.png", rng.integers(0, 250, (480, 640, 3)).astype(np.uint8))
+    save(tmp_path / "Depth" / "0.png", rng.integers(0, 250, (480, 640)).astype(np.uint16))
     where = tmp_path / "RGB", tmp_path / "Depth"
-    for reduce, declared in ((True, ("rgb", "depth")), (False, ("rgb", "depth")),
-                             (True, ("aerial", "overhead"))):
-        own = open_dataset("custom", where, 64, declared=declared, reduce=reduce)
-        shape = (96, 128) if reduce and declared[0] == "rgb" else (480, 640)
-        assert [views[0].shape[1:] for views in own[0]] == [shape, shape]
-        if shape == (96, 128):
-            assert all(torch.equal(a[0], b[0]) for a, b in zip(own[0], frames[0]))
+    own = open_dataset("custom", where, 64, declared=("rgb", "depth"), reduce=True)
+    for (a,), (b,) in zip(own[0], open_dataset("rgbd", tmp_path, 64)[0]):
+        assert a.shape[1:] == (96, 128) and torch.equal(a, b)
+    above = open_dataset("custom", where, 64, declared=("aerial", "overhead"), reduce=True)
+    assert above[0][0][0].shape == (3, 480, 640)
 
 
 # ---- tiles ----
@@ -1992,62 +1773,30 @@ def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys
     prepare(f"{write_large(tmp_path)} --nodata2 -9999")
     tiles = tmp_path / "tiles"
     assert not (tiles / "2" / "s0_0_0.tif").exists() and (tiles / "2" / "s0_0_1.tif").exists()
-    assert re.search("20 tiles of 4 scenes.* 4 tiles are left out", capsys.readouterr().out)
+    assert re.search("20 tiles.* 4 tiles", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("dtype, C", [
-    (np.float32, 2), (np.uint16, 1), (np.uint8, 3), (np.int16, 1)])
+@pytest.mark.parametrize("dtype, C", [(np.float32, 2), (np.uint16, 1), (np.uint8, 3)])
 def test_missing_values_stay_missing_in_tiles_and_the_type_stays(dtype, C, tmp_path):
-    x = np.random.default_rng(0).integers(1, 100, (C, 16, 16)).astype(dtype)
+    x = np.random.default_rng(0).integers(10, 100, (C, 16, 16)).astype(dtype)
     x[:, 3, 5] = 7
-    x[:, 4] = 8
-    for name in "ab":
-        save_arrays(tmp_path / name, x, x)
-    prepare(f"--scenario custom --data1 {tmp_path}/a --data2 {tmp_path}/b --size 8 --nodata1 7 "
+    one, two = (save_arrays(tmp_path / name, x) for name in "ab")
+    prepare(f"--scenario custom --data1 {one} --data2 {two} --size 8 --nodata1 7 "
             f"--out {tmp_path}/t")
     y = read_image(tmp_path / "t" / "1" / "0_0_0.tif")
-    assert np.isnan(y[:, 3, 5]).all() and np.isnan(y).sum() == C * (x == 7).all(0)[:8, :8].sum()
-    assert (y[:, 4] == 8).all() and data.stored_type(tmp_path / "t" / "1" / "0_0_0.tif", y) == dtype
-    assert np.isfinite(read_image(next((tmp_path / "t" / "2").glob("0_0_0*")))).all()
-
-
-def test_declared_depth_is_missing_in_tiles_where_there_is_no_reading(tmp_path):
-    depth = np.full((16, 16), 1000, np.uint16)
-    depth[0, 0], depth[9, 9], depth[:8, 8:] = 0, 65535, 0
-    for name in ("a", "b"):
-        save(tmp_path / name / "s.png", depth)
-    prepare(f"--scenario custom --data1 {tmp_path}/a --data2 {tmp_path}/b --as2 depth --size 8 "
-            f"--out {tmp_path}/t")
-    assert sorted(os.listdir(tmp_path / "t" / "2")) == ["s_0_0.tif", "s_1_0.tif", "s_1_1.tif"]
-    tiles = open_dataset("custom", (tmp_path / "t" / "1", tmp_path / "t" / "2"), 8,
-                         declared=("overhead", "depth"))
-    assert [np.isnan(tiles.read_raw(i)[1]).sum() for i in range(3)] == [1, 0, 1]
+    assert np.isnan(y[:, 3, 5]).all() and np.isnan(y).sum() == C
+    assert data.stored_type(tmp_path / "t" / "1" / "0_0_0.tif", y) == dtype
 
 
 def test_tiles_are_split_by_scene_with_a_seed(tmp_path):
-    flags = write_large(tmp_path)
-    prepare(f"{flags} --test-share 0.5")
-    prepare(f"{flags[:-len('tiles')]}again --test-share 0.5")
-    prepare(f"{flags[:-len('tiles')]}other --test-share 0.5 --seed 3")
-    lists = []
-    for folder in ("tiles", "again", "other"):
+    flags, lists = f"{write_large(tmp_path)} --test-share 0.5", []
+    for folder, more in (("tiles", ""), ("again", ""), ("other", "--seed 3")):
+        prepare(f"{flags} --out {tmp_path}/{folder} {more}")
         files = [tmp_path / folder / f"{split}.txt" for split in ("train", "test")]
         lists.append([file.read_text().split() for file in files])
     assert lists[0] == lists[1] != lists[2]
     train, test = ({name.split("_")[0] for name in names} for names in lists[0])
     assert len(train) == len(test) == 2 and not train & test and len(sum(lists[0], [])) == 24
-
-
-def test_scenes_that_cannot_be_cut_are_listed_and_settings_that_differ_refused(tmp_path):
-    """One smaller than a tile, one whose mask has another size, one without a partner."""
-    flags = f"{write_large(tmp_path)} --target {tmp_path}/m"
-    save(tmp_path / "a" / "s1.png", np.zeros((7, 26, 3), np.uint8))
-    save(tmp_path / "m" / "s2.png", np.zeros((10, 13), np.uint8))
-    (tmp_path / "b" / "s3.tif").unlink()
-    is_refused("3 samples .*bad-ids.txt .*--skip-bad", prepare, flags)
-    is_refused("tiles.part was begun", prepare, f"{flags} --seed 4")
-    prepare(f"{flags} --skip-bad")
-    assert {path.name[:2] for path in (tmp_path / "tiles" / "1").iterdir()} == {"s0"}
 
 
 @pytest.mark.parametrize("dtype, missing", [(np.uint16, 18), (np.float32, 8)])
