@@ -2276,17 +2276,14 @@ def test_schedules_are_those_of_app_B_and_of_cmx(name, at, steps, rates):
 
 @pytest.mark.parametrize("flags, settings, sources", [
     ("bigearthnet", dict(model="late", batch_size=256, epochs=100, lr=0.05, weight_decay=0,
-                         optimizer="sgd", scale=(0.8, 1)), dict(lr="paper, App. B")),
-    ("bigearthnet --linear", dict(lr=0.5, backbone="resnet50", modality=0, size=224),
-     dict(lr="paper, App. B", size="authors", test_crop="authors")),
+                         optimizer="sgd"), dict(lr="paper, App. B")),
+    ("bigearthnet --linear", dict(lr=0.5, backbone="resnet50", size=224),
+     dict(lr="paper, App. B", size="authors")),
     ("geonrw --linear", dict(model="fcn", batch_size=256, epochs=30, lr=1e-4, weight_decay=0.01,
-                             optimizer="adamw", scale=(0.2, 1)), dict(schedule="authors")),
+                             optimizer="adamw"), dict(schedule="authors")),
     ("sunrgbd", dict(model="fcn", batch_size=8, steps=40000, epochs=None, lr=0.01, modality=1,
-                     weight_decay=1e-5, optimizer="sgd"),
-     dict(lr="paper, App. B", scale="here: as pretraining", momentum="MMSegmentation, 40k")),
-    ("sunrgbd --model cmx", dict(backbone="mit_b2", batch_size=8, epochs=500, steps=None, lr=6e-5,
-                                 modality=0), dict(lr="as CMX, NYUv2")),
-    ("nyuv2 --model cmx", dict(backbone="mit_b5", steps=50000, weight_decay=0.01,
+                     weight_decay=1e-5), dict(lr="paper, App. B", momentum="MMSegmentation, 40k")),
+    ("nyuv2 --model cmx", dict(backbone="mit_b5", steps=50000, lr=6e-5, weight_decay=0.01,
                                test_scales=(0.75, 1, 1.25)), dict(lr="CMX, NYUv2"))])
 def test_transfer_defaults_are_the_papers_and_say_where_they_come_from(flags, settings, sources):
     args, printed = finetune.get_args(f"--task {flags} --weights none".split())
@@ -2297,27 +2294,18 @@ def test_transfer_defaults_are_the_papers_and_say_where_they_come_from(flags, se
 # ---- the program ----
 
 @pytest.mark.parametrize("flags", [
-    "--model late --linear", "--model late --linear --cached", "--model fcn --save-images 2",
+    "--model late --linear", "--model late --linear --cached", "--model fcn",
     "--model fcn --linear --modality 1",
     "--model cmx --linear --batch-size 8 --epochs 1 --size 64"])
-def test_every_head_trains_frozen_and_fine_tuned(flags, scenes, tmp_path, capsys):
-    """Frozen encoders keep every bit.  Sizes that are no multiple of 3 have a canvas, too."""
-    out = tmp_path / "out"
-    result = fine(f"{FINE} --data {scenes} {flags} --weights none --labels 0.7 --out {out}")
+def test_every_head_trains_frozen_and_fine_tuned(flags, scenes, tmp_path):
+    """Sizes that are no multiple of 3 have a canvas, too."""
+    result = fine(f"{FINE} --data {scenes} {flags} --weights none --labels 0.7 --out {tmp_path}")
     assert result["samples"] == 34 and result["test_samples"] == 16
     late = "late" in flags
     assert list(result["metrics"]) == (["mAP micro", "mAP macro"] if late else ["mIoU", "accuracy"])
-    assert all(0 < value < 1 for value in result["metrics"].values())
-    assert len(result["classes"]) == 13 - late
-    ids = (out / "ids.txt").read_text().split()
+    ids = (tmp_path / "ids.txt").read_text().split()
     assert len(set(ids)) == 34 and set(ids) < set((scenes / "train.txt").read_text().split())
-    assert len(losses_of(out)) == 4
-    assert ("not changed by one bit" in capsys.readouterr().out) == ("--linear" in flags)
-    pictures = [np.array(Image.open(path)) for path in out.glob("images/*.png")]
-    assert len(pictures) == (2 if "save" in flags else 0)
-    for picture in pictures:                    # two inputs, label and prediction, 5 times as large
-        assert picture.shape[1] == 5 * 4 * 64
-        assert len(np.unique(picture[:240, 640:960].reshape(-1, 3), axis=0)) > 2
+    assert len(losses_of(tmp_path)) == 4
 
 
 def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes):
@@ -2342,8 +2330,7 @@ def test_a_frozen_encoder_that_moves_voids_the_run(scenes, tmp_path, monkeypatch
 
     monkeypatch.setattr(decur.ResNet, "forward", moves)
     flags = f"{FINE} --data {scenes} --model late --linear --weights none"
-    is_refused("frozen encoder has changed", fine, f"{flags} --out {tmp_path / 'o'}",
-               error=SystemExit)
+    is_refused("frozen", fine, f"{flags} --out {tmp_path / 'o'}", error=SystemExit)
     assert not (tmp_path / "o" / "results.json").exists()
 
 
@@ -2393,19 +2380,13 @@ def probed(pretrained, scenes, tmp_path_factory):
     return flags, fine(f"{flags} --weights {pretrained[0]}/checkpoint.pt --out {out}")
 
 
-def test_results_say_what_the_encoders_are(probed, pretrained):
-    _, result = probed
-    assert result["weights_sha256"] == [pretrain.hash_file(pretrained[0] / "checkpoint.pt")]
-    assert [source["sees"]["name"] for source in result["pretraining"]] == ["rgb", "depth"]
-    assert all(source["stopped"] is None for source in result["pretraining"])
-    assert result["run"]["weights"] == "DeCUR"
-
-
 def test_both_encoders_are_their_checkpoint(probed, pretrained, tmp_path):
+    """And each file says what its encoder was pretrained on."""
     flags, result = probed
     run = pretrained[0]
     same = fine(f"{flags} --weights {run}/encoder1.pth {run}/encoder2.pth --out {tmp_path / 'o'}")
     assert same["metrics"] == result["metrics"] and same["run"] == result["run"]
+    assert [source["sees"]["name"] for source in same["pretraining"]] == ["rgb", "depth"]
 
 
 @pytest.mark.parametrize("part, dims", [("common", 24), ("unique", 8), ("all", 32)])
@@ -2414,11 +2395,6 @@ def test_parts_of_the_embedding_are_classified(part, dims, probed, pretrained, t
     fine(f"{probed[0]} --weights {weights} --part {part} --out {tmp_path / 'o'}")
     state = torch.load(tmp_path / "o" / "checkpoint.pt", weights_only=True)["model"]
     assert state["fc.weight"].shape == (12, 2 * dims)
-
-
-def test_an_encoder_alone_has_no_parts(probed, pretrained, tmp_path):
-    flags = f"{probed[0]} --weights {pretrained[0]}/encoder1.pth --part all --out {tmp_path / 'o'}"
-    is_refused("encoder1.pth", fine, flags)
 
 
 def test_the_default_out_names_task_model_weights_and_seed():
@@ -2437,29 +2413,22 @@ OWN = "--task custom --data1 './*_rgb.png' --data2 './*_depth.png' --batch-size 
 def own_folder(scenes, tmp_path_factory):
     """40 pairs of the made-up frames whose names differ by a suffix, with masks and tables."""
     root = tmp_path_factory.mktemp("own")
-    names = sorted(path.stem for path in (scenes / "RGB").iterdir())[:40]
-    factors = dict(line.split(",", 1) for line in (scenes / "factors.csv").read_text().split())
-    single, several = ["name,label"], []
+    factors = data.read_factors(scenes)
+    names, lines = sorted(factors)[:40], []
+    (root / "signed").mkdir()
     for name in names:
         shutil.copy(scenes / "RGB" / f"{name}.png", root / f"{name}_rgb.png")
         shutil.copy(scenes / "Depth" / f"{name}.png", root / f"{name}_depth.png")
-        mask = np.array(Image.open(scenes / "Label" / f"{name}.png"))
+        mask = data.read_mask(scenes / "Label" / f"{name}.png")
         mask = np.where(mask > 1, 7, 0).astype(np.uint8)            # object, and class 0 counts
         mask[:12] = 255                         # a quarter of the pixels
         save(root / "masks" / f"{name}.png", mask)
-        save(root / "small" / f"{name}.png", mask[::2])
-        negative = np.where(mask == 255, -5, mask.astype(np.int16) + 1)
-        (root / "signed").mkdir(exist_ok=True)
-        tifffile.imwrite(root / "signed" / f"{name}.tif", negative)
-        shapes = [data.SHAPES[int(factor)] for factor in factors[name].split(",")]
-        single.append(f"{name},{shapes[0]}")
-        several += [f"{name},{shapes[1]}", f"{name},far {shapes[2]}"]
-    files = {"single.csv": ["\ufeff" + single[0], *single[1:]], "several.csv": several[:60],
-             "tree.csv": [*single[1:30], f"{names[29]},tree"],
-             "blank.csv": [*single[:-1], f"{names[39]},"], "train": names[:24],
-             "test": names[24:30]}
-    for file, lines in files.items():
-        (root / file).write_text("\n".join(lines) + "\n", "utf-8")
+        tifffile.imwrite(root / "signed" / f"{name}.tif", np.where(mask == 255, -5, mask + 1.0))
+        lines.append(f"{name},{data.SHAPES[factors[name][0]]}")
+    files = {"single.csv": ["\ufeffname,label", *lines], "blank.csv": [*lines[:-1], "0039,"],
+             "tree.csv": [*lines[:29], "0029,tree"], "train": names[:24], "test": names[24:30]}
+    for file, text in files.items():
+        (root / file).write_text("\n".join(text) + "\n", "utf-8")
     return root
 
 
@@ -2473,23 +2442,19 @@ SHAPE_NAMES = sorted(data.SHAPES)
 
 
 @pytest.mark.parametrize("target, more, metrics, classes, samples", [
-    ("masks", "", "mIoU, accuracy", ["0", "7"], (32, 8)),
-    ("signed", "--modality 2 --ignore -1", "mIoU, accuracy", ["1", "8"], (32, 8)),
-    ("single.csv", "--linear", "mean accuracy, accuracy", SHAPE_NAMES, (32, 8)),
-    ("tree.csv", "--linear --split train --test-split test", "mean accuracy, accuracy",
-     sorted([*data.SHAPES, "tree"]), (24, 6)),
-    ("blank.csv", "--linear", "mAP micro, mAP macro", SHAPE_NAMES, (32, 8)),
-    ("several.csv", "--linear --cached --labels 0.5", "mAP micro, mAP macro", None, (12, 6))])
+    ("masks", "", ["mIoU", "accuracy"], ["0", "7"], (32, 8)),
+    ("signed", "--modality 2 --ignore -1", ["mIoU", "accuracy"], ["1", "8"], (32, 8)),
+    ("single.csv", "--linear", ["mean accuracy", "accuracy"], SHAPE_NAMES, (32, 8)),
+    ("blank.csv", "--linear --cached --labels 0.5", ["mAP micro", "mAP macro"], SHAPE_NAMES,
+     (16, 8))])
 def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes, samples, own,
                                                   pretrained, tmp_path):
     """Class 0 counts; 255 and negative values do not."""
     weights = pretrained[0] / "checkpoint.pt"
     result = fine(f"{OWN} {DECLARED} --target {target} {more} --weights {weights} --out {tmp_path}")
-    assert ", ".join(result["metrics"]) == metrics and result["backbone"] == "resnet-toy"
-    assert classes is None or list(result["classes"]) == classes
-    assert all(0 <= value <= 1 for value in result["metrics"].values())
+    assert list(result["metrics"]) == list(result["yardstick"]) == metrics
+    assert list(result["classes"]) == classes
     assert (result["samples"], result["test_samples"]) == samples
-    assert list(result["yardstick"]) == list(result["metrics"])
 
 
 def own_task(target, more=""):
@@ -2512,6 +2477,11 @@ def test_one_forgotten_label_makes_a_task_multi_label_and_is_told(own):
     assert samples.kind == "multi-label" and re.search("1 of 40 .*--target", lines)
 
 
+def test_a_table_of_labels_may_have_300_classes():
+    classes, _, label_of, _ = finetune.describe_labels(None, {k: {f"{k:03}"} for k in range(300)})
+    assert len(classes) == 300 and label_of(299) == 300
+
+
 @pytest.mark.parametrize("name, joined", [
     ("forest|water", True), ("forest, water", True), ("forest water", True),
     ("forest fire", False), ("water/ice", False)])
@@ -2525,36 +2495,10 @@ def test_classes_that_are_not_trained_on_are_told(own):
     """After --labels: of 24 training samples 2 remain, and neither has the class tree."""
     args, samples, _, _ = own_task("tree.csv", "--split train --test-split test --labels 0.1")
     chosen = finetune.choose_subset(len(samples), args.labels, 0)
-    counts = finetune.count_classes(samples, chosen, 0)
-    assert counts.sum() == len(chosen) == 2
-    missing = [name for name, n in zip(samples.classes, counts.tolist()) if not n]
-    lines = finetune.describe_training(args, samples, counts.tolist(), 2)
-    assert "tree" in missing and lines[1].endswith(", ".join(missing))
-
-
-def test_classes_are_counted_in_what_is_trained_on(own):
-    _, samples, _, _ = own_task("masks")
-    target = torch.stack([samples[i][2] for i in range(5)])
-    expected = [(target == k).sum().item() for k in (0, 1)]
-    assert finetune.count_classes(samples, np.arange(5), 0).tolist() == expected
-
-
-def test_own_images_are_tested_as_large_as_the_crops_of_training_and_masks_as_they_are(own):
-    args, *_ = own_task("masks", "--size 16")
-    image, mask = torch.rand(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.int64)
-    rgb = data.MODALITIES["rgb"]
-    x, target = finetune.prepare_batch([image, image, mask], args, (rgb, rgb), "cpu")
-    assert x[0].shape == (2, 3, 16, 16) and torch.equal(target, mask)
-    expected = data.normalise(data.resize(image, (16, 16)), rgb)
-    assert torch.allclose(x[0], expected, atol=1e-5)
-
-
-def test_a_stopped_pretraining_is_told(pretrained, scenes, tmp_path, capsys):
-    checkpoint = torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)
-    torch.save(checkpoint | dict(step=10), tmp_path / "checkpoint.pt")
-    flags = f"{FINE} --data {scenes} --model late --linear --cached --weights"
-    fine(f"{flags} {tmp_path}/checkpoint.pt --out {tmp_path / 'o'}")
-    assert re.search("warning: .*checkpoint.pt .*step 10 of", capsys.readouterr().out)
+    counts = finetune.count_classes(samples, chosen, 0).tolist()
+    missing = [name for name, n in zip(samples.classes, counts) if not n]
+    lines = finetune.describe_training(args, samples, counts, 2)
+    assert "tree" in missing and sum(counts) == 2 and lines[1].endswith(", ".join(missing))
 
 
 def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_path):
@@ -2584,12 +2528,8 @@ def test_declared_images_are_normalised_as_in_pretraining_and_others_are_told(ow
     ("unknown.csv", "nobody,disk\n0000,ring\n", "", "unknown.csv .*nobody"),
     ("one.csv", "0000,disk\n0001,disk\n", "", "one.csv .*disk"),
     ("split.csv", "0000,disk,train\n", "", "split.csv .*name,label"),
-    ("labels.tsv", "0000\tdisk\n", "", "labels.tsv"),
-    ("nowhere.csv", None, "", "nowhere.csv"),
-    ("single.csv", None, "--split train --test-split train", "train"),
-    ("masks", None, "--split train", "--test-split"),
-    ("quote.csv", '0000,"disk\n0001,ring\n', "", "quote.csv"),
-    ("small", None, "", r"\(24, 64\)")])
+    ("labels.tsv", "0000\tdisk\n", "", "labels.tsv"), ("nowhere.csv", None, "", "nowhere.csv"),
+    ("masks", None, "--split train", "--test-split")])
 def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own, tmp_path):
     if text:
         (own / target).write_text(text)
