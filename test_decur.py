@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +36,7 @@ import decur
 import explain
 import finetune
 import pretrain
-from data import (MODALITIES, BadInput, augment, find_images, hha, need, open_dataset, read_image,
-                  to_unit_range)
+from data import MODALITIES, BadInput, augment, find_images, hha, open_dataset, read_image
 from decur import BN, DeCUR, decur_loss, decur_loss_gram, loss_c, on_diag
 
 HERE = Path(__file__).parent
