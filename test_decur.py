@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +36,7 @@ import decur
 import explain
 import finetune
 import pretrain
-from data import (MODALITIES, BadInput, augment, find_images, hha, need, open_dataset, read_image,
-                  to_unit_range)
+from data import MODALITIES, BadInput, augment, find_images, hha, open_dataset, read_image
 from decur import BN, DeCUR, decur_loss, decur_loss_gram, loss_c, on_diag
 
 HERE = Path(__file__).parent
@@ -295,7 +293,7 @@ def test_mit_has_the_published_names_and_number_of_parameters():
 
 
 def test_mit_starts_as_published():
-    """Linear weights of std 0.02, convolutions' sqrt(2 / fan_out), biases 0; norms of two eps."""
+    """Linear weights of std 0.02, convolutions' sqrt(2 / fan_out), biases 0."""
     torch.manual_seed(0)
     E = decur.mit("mit_b0", 3)
     assert E.block4[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -303,9 +301,6 @@ def test_mit_starts_as_published():
     assert conv.weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.02)
     assert depthwise.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
     assert all(p.abs().max() == 0 for name, p in E.named_parameters() if name.endswith("bias"))
-    eps = {name: m.eps for name, m in E.named_modules() if isinstance(m, torch.nn.LayerNorm)}
-    for name, value in eps.items():
-        assert value == (1e-5 if "embed" in name or "attn" in name else 1e-6), name
 
 
 def test_mit_has_four_stages_at_any_size():
@@ -377,30 +372,14 @@ def save_and_load(state, encoders, tmp_path):
 
 @pytest.mark.parametrize("wrap", [
     dict, lambda state: dict(model=state, epoch=3, args=dict(method="decur")),
-    lambda state: dict(state_dict=state), lambda state: dict(model_state_dict=state)])
-def test_a_state_dict_loads_alone_or_as_a_part_of_a_training(wrap, tmp_path):
+    lambda state: dict(state_dict=state), lambda state: dict(model_state_dict=state),
+    lambda state: {f"_orig_mod.{key}": t for key, t in state.items()},      # torch.compile
+    lambda state: {f"model.backbone.{key}": t for key, t in state.items()},
+    lambda state: state | {"fc.weight": torch.zeros(9, 8), "fc.bias": torch.zeros(9)},
+    lambda state: {key: t for key, t in state.items() if "num_batches" not in key}])    # old files
+def test_an_encoder_is_found_in_every_form_of_file(wrap, tmp_path):
     E = decur.resnet("resnet-toy", 2)
     save_and_load(wrap(E.state_dict()), [E], tmp_path)
-
-
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.backbone.", "module.backbone_1."])
-def test_a_prefix_that_all_keys_share_is_removed(prefix, tmp_path):
-    E = decur.resnet("resnet-toy", 2)
-    save_and_load({prefix + key: t for key, t in E.state_dict().items()}, [E], tmp_path)
-
-
-@pytest.mark.parametrize("E, head", [(decur.resnet("resnet-toy", 3), "fc"),
-                                     (decur.mit("mit_b0", 3), "head")])
-def test_a_classifier_beside_the_encoder_is_left_out(E, head, tmp_path):
-    """As in the files of torchvision and of SegFormer."""
-    classifier = {f"{head}.weight": torch.zeros(1000, 8), f"{head}.bias": torch.zeros(1000)}
-    save_and_load(E.state_dict() | classifier, [E], tmp_path)
-
-
-def test_counters_that_old_files_lack_are_kept(tmp_path):
-    E = decur.resnet("resnet-toy", 3)
-    old = {key: t for key, t in E.state_dict().items() if "num_batches" not in key}
-    save_and_load(old, [E], tmp_path)
 
 
 def test_a_checkpoint_gives_both_encoders_without_projectors(tmp_path):
@@ -418,20 +397,16 @@ def test_a_file_of_the_authors_gives_both_encoders(module, tmp_path):
 def test_weights_that_do_not_fit_are_refused():
     """By torch's own message, with the first keys of the file."""
     E = decur.resnet("resnet-toy", 3)
-    good = E.state_dict()
-    missing = {key: t for key, t in good.items() if key != "layer4.0.bn2.bias"}
-    for state, words in (
-            (decur.resnet("resnet-toy", 13).state_dict(), r"conv1.weight.*\[16, 13, 3, 3\]"),
-            (missing, "layer4.0.bn2.bias"),
-            (good | {"da1_l3.weight": torch.zeros(2)}, "da1_l3.weight"),
-            ({f"encoder.{key}": t for key, t in good.items()}, "first keys.* encoder.conv1.w")):
+    other = {f"encoder.{key}": t for key, t in E.state_dict().items()}
+    for state, words in ((decur.resnet("resnet-toy", 13).state_dict(), "conv1.weight.*16, 13, 3"),
+                         (other, "encoder.conv1.weight")):
         is_refused(words, decur.load_encoder, E, state, error=ValueError)
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"not weights at all", "file.pth"), ([1, 2], "file.pth"), ({1: torch.zeros(2)}, "file.pth"),
+    (b"not weights at all", "file.pth"), ({1: torch.zeros(2)}, "file.pth"),
     ({"model": {}, "args": argparse.Namespace(lr=0.2)}, "file.pth .*could run code"),
-    ({"net": {}, "epoch": 3}, "file.pth: net .*first keys are net epoch"),
+    ({"net": {}, "epoch": 3}, "file.pth: .* net epoch"),
     ({"conv1.weight": torch.tensor([math.nan])}, "file.pth: conv1.weight")])
 def test_files_without_weights_or_with_code_are_refused(content, words, tmp_path):
     file = tmp_path / "file.pth"
@@ -443,18 +418,6 @@ def test_files_without_weights_or_with_code_are_refused(content, words, tmp_path
 def test_of_a_safetensors_file_it_is_said_how_to_convert_it():
     is_refused("python -c .*load_file\\('x.safetensors'", decur.read_weights, "x.safetensors",
                "resnet-toy", error=ValueError)
-
-
-def test_imagenet_weights_are_torchvisions_own_download(monkeypatch):
-    """As tensors alone, with its checksum."""
-    def download(url, **kwargs):
-        assert kwargs["weights_only"] and kwargs["check_hash"] and "resnet18" in url
-        return torchvision.models.resnet18().state_dict()
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
-    states = decur.read_weights("imagenet", "resnet18")
-    report = decur.load_encoder(decur.resnet("resnet18", 3), *states)
-    assert report == "120 of 120 keys matched"
 
 
 def test_bgr_weights_are_turned_around():
@@ -561,19 +524,6 @@ def test_processes_start_with_equal_buffers(tmp_path):
         assert running_mean.tolist() == [1, 1, 1]
 
 
-def refusal_of_join(rank, world):
-    """What `join` says where --out lies on each node's own disk: one process has a checkpoint."""
-    try:
-        pretrain.join("OUT", 3 * rank, (rank, world, torch.device("cpu")))
-    except BadInput as error:
-        return str(error)
-
-
-def test_processes_that_do_not_see_one_checkpoint_are_refused(tmp_path):
-    for refusal in in_processes(2, tmp_path / "w", refusal_of_join):
-        assert re.search("--out OUT .*step 3 .*step 0", refusal)
-
-
 @pytest.mark.parametrize("device, gpus, local_world, backend", [
     ("cuda", 4, "4", "nccl"), ("cuda", 1, "2", "gloo"), ("cpu", 0, "2", "gloo"),
     ("cuda", 1, None, "nccl")])                 # srun, with one visible GPU for each process
@@ -583,11 +533,6 @@ def test_processes_with_a_gpu_each_use_nccl(device, gpus, local_world, backend, 
     if local_world:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
     assert pretrain.choose_backend(torch.device(device)) == backend
-
-
-def test_half_an_environment_of_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "7")
-    is_refused("RANK=7 and WORLD_SIZE=1", pretrain.read_environment)
 
 
 # ---- pretrain.py: App. B ----
@@ -613,16 +558,14 @@ def test_lars_steps_by_hand(p, g, lr, decay, steps, moved):
 
 
 @pytest.mark.parametrize("flags, settings", [
-    ("sar-optical", dict(common=0.875, epochs=100, batch_size=256, data="data/sar-optical")),
+    ("sar-optical", dict(common=0.875, epochs=100, batch_size=256)),
     ("rgb-dem", dict(common=0.75, epochs=100, batch_size=256)),
     ("rgbd", dict(common=0.75, epochs=200, batch_size=128, size=224, backbone="resnet50", lr=0.2,
                   lr_bias=0.0048, weight_decay=1e-6, widths=[8192] * 3)),
     ("rgbd --backbone mit_b5", dict(lr=1e-4, lr_bias=1e-4, weight_decay=0.01, common=0.75)),
     ("rgbd --method barlowtwins", dict(common=1, widths=[8192] * 3)),
-    ("rgbd --method vicreg", dict(common=1, widths=[8192] * 3)),
     ("rgbd --method simclr", dict(common=1, widths=[2048, 128])),
-    ("rgbd --method clip", dict(common=1, widths=[1024], out=Path("runs/rgbd-clip"))),
-    ("rgbd --method clip --projector 64-64", dict(widths=[64, 64]))])
+    ("rgbd --method clip", dict(common=1, widths=[1024]))])
 def test_pretraining_defaults_are_the_papers(flags, settings):
     """Sec. 4 and App. B; SimCLR Sec. 2.3, CLIP Sec. 2.3 and Table 19."""
     args = vars(pretrain.get_args(f"--scenario {flags}".split())[0])
@@ -692,24 +635,20 @@ def log_of(out):
     return list(lines.values())
 
 
-def test_pretrain_runs_and_loss_falls(pretrained):
-    out, printed = pretrained
-    for words in ("chance (independent embeddings)", "step 000048/000048", "augmentations of depth",
-                  "common 0.75 paper, Sec. 4", "lr-bias 0.0048 paper, App. B", "data ",
-                  "epochs 16 command line", "seed 0 default"):
-        assert words in " ".join(printed.split())
-    log = log_of(out)
-    assert [row["step"] for row in log] == list(range(1, 49))
-    losses = [row["loss"] for row in log]
+def test_the_loss_of_a_pretraining_falls(pretrained):
+    log = log_of(pretrained[0])
+    assert [line["step"] for line in log] == list(range(1, 49))
+    losses = [line["loss"] for line in log]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
-    assert json.loads((out / "args.json").read_text())["K"] == 32
+
+
+def test_a_pretraining_saves_each_encoder_alone_and_what_it_sees(pretrained):
+    out, _ = pretrained
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    for k, channels in ((1, 3), (2, 1)):
-        encoder = decur.resnet("resnet-toy", channels)
-        encoder.load_state_dict(torch.load(out / f"encoder{k}.pth", weights_only=True))
-        assert torch.equal(encoder.conv1.weight, checkpoint["model"][f"f{k}.E.conv1.weight"])
-        about = json.loads((out / f"encoder{k}.json").read_text())
-        assert about["sees"]["bands"] == (["depth"] if k == 2 else ["red", "green", "blue"])
+    for k, bands in ((1, ["red", "green", "blue"]), (2, ["depth"])):
+        encoder = torch.load(out / f"encoder{k}.pth", weights_only=True)
+        assert torch.equal(encoder["conv1.weight"], checkpoint["model"][f"f{k}.E.conv1.weight"])
+        assert json.loads((out / f"encoder{k}.json").read_text())["sees"]["bands"] == bands
 
 
 @pytest.mark.parametrize("signalled", [True, False])
@@ -737,23 +676,10 @@ def test_resume_equals_no_interruption(signalled, pretrained, scenes, tmp_path):
     assert log_of(whole) == log_of(broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_ends_the_run_after_the_step_and_a_save(number, scenes, tmp_path, monkeypatch):
-    """SIGTERM: in the test above.  Afterwards the signal has its own effect again."""
-    watched(monkeypatch, pretrain, "compute_loss", 2, lambda: os.kill(os.getpid(), number))
-    try:
-        code = pretrain.main(shlex.split(flags_of(scenes, tmp_path)))
-        assert signal.getsignal(number) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert code == 128 + number
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
-
-
 def test_resume_without_a_checkpoint_begins_anew_and_says_so(scenes, tmp_path, capsys):
     call(pretrain, flags_of(scenes, tmp_path, "--resume"))
     printed = capsys.readouterr().out
-    assert "resumed from" not in printed and f"no checkpoint.pt in {tmp_path}" in printed
+    assert "resumed from" not in printed and re.search(f"checkpoint.pt .*{tmp_path}", printed)
 
 
 def test_workers_of_any_number_and_start_method_give_the_same_batches(scenes, tmp_path):
@@ -798,29 +724,21 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
         return data.augment(x, row, size, draws) * (math.nan if len(calls) > 20 else 1)
 
     monkeypatch.setattr(pretrain, "augment", diverges)
-    is_refused(r"the loss is nan at step 6 \(loss nan = L1 nan", call, pretrain,
-               flags_of(scenes, tmp_path / "out", "--epochs 4 --save-every 1e-6"), error=SystemExit)
-    checkpoint = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
+    is_refused("nan .*step 6 ", call, pretrain,
+               flags_of(scenes, tmp_path, "--epochs 4 --save-every 1e-6"), error=SystemExit)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 5 and all(p.isfinite().all() for p in checkpoint["model"].values())
 
 
 @pytest.mark.parametrize("flags, words", [
     ("--data nowhere", "nowhere"), ("--split val", "val.txt"), ("--batch-size 49", "-size 49"),
-    ("--projector 32-x", "--projector 32-x"), ("--data1 x", "--data1"),
-    ("--scenario custom --data1 x --data2 y", "--data"), ("--modality 1", "--modality 1"),
-    ("--method clip --no-intra", "--no-intra"),
-    ("--backbone mit_b0 --size 24", "--size 24"), ("--out {scenes}/train.txt/out", "--out .*/out"),
-    ("--bgr", "--bgr works only with --weights"),
-    ("--bgr --weights {run}/checkpoint.pt", "--bgr .*checkpoint.pt was trained by this project"),
-    ("--weights {run}/encoder1.pth", "--weights .*encoder1.pth: .* is 1, but must be 2"),
-    ("--weights {run}/encoder2.pth {run}/encoder1.pth", "encoder1.pth: the weights do not fit"),
-    ("--weights nowhere.pth", "--weights .*nowhere.pth"),
-    ("--weights imagenet", "no ImageNet weights of resnet-toy"),
+    ("--projector 32-x", "--projector 32-x"), ("--out {scenes}/train.txt/out", "--out .*/out"),
+    ("--bgr --weights {run}/checkpoint.pt", "--bgr .*checkpoint.pt"),
+    ("--weights {run}/encoder1.pth", "encoder1.pth"), ("--weights nowhere.pth", "nowhere.pth"),
     ("--out {run}", "--out .*--resume"),
-    ("--out {run} --resume --epochs 20", "epochs is 20, but 16 .*--weights .*/checkpoint.pt"),
-    ("--out {run} --resume --epochs 16 --common 0.5", "common is 0.5, but 0.75")])
+    ("--out {run} --resume --epochs 20", "epochs is 20, .*--weights .*/checkpoint.pt")])
 def test_bad_input_is_refused_in_one_line(flags, words, scenes, pretrained, tmp_path):
-    """Got, expected, remedy; nothing is left behind, no earlier run overwritten."""
+    """Nothing is left behind, and no earlier run is overwritten."""
     run = pretrained[0]
     before = {path: path.read_bytes() for path in run.iterdir()}
     flags = flags_of(scenes, tmp_path / "out", flags.format(scenes=scenes, run=run))
@@ -829,22 +747,11 @@ def test_bad_input_is_refused_in_one_line(flags, words, scenes, pretrained, tmp_
     assert before == {path: path.read_bytes() for path in run.iterdir()}
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda whole: whole[:len(whole) // 2], lambda whole: pickle.dumps(Evil(), 2),
-    lambda whole: pickle.dumps([1, 2], 2)])
-def test_a_damaged_checkpoint_is_named_and_left_alone(damage, pretrained, scenes, tmp_path,
-                                                      monkeypatch):
-    content = damage((pretrained[0] / "checkpoint.pt").read_bytes())
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    monkeypatch.chdir(tmp_path)
-    is_refused("checkpoint.pt .*a new --out", call, pretrain,
-               flags_of(scenes, tmp_path, "--resume"))
-    assert Path("checkpoint.pt").read_bytes() == content and not Path("evil").exists()
+def test_a_damaged_checkpoint_is_named_and_left_alone(pretrained, scenes, tmp_path):
+    half = (pretrained[0] / "checkpoint.pt").read_bytes()[:99999]
+    (tmp_path / "checkpoint.pt").write_bytes(half)
+    is_refused("checkpoint.pt .*--out", call, pretrain, flags_of(scenes, tmp_path, "--resume"))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == half
 
 
 def test_bad_input_exits_with_code_2_and_one_line(scenes, tmp_path):
@@ -855,14 +762,6 @@ def test_bad_input_exits_with_code_2_and_one_line(scenes, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.fullmatch(r"error: .*0007\.png .*", result.stderr.splitlines()[-1])
     assert not list(out.glob("checkpoint*"))
-
-
-def test_a_first_batch_that_cannot_be_read_leaves_no_folder(scenes, tmp_path):
-    root, out = shutil.copytree(scenes, tmp_path / "scenes"), tmp_path / "out"
-    for file in (root / "RGB").iterdir():
-        file.write_bytes(b"")
-    is_refused("cannot be read as an image", call, pretrain, flags_of(root, out))
-    assert not out.exists()
 
 
 def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(tmp_path):
@@ -879,14 +778,12 @@ def test_torchrun_trains_on_two_cpu_processes(scenes, tmp_path):
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     result = subprocess.run(**command(flags_of(scenes, tmp_path), torchrun))
     assert result.returncode == 0, result.stderr
-    assert "2 x cpu (gloo)" in result.stdout and "batch normalisation" in result.stdout
+    assert "gloo" in result.stdout
     assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("world, words", [(3, "--batch-size 16 .*3 processes.* 15"),
-                                          (16, "--batch-size 16 .*16 processes.* 32")])
-def test_a_batch_is_divided_evenly_among_the_processes(world, words):
-    is_refused(words, pretrain.check_batch, 16, 48, world, least=2)
+def test_a_batch_is_divided_evenly_among_the_processes():
+    is_refused("--batch-size 16 .* 15", pretrain.check_batch, 16, 48, 3, least=2)
 
 
 # ---- pretrain.py: methods, ablations and weights ----
@@ -906,8 +803,6 @@ def test_every_method_and_ablation_trains_on_the_views_it_uses(flags, views, sce
     assert len(calls) == 3 * views              # three steps
     assert {E.channels for E, _ in calls} == set(channels.values())
     assert {path.name for path in tmp_path.glob("encoder*.pth")} == channels.keys()
-    settings = json.loads((tmp_path / "encoder2.json").read_text())["settings"]
-    assert settings["no_intra"] == ("--no-intra" in flags)
 
 
 def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_with_lars():
@@ -916,13 +811,11 @@ def test_segformers_train_with_adamw_that_spares_biases_and_norms_and_resnets_wi
     args = argparse.Namespace(backbone="mit_b0", lr=1e-4, lr_bias=1e-4, weight_decay=0.01)
     adamw = pretrain.make_optimizer(net, args)
     assert isinstance(adamw, torch.optim.AdamW)
-    args.backbone = "resnet50"
-    assert isinstance(pretrain.make_optimizer(net, args), pretrain.LARS)
     decayed, spared = adamw.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
-    names = [name for name, p in net.named_parameters() if p.ndim < 2]
-    assert len(spared["params"]) == len(names)
-    assert all(name.endswith("bias") or "norm" in name or ".P." in name for name in names)
+    assert len(spared["params"]) == sum(p.ndim < 2 for p in net.parameters())
+    args.backbone = "resnet50"
+    assert isinstance(pretrain.make_optimizer(net, args), pretrain.LARS)
 
 
 @pytest.mark.parametrize("files, more", [
@@ -934,41 +827,10 @@ def test_weights_start_a_run(files, more, pretrained, scenes, tmp_path, monkeypa
     monkeypatch.setattr(pretrain, "cosine", lambda step, steps: 0)  # a rate of 0: weights stay
     files = " ".join(f"{first}/{file}" for file in files.split())
     call(pretrain, flags_of(scenes, tmp_path, f"--weights {files} {more}"))
-    printed = capsys.readouterr().out
-    assert re.search(r"decur on rgbd, common 0.75, 16 epochs, seed 0\): 72 of 72 keys", printed)
-    assert "was trained on" not in printed
+    assert "decur on rgbd, common 0.75, 16 epochs, seed 0" in capsys.readouterr().out
     a, b = (torch.load(folder / "encoder2.pth", weights_only=True) for folder in (first, tmp_path))
     keys = [key for key in a if "running" not in key and "num_batches" not in key]
     assert all(torch.equal(a[key], b[key]) for key in keys)
-
-
-def test_every_file_of_weights_is_asked_for_its_pretraining(runs, tmp_path):
-    """encoder1 of DeCUR and encoder2 of Barlow Twins do not count as DeCUR."""
-    settings = json.loads((runs / "decur-0" / "encoder2.json").read_text())
-    settings["settings"]["method"] = "barlowtwins"
-    shutil.copy(runs / "decur-0" / "encoder2.pth", tmp_path)
-    (tmp_path / "encoder2.json").write_text(json.dumps(settings))
-    files = [str(runs / "decur-0" / "encoder1.pth"), str(tmp_path / "encoder2.pth")]
-    args = argparse.Namespace(backbone="resnet-toy", modality=None, bgr=False)
-    encoders = decur.resnet("resnet-toy", 3), decur.resnet("resnet-toy", 1)
-    rows = [data.MODALITIES[name] for name in ("rgb", "depth")]
-    lines = pretrain.start_from(files, encoders, args, rows)
-    assert "(decur on" in lines[0] and "(barlowtwins on" in lines[1] and len(lines) == 2
-
-
-def test_a_checkpoint_of_one_modality_gives_the_input_of_that_one(pretrained, tmp_path):
-    checkpoint = torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)
-    checkpoint["settings"]["modality"] = 2
-    torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    _, rows = pretrain.read_pretraining(tmp_path / "checkpoint.pt")
-    assert [row["name"] for row in rows] == ["depth"]
-
-
-def test_a_depth_unit_is_refused_where_hha_is_read(scenes, tmp_path):
-    root = shutil.copytree(scenes, tmp_path / "scenes")
-    shutil.copytree(root / "RGB", root / "HHA")
-    is_refused("--depth-unit .* rgb and hha", call, pretrain,
-               flags_of(root, tmp_path / "out", "--depth-unit 1000"))
 
 
 RGB = data.MODALITIES["rgb"]
@@ -985,15 +847,6 @@ def test_a_warning_compares_what_an_encoder_sees_and_not_only_names(seen, differ
 def test_a_warning_names_the_numbers_of_a_measured_normaliser():
     text = pretrain.describe_input(MEASURED)
     assert "9 9 9 -+ 3 x 2 2 2" in text and "raw_mean" not in text
-
-
-@pytest.mark.parametrize("missing", ["settings", "sees"])
-def test_a_json_beside_an_encoder_that_lacks_something_is_named(missing, pretrained, tmp_path):
-    shutil.copy(pretrained[0] / "encoder1.pth", tmp_path)
-    about = json.loads((pretrained[0] / "encoder1.json").read_text())
-    del about[missing]
-    (tmp_path / "encoder1.json").write_text(json.dumps(about))
-    is_refused("encoder1.json", pretrain.read_pretraining, tmp_path / "encoder1.pth")
 
 
 def drawn(B, seed=0, rows=slice(None)):
@@ -1080,12 +933,6 @@ def test_brightness_contrast_and_saturation_are_torchvisions_and_never_wrap():
         y = data.random_colour(x, (0.4 * torch.eye(4)[k]).tolist(), 1.0, 0.0, drawn(64, k))
         expected = [function(image, factor) for image, factor in zip(x, factors.tolist())]
         assert torch.allclose(y, torch.stack(expected), atol=2e-3) and y.max() == 1
-    x = 0.2 * x + 0.4                           # away from the clamp, two at a time
-    factors = 1 + 0.4 * (2 * drawn(64, 3)(6)[:, 1:3] - 1)
-    y = data.random_colour(x, (0.4, 0.4, 0, 0), 1.0, 0.0, drawn(64, 3))
-    expected = [TF.adjust_contrast(TF.adjust_brightness(image, b), c)
-                for image, (b, c) in zip(x, factors.tolist())]
-    assert torch.allclose(y, torch.stack(expected), atol=2e-3)
 
 
 @pytest.mark.parametrize("C", [2, 3, 13])
@@ -1139,52 +986,24 @@ def test_what_is_seen_from_above_is_augmented_as_section_4_says(name, C):
 
 
 @pytest.mark.parametrize("value, dtype, words", [
-    (7500, torch.float32, "7500 to 7500"), (np.nan, torch.float32, "nan to nan"),
-    (-0.1, torch.float32, "-0.1 to -0.1"), (0, torch.int32, "torch.int32"),
-    (0, torch.uint16, "torch.uint16")])
+    (7500, torch.float32, "7500"), (np.nan, torch.float32, "nan"), (-0.1, torch.float32, "-0.1"),
+    (0, torch.int32, "int32")])
 def test_images_are_uint8_or_float_from_0_to_1(value, dtype, words):
     """Images are checked wherever they enter.  Depth in metres gave a loss of 60481 once."""
-    x = torch.full((1, 1, 4, 4), value, dtype=dtype)
-    is_refused(words, data.resize_and_normalise, x, MODALITIES["depth"], 4)
-    is_refused(words, data.normalise, x, MODALITIES["depth"])
-    is_refused(words, augment, x, MODALITIES["depth"], 4, drawn(1))
+    x, row = torch.full((1, 1, 4, 4), value, dtype=dtype), MODALITIES["depth"]
+    is_refused(words, data.resize_and_normalise, x, row, 4)
+    is_refused(words, data.normalise, x, row)
+    is_refused(words, augment, x, row, 4, drawn(1))
 
 
-def test_collate_gives_two_views_of_each_modality():
-    one, two = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
-    batch = torch.utils.data.default_collate([([one], [one, two]), ([two], [two, one])])
-    x1, x2 = (data.move_views(views, "cpu") for views in batch)
-    assert x1[0] is x1[1] and x1[0].shape == x2[0].shape == (2, 1, 2, 2)
-    assert [x.amax((1, 2, 3)).tolist() for x in (*x1, *x2)] == [[0, 1], [0, 1], [0, 1], [1, 0]]
-
-
-class Scenes:
-    """A data set of two sensors: one shows the index, the other the epoch."""
-    epoch, reads = None, 0
-
-    def __init__(self):
-        pass
-
-    def __getitem__(self, i):
-        self.reads += 1
-        return [torch.tensor(i)], [torch.tensor(self.epoch)]
-
-
-class Seasons(Scenes, data.Packed):
-    """Two sensors whose samples change with the epoch."""
-
-
-@pytest.mark.parametrize("kind, keep, room, reads", [
-    (Scenes, True, 1000, 5), (Scenes, False, 1000, 10), (Seasons, True, 1000, 10),
-    (Scenes, True, 16, 9)])                     # 16: the bytes of one sample
-def test_unchanging_samples_are_decoded_once_while_there_is_room(kind, keep, room, reads):
-    scenes = kind()
-    samples = data.Samples(scenes, keep)
-    samples.room = min(samples.room, room)
-    for epoch in (0, 1):
-        assert [samples[epoch, i][0] for i in range(5)] == [[0], [1], [2], [3], [4]]
-    assert scenes.reads == reads
-    assert samples[2, 5] == ([5], [2])
+@pytest.mark.parametrize("keep, reads", [(True, 5), (False, 10)])
+def test_unchanging_samples_are_decoded_once(keep, reads, scenes, monkeypatch):
+    samples = data.Samples(open_dataset("rgbd", scenes, 32), keep)
+    calls = watched(monkeypatch, data.Folders, "__getitem__")
+    first, again = ([samples[epoch, i] for i in range(5)] for epoch in (0, 1))
+    assert len(calls) == reads
+    for (a, _), (b, _) in zip(first, again):
+        assert torch.equal(a[0], b[0])
 
 
 # ---- RGB-depth ----
@@ -1199,20 +1018,16 @@ def write_frames(root, n=4):
 
 
 def test_frames_of_any_size_are_read_as_colour_and_metres_and_holes_do_not_bleed(tmp_path):
-    """Canvas 36 x 48 for crops of 24; 2100 mm / 10 m = 0.21; no reading: the data set's mean."""
-    root = write_frames(tmp_path, 2)
-    save(root / "RGB" / "x.jpg", Image.new("RGB", (200, 160)))
+    """Canvas 36 x 48 for crops of 24; 2000 mm / 10 m = 0.2; no reading: the data set's mean."""
+    rgb = np.full((160, 200, 3), (10, 20, 30), np.uint8)
     depth = np.full((160, 200), 2000, np.uint16)
     depth[:80] = 0
-    save(root / "Depth" / "x.png", depth)
-    pairs = open_dataset("rgbd", root, 24)
-    (rgb,), (depth,) = pairs[1]
-    assert rgb.dtype == torch.uint8 and rgb[:, 5, 5].tolist() == [10, 20, 30]
-    assert depth[0, 5, 5].item() == pytest.approx(0.21)
-    assert depth[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
-    (rgb2,), (depth2,) = pairs[2]
-    assert rgb.shape == rgb2.shape == (3, 36, 48) and depth.shape == depth2.shape == (1, 36, 48)
-    assert set(depth2.unique().mul(1000).round().int().tolist()) == {200, 238}
+    save(tmp_path / "RGB" / "x.jpg", rgb)
+    save(tmp_path / "Depth" / "x.png", depth)
+    (x1,), (x2,) = open_dataset("rgbd", tmp_path, 24)[0]
+    assert x1.shape == (3, 36, 48) and x1[:, 5, 5].tolist() == [10, 20, 30]
+    assert x2.shape == (1, 36, 48)
+    assert set(x2.unique().mul(1000).round().int().tolist()) == {200, 238}
 
 
 def test_lists_name_the_frames_of_a_split(tmp_path):
@@ -1224,21 +1039,14 @@ def test_lists_name_the_frames_of_a_split(tmp_path):
     assert data.read_list(file, names) == ["2", "0", "frame 1", "frame 2", "a.b", "caf\u00e9"]
 
 
-@pytest.mark.parametrize("kind, text, words", [
-    ("list", b"", "it "), ("list", b"\xe9\n", "it .*utf-8"), ("list", b"a\\0\n", "the line"),
-    ("list", b"0\n# more\n", "the line '# more'"), ("list", None, "it .* has other"),
-    ("list", b"0\n1\n0\n", "names 0 twice"), ("camera", None, "it .*the nine .* has other"),
-    ("camera", b"1 2 3", "read as the nine"), ("camera", b"inf 0 1 0 1 1 0 0 1", "it .*fx and fy"),
-    ("camera", b"0 0 1 0 1 1 0 0 1", "above 0"), ("camera", b"5 0 nan 0 5 1 0 0 1", "above 0"),
-    ("json", b"", "cannot be read as settings"), ("json", b"[1]", "as settings .*holds a list"),
-    ("json", b"{", "as settings"), ("json", b"\xff", "as settings")])
-def test_lists_cameras_and_json_that_make_no_sense_are_refused(kind, text, words, tmp_path):
-    (tmp_path / "other").touch()
-    if text is not None:
-        (tmp_path / "it").write_bytes(text)
-    readers = dict(list=partial(data.read_list, names=dict.fromkeys("01")),
-                   camera=data.read_intrinsics, json=partial(data.read_json, what="settings"))
-    is_refused(words, readers[kind], tmp_path / "it")
+@pytest.mark.parametrize("reader, text, words", [
+    (data.read_intrinsics, b"0 0 1 0 1 1 0 0 1", "it "),
+    (partial(data.read_list, names=dict.fromkeys("01")), b"0\n1\n0\n", "it .*0 twice"),
+    (partial(data.read_list, names=dict.fromkeys("01")), b"0\n9\n", "it: .*'9'"),
+    (partial(data.read_json, what="settings"), b"[1]", "it ")])
+def test_lists_cameras_and_json_that_make_no_sense_are_refused(reader, text, words, tmp_path):
+    (tmp_path / "it").write_bytes(text)
+    is_refused(words, reader, tmp_path / "it")
 
 
 CAMERA = np.array([[80, 0, 80], [0, 80, 60], [0, 0, 1.0]])
@@ -1290,7 +1098,6 @@ def test_missing_depth_takes_no_part_in_hha():
     far[30:80, 30:100] = False
     assert (np.abs(masked - filled)[..., 2][far] > 1).mean() < 0.01
     is_refused("--depth-unit", hha, z * 1000, z, CAMERA, error=ValueError)
-    is_refused("depth_m and raw_m", hha, z, np.zeros_like(z), CAMERA, error=ValueError)
 
 
 def write_sunrgbd(root):
@@ -1353,25 +1160,6 @@ def test_lists_and_masks_of_sun_rgbd_keep_working_once_it_is_prepared(split, lab
     assert (target == label).all() and target.shape == (24, 32)
 
 
-def test_frames_of_sun_rgbd_are_found_behind_links(tmp_path):
-    root = write_sunrgbd(tmp_path)
-    (root / "SUNRGBD" / "xtion").rename(root / "away")
-    (root / "SUNRGBD" / "xtion").symlink_to(root / "away", target_is_directory=True)
-    assert list(data.find_frames(root)) == SUNRGBD_NAMES
-
-
-def test_prepare_of_sun_rgbd_goes_past_a_damaged_frame_and_can_leave_it_out(tmp_path):
-    root = write_sunrgbd(tmp_path)
-    (root / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "intrinsics.txt").unlink()
-    flags = f"--scenario rgbd --data {root}"
-    is_refused("HHA.part/bad-ids.txt .*--skip-bad", prepare, flags)
-    assert not (root / "RGB").exists() and not (root / "HHA").exists()
-    bad = (root / "HHA.part" / "bad-ids.txt").read_text()
-    assert re.fullmatch(f"{SUNRGBD_NAMES[0]}\t.*intrinsics.txt.*\n", bad)
-    prepare(f"{flags} --skip-bad")
-    assert open_dataset("rgbd", root, 16).ids == SUNRGBD_NAMES[1:]
-
-
 def test_holes_are_filled_from_the_background():
     """A hole gets the farther reading beside it."""
     row, full = [0, 2, 0, 0, 3, 0.0], [2, 2, 3, 3, 3, 3]
@@ -1382,24 +1170,12 @@ def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     root = write_frames(tmp_path, 3)
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
-    flags = f"--scenario rgbd --data {root}"
-    is_refused("prepared: 1.*bad-ids.txt .*--skip-bad", prepare, flags)
-    assert "Depth/2.png" in (root / "HHA.part" / "bad-ids.txt").read_text()
+    is_refused("1 samples .*bad-ids.txt", prepare, f"--scenario rgbd --data {root}")
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
-    is_refused("HHA.part was begun", prepare, f"{flags} --depth-unit 100")
     write_frames(root, 3)
-    prepare(flags)
+    prepare(f"--scenario rgbd --data {root}")
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "hha")
     assert sorted(os.listdir(root)) == ["Depth", "HHA", "RGB", "intrinsics.txt"]
-    is_refused("HHA.* exists", prepare, flags)
-
-
-def test_raw_depth_that_lacks_frames_is_listed_by_their_names(tmp_path):
-    root = write_frames(tmp_path, 2)
-    (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
-    save(root / "RawDepth" / "0.png", np.full((36, 48), 700, np.uint16))
-    is_refused("prepared: 1", prepare, f"--scenario rgbd --data {root}")
-    assert (root / "HHA.part" / "bad-ids.txt").read_text() == "1\tis not in RawDepth/\n"
 
 
 @pytest.mark.parametrize("write, name", [
@@ -1463,6 +1239,12 @@ def test_both_modalities_of_a_view_show_the_same_season(tmp_path):
         assert change1.sign() == change2.sign()
         seen.append(change2 == 0)
     assert 0 < sum(seen) < 12
+
+
+def test_samples_of_several_seasons_are_not_kept(tmp_path):
+    """They change with the epoch."""
+    pairs = open_dataset("sar-optical", write_ssl4eo(tmp_path, ["0000000"]), 8)
+    assert data.Samples(pairs, keep=True).room == 0
 
 
 def test_eight_bits_are_clipped_and_never_wrap():
@@ -1534,21 +1316,6 @@ def test_prepare_goes_on_where_it_was_killed_and_gives_the_same_bytes(tmp_path):
     assert 4 <= noted < 24 and packed_bytes(whole) == packed_bytes(killed)
 
 
-def test_prepare_reads_nothing_twice(tmp_path, monkeypatch):
-    """A damaged location: the others are noted, and only this one is read again."""
-    root = write_satellites(tmp_path, 4)
-    shutil.move(root / "s1" / "0000002", tmp_path / "away")
-    (root / "s1" / "0000002").mkdir()
-    flags = f"--scenario sar-optical --data {root}"
-    is_refused("prepared: 1.*--skip-bad", prepare, flags)
-    (root / "s1" / "0000002").rmdir()
-    shutil.move(tmp_path / "away", root / "s1" / "0000002")
-    calls = watched(monkeypatch, data, "read_seasons")
-    prepare(flags)
-    assert [name for _, name in calls] == ["0000000", "0000002"]        # the first shows the sizes
-    assert open_dataset("sar-optical", root, 8).ids == [f"000000{k}" for k in range(4)]
-
-
 def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
     """One without a season, one of another size, one that only S2 has."""
     root = write_ssl4eo(tmp_path, ["0000000", "0000001", "0000003"])
@@ -1585,44 +1352,7 @@ def test_prepare_says_how_much_disk_it_will_need(tmp_path, capsys):
     """Two locations of 264 pixels: 2 x 4 seasons x 264^2 x 91 / 12 bytes are 4.2 MB."""
     prepare(f"--scenario sar-optical --data {write_ssl4eo(tmp_path, ['0000000', '0000001'], 264)}")
     text = capsys.readouterr().out
-    assert re.search(r"packed needs about 0.004 GB of disk; [\d.]+ GB are free", text)
-
-
-@pytest.mark.parametrize("write, words", [
-    (npy(np.zeros((1, 4368), np.uint8)), "season3.npy has 1 rows.*prepare it again"),
-    (lambda path: os.truncate(path, 2 * 4368), "season3.npy cannot be read.*prepare it again")])
-def test_packed_seasons_are_checked_when_they_are_opened(write, words, tmp_path):
-    """S = 24: 24^2 x 91 / 12 = 4368 bytes a location."""
-    (tmp_path / "ids.txt").write_text("0000001\n0000002\n")
-    for season in range(4):
-        np.save(tmp_path / f"season{season}.npy", np.zeros((2, 4368), np.uint8))
-    assert len(open_dataset("sar-optical", tmp_path, 8)) == 2
-    write(tmp_path / "season3.npy")
-    is_refused(words, open_dataset, "sar-optical", tmp_path, 8)
-
-
-def test_a_damaged_ssl4eo_tree_is_refused_by_name(tmp_path):
-    root = write_ssl4eo(tmp_path / "v1")
-    read = partial(data.read_season, root, "0000000", 0)
-    band = min((root / "s2c" / "0000000").glob("*/B9.tif"))             # of the first season
-    save(band, np.zeros((3, 3), np.uint16))
-    is_refused(r"0000000: B9 has \(3, 3\) .*\(2, 2\)", read)
-    save(band, np.zeros((2, 2, 3), np.uint8))
-    is_refused("B9.tif has 3", read)
-    band.unlink()
-    is_refused("B9.tif", read)
-    shutil.rmtree(band.parent)
-    is_refused("s2c/0000000 holds 3 seasons", read)
-    shutil.rmtree(root / "s1" / "000001")
-    is_refused("000001", open_dataset, "sar-optical", root, 8)
-    pairs = open_dataset("sar-optical", root, 8, strict=False)
-    assert pairs.ids == ["0000000", "0000007"] and pairs.unpaired == ["000001"]
-
-
-def test_ssl4eo_v1_1_is_refused(tmp_path):
-    (tmp_path / "train" / "S1GRD").mkdir(parents=True)
-    (tmp_path / "train" / "S1GRD" / "ssl4eos12_train_seasonal_data_000001.zarr.zip").touch()
-    is_refused("v1.1", open_dataset, "sar-optical", tmp_path / "train", 8)
+    assert re.search(r"packed .* 0\.004 GB", text)
 
 
 def write_bigearthnet(root):
@@ -1653,10 +1383,9 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
     assert task.ids == [s2 for s2, _ in pairs[:2]]
     x1, x2, target = task[0]
     assert x1.shape == (2, 12, 12) and x2.shape == (13, 12, 12)
-    assert (x2[data.S2.index("B10")] == 0).all() and data.S2.index("B10") == 10
+    assert (x2[10] == 0).all() and data.S2[10] == "B10"
     assert (x2[11] == round((100 + 13) / 10000 * 255)).all()            # B11, after the empty band
     assert target.nonzero()[:, 0].tolist() == [0, 18] and task[1][2].sum() == 0
-    assert target.dtype == torch.float32
     assert len(data.CLASSES19) == 19 and len(data.CLASSES43) + len(data.DROPPED43) == 43
 
 
@@ -1666,25 +1395,12 @@ def test_s2_names_are_paired_by_the_json_of_the_s1_patches(tmp_path):
     assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == [s2 for s2, _ in pairs[::-1]]
 
 
-def test_patches_without_both_folders_are_bad(tmp_path):
-    (s2, s1), (other, _), _ = write_bigearthnet(tmp_path)
-    shutil.rmtree(tmp_path / "BigEarthNet-S1-v1.0" / s1)
-    flags = f"--task bigearthnet --data {tmp_path}"
-    is_refused("prepared: 1.*--skip-bad", prepare, flags)
-    bad = (tmp_path / "packed" / "train.part" / "bad-ids.txt").read_text()
-    assert bad.startswith(f"{s2}\ttrain.csv ")
-    prepare(f"{flags} --skip-bad")
-    assert open_dataset("bigearthnet", tmp_path, 8, "train").ids == [other]
-
-
-@pytest.mark.parametrize("text, words", [
-    ('{"labels": null}', "labels_metadata.json .*None"), ("5", "metadata.json"),
-    ('{"labels": ["Moon"]}', "metadata.json: 'Moon'")])
-def test_labels_of_bigearthnet_that_are_none_are_refused(text, words, tmp_path):
+def test_a_patch_whose_labels_are_unknown_is_bad(tmp_path):
     (s2, _), *_ = write_bigearthnet(tmp_path)
-    (tmp_path / f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json").write_text(text)
+    (tmp_path / f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json").write_text('{"labels": ["x"]}')
     is_refused("bad-ids.txt", prepare, f"--task bigearthnet --data {tmp_path}")
-    assert re.search(words, (tmp_path / "packed/train.part/bad-ids.txt").read_text())
+    bad = (tmp_path / "packed" / "train.part" / "bad-ids.txt").read_text()
+    assert bad.startswith(s2) and "labels_metadata.json" in bad
 
 
 # ---- GeoNRW ----
@@ -1715,11 +1431,9 @@ def test_geonrw_is_cut_into_4_x_4_patches_row_by_row(geonrw):
     rgbi = read_image(geonrw / "aachen" / "371_5712_rgb.jp2")
     assert (rgb.numpy() == rgbi[:3, 8:16, 16:24]).all()
     mask = tifffile.imread(geonrw / "aachen" / "371_5712_seg.tif")
-    assert (seg.numpy() == mask[8:16, 16:24]).all() and seg.dtype == torch.int64
-    assert (mask == 0).any()
+    assert (seg.numpy() == mask[8:16, 16:24]).all() and (mask == 0).any()
     heights = tifffile.imread(geonrw / "aachen" / "371_5712_dem.tif")[None, 8:16, 16:24]
-    assert (dem.numpy() == data.stretch(heights)).all() and dem.dtype == torch.float32
-    assert dem.shape == (3, 8, 8)
+    assert (dem.numpy() == data.stretch(heights)).all() and dem.shape == (3, 8, 8)
 
 
 def test_geonrw_is_split_by_city(geonrw):
@@ -1728,24 +1442,6 @@ def test_geonrw_is_split_by_city(geonrw):
             ids = open_dataset(name, geonrw, 8, split).ids
             assert len(ids) == 16 and {id.split("_")[0] for id in ids} == {city}
     assert len(open_dataset("rgb-dem", geonrw, 8)) == 32
-
-
-def test_a_patch_without_its_mask_is_refused_in_the_task_alone(geonrw):
-    (geonrw / "cropped" / "seg" / "aachen_371_5712_0_2.png").unlink()
-    assert len(open_dataset("rgb-dem", geonrw, 8, "train")) == 16
-    is_refused(r"aachen_371_5712_0_2.*cropped/seg has \[\]", open_dataset, "geonrw", geonrw, 8,
-               "train")
-
-
-def test_tiles_of_geonrw_that_do_not_fit_are_bad(tmp_path):
-    """One whose heights have another size, one without heights."""
-    write_geonrw(tmp_path)
-    save(tmp_path / "aachen" / "371_5712_dem.tif", np.zeros((4, 4), np.float32))
-    shutil.copy(tmp_path / "aachen" / "371_5712_rgb.jp2", tmp_path / "aachen" / "9_9_rgb.jp2")
-    flags = f"--scenario rgb-dem --data {tmp_path}"
-    is_refused("prepared: 2", prepare, flags)
-    prepare(f"{flags} --skip-bad")
-    assert {id.split("_")[0] for id in open_dataset("rgb-dem", tmp_path, 8).ids} == {"herne"}
 
 
 def test_holes_of_a_height_model_take_no_part(tmp_path):
@@ -1795,20 +1491,13 @@ def test_what_a_tiff_declares_as_no_data_is_nan(x, tmp_path):
     ("a.png", lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n")),
     ("a.png", lambda path: path.write_bytes(save(path, np.eye(99) > 0).read_bytes()[:70])),
     ("a.png", lambda path: Image.new("1", (30000, 12000)).save(path)),      # a bomb
-    ("a.npy", lambda path: np.savez(open(path, "wb"), a=np.zeros(3))),
     ("a.npy", npy(np.zeros((2, 2), complex))), ("a.npy", npy(np.zeros((0, 3)))),
-    ("a.npy", npy(np.zeros(()))), ("a.npy", npy(np.zeros((2, 2), "S3"))),
-    ("a.npy", npy(np.zeros((2, 3, 8, 8)))),
-    ("a.tif", tiff(np.zeros((8, 8), np.complex64))),
     ("a.tif", tiff(np.zeros((2, 3, 8, 8), np.uint16), photometric="minisblack")),
     ("a.tif", tiff(np.zeros((32, 32, 13), np.uint16))),                     # HxWxC or CxHxW
     ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite")),
-    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="palette",
-                   colormap=np.zeros((3, 256), np.uint16))),
     ("a.tif", lambda path: Image.new("L", (8, 8)).save(
         path, save_all=True, append_images=[Image.new("L", (9, 9))])),      # two images
     ("a.tif", declared(np.eye(8), "none")),
-    ("a.tif", lambda path: path.write_bytes(b"II*\0 of which the rest is missing")),
     ("a.tif", lambda path: None)])                                          # no such file
 def test_an_image_that_would_be_misread_is_refused_by_name(name, write, tmp_path):
     write(tmp_path / name)
@@ -1853,19 +1542,12 @@ def with_palette(indices, colours=range(768)):
 
 @pytest.mark.parametrize("name, write", [
     ("a.tif", tiff(INDICES.astype(np.int64))), ("a.tif", tiff(INDICES.astype(float))),
-    ("a.tif", tiff(INDICES.astype(np.uint16))), ("a.npy", npy(INDICES)),
-    ("a.tif", tiff(INDICES.astype(np.uint8), photometric="palette",
-                   colormap=np.arange(768, dtype=np.uint16).reshape(3, 256))),
-    ("a.png", lambda path: save(path, INDICES.astype(np.uint8))),
+    ("a.npy", npy(INDICES)), ("a.png", lambda path: save(path, INDICES.astype(np.uint8))),
     ("a.png", lambda path: save(path, with_palette(INDICES)))])
 def test_a_mask_of_any_type_is_read_as_the_indices_it_stores(name, write, tmp_path):
     write(tmp_path / name)
     mask = data.read_mask(tmp_path / name)
     assert mask.dtype == np.int64 and mask.tolist() == INDICES.tolist()
-
-
-def test_a_mask_of_one_bit_holds_0_and_1(tmp_path):
-    assert data.read_mask(save(tmp_path / "a.png", np.eye(2) > 0)).tolist() == [[1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("write", [
@@ -1880,34 +1562,22 @@ def test_no_data_and_negative_values_of_a_mask_are_no_label(write, tmp_path):
     ("a.jpg", lambda path: Image.new("L", (8, 8)).save(path)),
     ("a.png", lambda path: Image.new("L", (8, 8)).save(path, "jpeg")),
     ("a.png", lambda path: Image.new("RGB", (8, 8)).save(path)),
-    ("a.tif", tiff(np.zeros((3, 8, 8), np.uint8), photometric="minisblack")),
-    ("a.tif", tiff(np.array([[0, 1.5]]))), ("a.tif", tiff(np.array([[0, 1e300]]))),
-    ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite"))])
+    ("a.tif", tiff(np.array([[0, 1.5]])))])
 def test_a_mask_without_whole_numbers_or_saved_as_jpeg_is_refused(name, write, tmp_path):
     write(tmp_path / name)
     is_refused(name, data.read_mask, tmp_path / name)
 
 
-def write_masks(folder, *masks):
-    """Writes 0.png, 1.png and so on.  Returns {name: path}."""
-    return {str(k): str(save(folder / f"{k}.png", mask)) for k, mask in enumerate(masks)}
-
-
-def test_the_values_of_masks_are_counted_in_pixels_and_in_masks(tmp_path):
-    files = write_masks(tmp_path, np.zeros((4, 4), np.uint8), np.eye(4, dtype=np.uint8) * 127)
-    assert data.count_mask_values(files) == {0: (28, 2), 127: (4, 1)}
-
-
 def test_palettes_of_masks_may_differ_only_in_colours_that_no_pixel_has(tmp_path):
     """Index 5 is another colour in the second mask, which does not use it, and in the third."""
-    zero, other = np.zeros((4, 4)), list(range(768))
+    other = list(range(768))
     other[15] = 99
-    files = write_masks(tmp_path, with_palette(zero + 5), with_palette(zero, other))
+    masks = (5, range(768)), (0, other), (5, other)
+    files = {str(k): str(save(tmp_path / f"{k}.png", with_palette(np.full((4, 4), index), colours)))
+             for k, (index, colours) in enumerate(masks)}
+    third = files.pop("2")
     assert data.count_mask_values(files) == {0: (16, 1), 5: (16, 1)}
-    files |= write_masks(tmp_path / "more", with_palette(zero + 5, other))
-    files["third"] = files.pop("0")
-    files["0"] = str(tmp_path / "0.png")
-    is_refused(f"{tmp_path}/more/0.png.* {tmp_path}/0.png", data.count_mask_values, files)
+    is_refused("0.png.*2.png", data.count_mask_values, files | {"2": third})
 
 
 @pytest.mark.parametrize("way, told", [("NEAREST", 0), ("BILINEAR", 1)])
@@ -1916,19 +1586,15 @@ def test_masks_that_were_resized_bilinearly_are_told(way, told, tmp_path):
     y, x = np.mgrid[:120, :160]
     mask = 40 * (np.hypot(x - 50, y - 50) < 30) + 160 * (np.hypot(x - 120, y - 80) < 25)
     small = Image.fromarray(mask.astype(np.uint8)).resize((77, 55), Image.Resampling[way])
-    counts = data.count_mask_values(write_masks(tmp_path, small))
+    counts = data.count_mask_values({"0": str(save(tmp_path / "0.png", small))})
     assert len(data.find_mask_warnings(counts)) == told
 
 
 @pytest.mark.parametrize("values", [[0, 1, 40, 255], [0, 41], [-1, 0]])
 def test_the_remedy_for_values_that_are_no_class_keeps_class_0(values):
     """Where 0 is a class, to write 0 for 255 alone would take that class away."""
-    is_refused("a.png .* begin at 0 here, add 1 to .*write 0 for", data.check_mask,
-               "a.png", torch.tensor([values]), (1, len(values)), 40)
-
-
-def test_a_mask_of_another_size_than_its_image_is_refused():
-    is_refused("a.png", data.check_mask, "a.png", torch.zeros(4, 5), (5, 4), 40)
+    is_refused("a.png .* add 1 to all .* write 0 ", data.check_mask, "a.png",
+               torch.tensor([values]), (1, len(values)), 40)
 
 
 # ---- names and one's own pairs ----
@@ -1953,17 +1619,11 @@ def save_arrays(folder, *arrays):
     ("f-1.color f-2.color", "f-1.depth f-2.depth", "a/*.color b/*.depth"),
     ("1 2", "1_d 2_d", "a/* b/*_d")])
 def test_names_that_differ_by_a_fixed_part_pair_by_patterns(names1, names2, patterns, tmp_path):
-    """The five forms of real paired sets; without patterns the error gives them."""
+    """The five forms of real paired sets."""
     where = [f"{tmp_path}/{pattern}.png" for pattern in patterns.split()]
-    folders = [os.path.dirname(pattern) for pattern in where]
-    for folder, names in zip(folders, (names1, names2)):
-        write_pairs(Path(folder), names)
-    pairs = open_dataset("custom", where, 8)
-    assert len(pairs) == 2 and pairs[1][0][0].shape == (1, 8, 9)
-    if folders[0] != folders[1]:
-        stems = [re.escape(names.split()[0]) for names in (names1, names2)]
-        words = rf"a has \['{stems[0]}', .*b has \['{stems[1]}', .*--data1 'chips/.* --data2 "
-        is_refused(words, open_dataset, "custom", folders, 8)
+    for pattern, names in zip(where, (names1, names2)):
+        write_pairs(Path(pattern).parent, names)
+    assert len(open_dataset("custom", where, 8)) == 2
 
 
 def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_path):
@@ -1975,52 +1635,28 @@ def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_p
 
 
 @pytest.mark.parametrize("where, words", [
-    ("a/ b/../a", "two folders"), ("a/*.png b/*_*.png", "number of stars"),
-    ("a nowhere", "nowhere.*has a, b, c"), ("a b/*.tif", "b/.*tif.*b has 1_x.png"),
-    ("twice a", "1.png .*1.jpg"), ("a c", r"a has \[\].*c has \['4'\]"),
-    ("flat two", "flat/1.npy has 1 channels"), ("double two", "double/1.npy .*float64")])
+    ("a/ b/../a", "/a .*/a"), ("a/*.png b/*_*.png", "b/.*png"), ("a nowhere", "nowhere"),
+    ("twice a", "1.png .*1.jpg"), ("a b", "a .*1.*b .*1_x.*--data1"), ("flat two", "flat/1.npy")])
 def test_folders_that_do_not_pair_or_hold_images_of_two_forms_are_refused(where, words, tmp_path):
-    write_pairs(tmp_path, "a/1 a/2 a/3 b/1_x twice/1 c/1 c/2 c/3 c/4 two/0 two/1")
+    write_pairs(tmp_path, "a/1 a/2 a/3 b/1_x twice/1 two/0 two/1")
     shutil.copy(tmp_path / "twice" / "1.png", tmp_path / "twice" / "1.jpg")
     first = np.ones((2, 8, 9), np.float32)
     save_arrays(tmp_path / "flat", first, first[:1])
-    save_arrays(tmp_path / "double", first, first.astype(float))
     folders = [f"{tmp_path}/{folder}" for folder in where.split()]
     is_refused(words, lambda: open_dataset("custom", folders, 8)[1])
 
 
-def test_opening_a_folder_asks_nothing_of_each_file(tmp_path, monkeypatch):
-    """100,000 names took 50 s of a busy machine when each file was asked what it is."""
-    write_frames(tmp_path, 300)
-    asked = watched(monkeypatch, os, "stat")
-    assert len(open_dataset("rgbd", tmp_path, 16)) == 300 and len(asked) < 30
-
-
 def test_ones_own_pairs_are_measured_and_brought_to_0_to_1(tmp_path):
-    """npy of 2 channels, one constant, a NaN; PNG and TIFF of 8 bits; a list."""
-    rng, two = np.random.default_rng(0), tmp_path / "two"
-    arrays = [np.stack([rng.normal(1000, 50, (8, 9)), np.full((8, 9), 7)]).astype(np.float32)
-              for _ in range(4)]
-    arrays[2][0, 0, 0] = np.nan
-    one = save_arrays(tmp_path / "one", arrays[0].transpose(1, 2, 0), *arrays[1:])
-    for i in range(4):
-        save(two / f"{i}.{'PNG' if i % 2 else 'TIF'}", rng.integers(0, 256, (8, 9, 3), np.uint8))
-    pairs = open_dataset("custom", (one, two), 8, declared=(None, "photo"))
-    row1, row2 = pairs.inputs
-    assert pairs.modalities == ("overhead", "photo")
-    values = np.stack(arrays)[:, 0]
-    assert abs(row1["raw_mean"][0] - np.nanmean(values)) < 1e-3
-    assert abs(row1["raw_std"][0] - np.nanstd(values)) < 1e-3
-    assert row1["raw_mean"][1] == 7 and row2["raw_mean"] is None and len(row2["mean"]) == 3
-    (x1,), (x2,) = pairs[2]
-    assert x1.dtype == torch.float32 and x2.dtype == torch.uint8 and x2.shape == (3, 8, 9)
-    expected = ((arrays[2][0] - row1["raw_mean"][0]) / row1["raw_std"][0] / 6 + 0.5).clip(0, 1)
-    expected[0, 0] = 0.5                        # no value: the mean
-    assert np.abs(x1[0].numpy() - expected).max() < 1e-5 and (x1[1] == 0.5).all()
-    x = torch.stack([to_unit_range(pairs[i][1][0]) for i in range(4)])
-    assert data.normalise(x, row2).mean().abs() < 0.5
-    (tmp_path / "list.txt").write_text("3\n0\n")
-    assert open_dataset("custom", (one, two), 8, tmp_path / "list.txt").ids == ["3", "0"]
+    """Two channels, of which one is constant; a pixel without value becomes the mean."""
+    x = np.random.default_rng(0).normal(1000, 50, (4, 2, 8, 9)).astype(np.float32)
+    x[:, 1], x[2, 0, 0, 0] = 7, np.nan
+    pairs = open_dataset("custom", [save_arrays(tmp_path / name, *x) for name in "ab"], 8)
+    row, ((y,), _) = pairs.inputs[0], pairs[2]
+    mean, std = np.nanmean(x[:, 0]), np.nanstd(x[:, 0])
+    assert row["raw_mean"] == pytest.approx([mean, 7]) and row["raw_std"][0] == pytest.approx(std)
+    expected = ((x[2, 0] - mean) / std / 6 + 0.5).clip(0, 1)
+    expected[0, 0] = 0.5
+    assert np.abs(y[0].numpy() - expected).max() < 1e-5 and (y[1] == 0.5).all()
 
 
 def test_a_small_spread_about_a_large_mean_is_measured(tmp_path):
@@ -2040,31 +1676,26 @@ def test_images_of_8_bits_keep_their_scale_with_a_no_data_tag(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         tifffile.imwrite(tmp_path / name / "0.tif", x[0])
-        tifffile.imwrite(tmp_path / name / "1.tif", x[1], extratags=[(42113, "s", 0, "0", True)])
+        declared(x[1], 0)(tmp_path / name / "1.tif")
     pairs = open_dataset("custom", (tmp_path / "a", tmp_path / "b"), 8)
-    row = pairs.inputs[0]
-    assert row["raw_mean"] is None and row["dtype"] == "uint8"
     (y,), _ = pairs[1]
     assert np.abs(y[0].numpy() - x[1] / 255)[1:].max() < 1e-6
-    assert y[0, 0, 0].item() == pytest.approx(row["mean"][0])
+    assert y[0, 0, 0].item() == pytest.approx(pairs.inputs[0]["mean"][0])
 
 
 # ---- declared modalities ----
 
-def write_kinds(root, n=3):
-    """Images of all kinds in one folder each, 12 x 16."""
+def write_kinds(root):
+    """Three images of each kind in a folder of its own, 12 x 16."""
     rng = np.random.default_rng(0)
-    for i in range(n):
-        save(root / "colour" / f"{i}.png", rng.integers(0, 256, (12, 16, 3)).astype(np.uint8))
-        save(root / "grey" / f"{i}.png", rng.integers(0, 256, (12, 16)).astype(np.uint8))
-        depth = rng.integers(500, 3000, (12, 16)).astype(np.uint16)
-        depth[0, :2] = 0, 65535
-        save(root / "depth" / f"{i}.png", depth)
-        for name, a in (("sar", rng.normal(-15, 5, (2, 12, 16))), ("height", rng.random((12, 16)))):
-            (root / name).mkdir(exist_ok=True)
-            np.save(root / name / f"{i}.npy", a.astype(np.float32))
-        (root / "bands").mkdir(exist_ok=True)
-        np.save(root / "bands" / f"{i}.npy", rng.integers(0, 9000, (4, 12, 16)).astype(np.uint16))
+    depth = rng.integers(500, 3000, (3, 12, 16)).astype(np.uint16)
+    depth[:, 0, 0], depth[:, 0, 1] = 0, 65535
+    save_arrays(root / "colour", *rng.integers(0, 256, (3, 12, 16, 3)).astype(np.uint8))
+    save_arrays(root / "grey", *rng.integers(0, 256, (3, 12, 16)).astype(np.uint8))
+    save_arrays(root / "depth", *depth)
+    save_arrays(root / "sar", *rng.normal(-15, 5, (3, 2, 12, 16)).astype(np.float32))
+    save_arrays(root / "height", *rng.random((3, 12, 16), np.float32))
+    save_arrays(root / "bands", *rng.integers(0, 9000, (3, 4, 12, 16)).astype(np.uint16))
     return root
 
 
@@ -2075,7 +1706,7 @@ def open_kinds(root, one, two, declared=(None, None), **settings):
 @pytest.mark.parametrize("folder, kind, C", [
     ("colour", "rgb", 3), ("colour", "aerial", 3), ("grey", "rgb", 3), ("colour", "hha", 3),
     ("depth", "depth", 1), ("sar", "sar", 2), ("height", "dem", 3), ("bands", "ms", 4),
-    ("colour", "photo", 3), ("bands", "photo", 4), ("bands", "overhead", 4)])
+    ("colour", "photo", 3), ("bands", "overhead", 4)])
 def test_declared_images_are_read_as_that_modality(folder, kind, C, tmp_path):
     """The modality's own row, so its normaliser, and its augmentations."""
     other = "height" if folder == "grey" else "grey"  # `photo` may be that of both sides
@@ -2090,10 +1721,9 @@ def test_own_depth_is_read_as_rgbd_reads_it(tmp_path):
     """--depth-unit counts; 0 and 65535 are no reading and become the mean."""
     pairs = open_kinds(write_kinds(tmp_path), "colour", "depth", ("rgb", "depth"), depth_unit=500)
     _, (x,) = pairs[0]
-    steps = np.array(Image.open(tmp_path / "depth" / "0.png"))
+    steps = np.load(tmp_path / "depth" / "0.npy")
     assert np.allclose(x[0, 1:], steps[1:] / 500 / 10, atol=1e-6)
     assert x[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
-    assert np.isnan(pairs.read_raw(0)[1][0, 0, :2]).all()
 
 
 def test_own_sentinel_chips_are_those_of_ssl4eo(tmp_path):
@@ -2104,12 +1734,10 @@ def test_own_sentinel_chips_are_those_of_ssl4eo(tmp_path):
     assert (x2[3].numpy() == data.to_8bit("B4", ms[3], {})).all()
 
 
-@pytest.mark.parametrize("folder, kind", [
-    ("depth", "rgb"), ("colour", "depth"), ("sar", "ms2"), ("colour", "sar"), ("bands", "dem")])
+@pytest.mark.parametrize("folder, kind", [("depth", "rgb"), ("colour", "depth"), ("colour", "sar"),
+                                          ("bands", "dem")])
 def test_images_that_are_not_what_was_declared_are_refused_by_name(folder, kind, tmp_path):
-    write_kinds(tmp_path)
-    np.save(tmp_path / "sar" / "1.npy", np.zeros((3, 12, 16), np.float32))
-    pairs = open_kinds(tmp_path, folder, "grey", (kind.strip("2"), "rgb"))
+    pairs = open_kinds(write_kinds(tmp_path), folder, "grey", (kind, "rgb"))
     is_refused(f"{folder}/1", pairs.__getitem__, 1)
 
 
@@ -2121,29 +1749,17 @@ def test_without_as_the_run_says_what_it_took_images_for(folder, kind, tmp_path)
     assert f"{tmp_path}/{folder}: " in pairs.notes[0] and "--as2" in pairs.notes[0]
 
 
-def test_rows_that_a_checkpoint_kept_are_used_as_they_are(tmp_path):
-    root = write_kinds(tmp_path)
-    inputs = open_kinds(root, "bands", "depth", ("photo", "depth")).inputs
-    pairs = open_kinds(root, "bands", "depth", inputs=inputs)
-    assert pairs.inputs[0] is inputs[0] and pairs.notes == []
-    is_refused("--as1 .*photo", open_kinds, root, "bands", "depth", ("ms", None), inputs=inputs)
-
-
 def test_frames_much_larger_than_the_crop_are_reduced_as_those_of_rgbd(tmp_path):
-    """480 x 640 for crops of 64: 96 x 128, the same values; not from above; not without reduce."""
+    """480 x 640 for crops of 64: 96 x 128, the same values; but not what is seen from above."""
     rng = np.random.default_rng(0)
-    for name in ("RGB", "Depth"):
-        shape, kind = ((480, 640, 3), np.uint8) if name == "RGB" else ((480, 640), np.uint16)
-        save(tmp_path / name / "0.png", rng.integers(0, 250, shape).astype(kind))
-    frames = open_dataset("rgbd", tmp_path, 64)
+    save(tmp_path / "RGB" / "0.png", rng.integers(0, 250, (480, 640, 3)).astype(np.uint8))
+    save(tmp_path / "Depth" / "0.png", rng.integers(0, 250, (480, 640)).astype(np.uint16))
     where = tmp_path / "RGB", tmp_path / "Depth"
-    for reduce, declared in ((True, ("rgb", "depth")), (False, ("rgb", "depth")),
-                             (True, ("aerial", "overhead"))):
-        own = open_dataset("custom", where, 64, declared=declared, reduce=reduce)
-        shape = (96, 128) if reduce and declared[0] == "rgb" else (480, 640)
-        assert [views[0].shape[1:] for views in own[0]] == [shape, shape]
-        if shape == (96, 128):
-            assert all(torch.equal(a[0], b[0]) for a, b in zip(own[0], frames[0]))
+    own = open_dataset("custom", where, 64, declared=("rgb", "depth"), reduce=True)
+    for (a,), (b,) in zip(own[0], open_dataset("rgbd", tmp_path, 64)[0]):
+        assert a.shape[1:] == (96, 128) and torch.equal(a, b)
+    above = open_dataset("custom", where, 64, declared=("aerial", "overhead"), reduce=True)
+    assert above[0][0][0].shape == (3, 480, 640)
 
 
 # ---- tiles ----
@@ -2181,62 +1797,30 @@ def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys
     prepare(f"{write_large(tmp_path)} --nodata2 -9999")
     tiles = tmp_path / "tiles"
     assert not (tiles / "2" / "s0_0_0.tif").exists() and (tiles / "2" / "s0_0_1.tif").exists()
-    assert re.search("tiles: 20, of 4 scenes.*missing: 4", capsys.readouterr().out)
+    assert re.search("20 tiles.* 4 tiles", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("dtype, C", [
-    (np.float32, 2), (np.uint16, 1), (np.uint8, 3), (np.int16, 1)])
+@pytest.mark.parametrize("dtype, C", [(np.float32, 2), (np.uint16, 1), (np.uint8, 3)])
 def test_missing_values_stay_missing_in_tiles_and_the_type_stays(dtype, C, tmp_path):
-    x = np.random.default_rng(0).integers(1, 100, (C, 16, 16)).astype(dtype)
+    x = np.random.default_rng(0).integers(10, 100, (C, 16, 16)).astype(dtype)
     x[:, 3, 5] = 7
-    x[:, 4] = 8
-    for name in "ab":
-        save_arrays(tmp_path / name, x, x)
-    prepare(f"--scenario custom --data1 {tmp_path}/a --data2 {tmp_path}/b --size 8 --nodata1 7 "
+    one, two = (save_arrays(tmp_path / name, x) for name in "ab")
+    prepare(f"--scenario custom --data1 {one} --data2 {two} --size 8 --nodata1 7 "
             f"--out {tmp_path}/t")
     y = read_image(tmp_path / "t" / "1" / "0_0_0.tif")
-    assert np.isnan(y[:, 3, 5]).all() and np.isnan(y).sum() == C * (x == 7).all(0)[:8, :8].sum()
-    assert (y[:, 4] == 8).all() and data.stored_type(tmp_path / "t" / "1" / "0_0_0.tif", y) == dtype
-    assert np.isfinite(read_image(next((tmp_path / "t" / "2").glob("0_0_0*")))).all()
-
-
-def test_declared_depth_is_missing_in_tiles_where_there_is_no_reading(tmp_path):
-    depth = np.full((16, 16), 1000, np.uint16)
-    depth[0, 0], depth[9, 9], depth[:8, 8:] = 0, 65535, 0
-    for name in ("a", "b"):
-        save(tmp_path / name / "s.png", depth)
-    prepare(f"--scenario custom --data1 {tmp_path}/a --data2 {tmp_path}/b --as2 depth --size 8 "
-            f"--out {tmp_path}/t")
-    assert sorted(os.listdir(tmp_path / "t" / "2")) == ["s_0_0.tif", "s_1_0.tif", "s_1_1.tif"]
-    tiles = open_dataset("custom", (tmp_path / "t" / "1", tmp_path / "t" / "2"), 8,
-                         declared=("overhead", "depth"))
-    assert [np.isnan(tiles.read_raw(i)[1]).sum() for i in range(3)] == [1, 0, 1]
+    assert np.isnan(y[:, 3, 5]).all() and np.isnan(y).sum() == C
+    assert data.stored_type(tmp_path / "t" / "1" / "0_0_0.tif", y) == dtype
 
 
 def test_tiles_are_split_by_scene_with_a_seed(tmp_path):
-    flags = write_large(tmp_path)
-    prepare(f"{flags} --test-share 0.5")
-    prepare(f"{flags[:-len('tiles')]}again --test-share 0.5")
-    prepare(f"{flags[:-len('tiles')]}other --test-share 0.5 --seed 3")
-    lists = []
-    for folder in ("tiles", "again", "other"):
+    flags, lists = f"{write_large(tmp_path)} --test-share 0.5", []
+    for folder, more in (("tiles", ""), ("again", ""), ("other", "--seed 3")):
+        prepare(f"{flags} --out {tmp_path}/{folder} {more}")
         files = [tmp_path / folder / f"{split}.txt" for split in ("train", "test")]
         lists.append([file.read_text().split() for file in files])
     assert lists[0] == lists[1] != lists[2]
     train, test = ({name.split("_")[0] for name in names} for names in lists[0])
     assert len(train) == len(test) == 2 and not train & test and len(sum(lists[0], [])) == 24
-
-
-def test_scenes_that_cannot_be_cut_are_listed_and_settings_that_differ_refused(tmp_path):
-    """One smaller than a tile, one whose mask has another size, one without a partner."""
-    flags = f"{write_large(tmp_path)} --target {tmp_path}/m"
-    save(tmp_path / "a" / "s1.png", np.zeros((7, 26, 3), np.uint8))
-    save(tmp_path / "m" / "s2.png", np.zeros((10, 13), np.uint8))
-    (tmp_path / "b" / "s3.tif").unlink()
-    is_refused("prepared: 3.*bad-ids.txt .*--skip-bad", prepare, flags)
-    is_refused("tiles.part was begun", prepare, f"{flags} --seed 4")
-    prepare(f"{flags} --skip-bad")
-    assert {path.name[:2] for path in (tmp_path / "tiles" / "1").iterdir()} == {"s0"}
 
 
 @pytest.mark.parametrize("dtype, missing", [(np.uint16, 18), (np.float32, 8)])
@@ -2262,18 +1846,6 @@ def test_made_up_scenes_are_seeded(scenes, tmp_path):
         assert (scenes / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-@pytest.mark.parametrize("program, flags", [
-    (pretrain, "--scenario rgbd --toy"), (finetune, "--task sunrgbd --toy --weights none")])
-def test_of_several_processes_the_first_makes_the_scenes(program, flags, tmp_path, monkeypatch):
-    def make_toy(scenario, root, scenes=None, held_out=None, rank=0):
-        raise BadInput(f"process {rank} makes {scenes}")
-
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(program, "make_toy", make_toy)
-    is_refused("process 1 makes None", call, program, f"{flags} --out {tmp_path}/o")
-
-
 @pytest.mark.parametrize("shape", data.SHAPES)
 def test_shapes_have_the_same_area(shape):
     """Otherwise the mean brightness would give the factor away.  The area is 4, in squares of the
@@ -2289,37 +1861,19 @@ def test_shapes_have_the_same_area(shape):
 def test_an_object_of_one_sensor_alone_is_not_seen_by_the_other(scene, place, signs):
     """signs: whether a sensor sees an object above the ground (1), below (-1) or like it (0).
     Contrast is measured in standard deviations of the ground."""
-    shown = 0
     for seed in range(15):
-        *sensors, label, classes = scene(np.random.default_rng(seed))
+        *sensors, label, _ = scene(np.random.default_rng(seed))
         masks, _, _ = place(np.random.default_rng(seed))
         if scene is data.draw_satellite_scene:
             sensors = sensors[0][seed % 4]["VV"], sensors[0][seed % 4]["B4"]
-        for which, shape in enumerate(classes):
-            inside = (masks[which] > 0.9) & (sum(masks) - masks[which] < 0.1)  # and in no other
-            assert (label[inside] == 2 + which * len(data.SHAPES) + shape).all()
-            if not inside.any():
+        for sensor, object_ in np.ndindex(2, 3):
+            inside = (masks[object_] > 0.9) & (sum(masks) - masks[object_] < 0.1)
+            if not inside.any():                # it lies behind others
                 continue
-            shown += 1
-            for x, sign in zip(sensors, np.array(signs)[:, which]):
-                x = x.reshape(*label.shape, -1).mean(-1)
-                ground = x[label == 1]
-                contrast = (np.median(x[inside]) - np.median(ground)) / ground.std()
-                assert sign * contrast > 1.5 or sign == 0 and abs(contrast) < 1, (seed, contrast)
-    assert shown >= 44                          # of 45; one lies behind others
-
-
-def test_where_a_sensor_s_own_objects_stand_does_not_tell_where_the_other_s_do():
-    """Otherwise the modalities could agree on the places.  Indoors the columns of both centres do
-    not correlate; from above both objects share their cells half of the time."""
-    columns, same = [], []
-    for seed in range(200):
-        own = data.place_three(np.random.default_rng(seed), 48, 64)[0][1:]
-        columns.append([mask.sum(0) @ np.arange(64) / mask.sum() for mask in own])
-        own = data.scatter_three(np.random.default_rng(seed), 48)[0][1:]
-        same.append((own[0] * own[1]).sum() > 0.3 * own[0].sum())
-    assert abs(np.corrcoef(np.array(columns).T)[0, 1]) < 0.2  # 0.07 is its standard error
-    assert 0.4 < np.mean(same) < 0.6
+            x, sign = sensors[sensor].reshape(*label.shape, -1).mean(-1), signs[sensor][object_]
+            ground = x[label == 1]
+            contrast = (np.median(x[inside]) - np.median(ground)) / ground.std()
+            assert sign * contrast > 1.5 or sign == 0 and abs(contrast) < 1
 
 
 @pytest.mark.parametrize("scenario, shapes", [
@@ -2333,50 +1887,19 @@ def test_made_up_scenes_have_their_scenario_s_layout_and_look_right(scenario, sh
     assert data.find_warnings(open_dataset(scenario, root, 32)) == []
     rows = {row["id"]: row for row in csv.DictReader(open(root / "factors.csv"))}
     assert len(rows) == 32 and set(train.ids) <= set(rows)
-    for i, name in enumerate(train.ids):
-        if scenario == "rgb-dem":
-            label = open_dataset("geonrw", root, 32, "train", classes=13)[i][2]
-        else:
+    if scenario != "rgb-dem":                   # whose masks are cropped
+        for name in train.ids:
             label = data.read_mask(root / "Label" / f"{name}.png")
-        assert set(classes_of(rows[name])) <= set(np.unique(label))
-    # there is none, and it is not the training set
-    is_refused("val", open_dataset, scenario, root, 32, "val")
+            assert set(classes_of(rows[name])) <= set(np.unique(label))
 
 
 # ---- what the network sees, and the commands ----
-
-def test_images_are_shown_as_one_sees_them():
-    rgb, depth = torch.rand(1, 3, 4, 5), torch.rand(1, 1, 9, 9) * 0.1
-    x = data.make_visible(data.normalise(rgb, MODALITIES["rgb"])[0], MODALITIES["rgb"])
-    assert np.allclose(x, rgb[0].permute(1, 2, 0), atol=1e-6)
-    x = data.make_visible(data.normalise(depth, MODALITIES["depth"])[0], MODALITIES["depth"])
-    assert x.shape == (9, 9, 3) and x.min() == 0 and x.max() == 1 and (x[..., 0] == x[..., 2]).all()
-    x = data.make_visible(torch.rand(13, 9, 9) * 0.1 + 0.9, MODALITIES["ms"])
-    assert 0.3 < x.mean() < 0.7
-
-
-def wrong_depth_unit(root):
-    """5000 steps a metre, read at 1000: 1.5 m looks like 7.5 m, 2.5 m like 12.5 m."""
-    z = np.linspace(0.5, 2.5, 36)[:, None].repeat(48, 1)
-    for path in (write_frames(root) / "Depth").iterdir():
-        save(path, (5000 * z).astype(np.uint16))
-    return open_dataset("rgbd", root, 16)
-
-
-def satellite(root, folder, value):
-    """SSL4EO-S12 whose files of one folder all hold a value of another unit."""
-    for path in write_ssl4eo(root, ["0000000"]).glob(f"{folder}/*/*/*.tif"):
-        x = tifffile.imread(path)
-        x = np.linspace(value / 2, value, x.size).reshape(x.shape)
-        tifffile.imwrite(path, x.astype(np.float32))
-    return open_dataset("sar-optical", root, 8)
-
 
 def own_arrays(root, change, dtype=np.float32):
     """Eight pairs of N(300, 30), 2x40x40, after change(x, uniform numbers of its shape)."""
     rng = np.random.default_rng(0)
     x = rng.normal(300, 30, (8, 2, 40, 40))
-    x = change(x, rng.random(x.shape)).astype(dtype)
+    x = np.array(change(x, rng.random(x.shape))).astype(dtype)
     return open_dataset("custom", [str(save_arrays(root / name, *x)) for name in "ab"], 8)
 
 
@@ -2384,26 +1907,16 @@ def replaced(share, value):
     return partial(own_arrays, change=lambda x, u: np.where(u < share, value, x))
 
 
-def one_band_constant(x, u):
-    x[:, 1] = 7
-    return x
-
-
 @pytest.mark.parametrize("write, words", [
-    (wrong_depth_unit, "depth, depth: .*5%.*--depth-unit"),
     (lambda root: open_dataset("rgbd", write_frames(root), 16, "all", 10000.0),
      "depth, depth: .*--depth-unit"),
-    (partial(satellite, folder="s1", value=0.1), "sar, VV, VH: .*dB"),
-    (partial(satellite, folder="s2c", value=0.4), "ms, B1, B2, B3 and 9 more: .*x 10000"),
     (replaced(0.002, -9999), "overhead 1, channel 1, channel 2: .*-9999 .*--nodata1"),
     (replaced(0.04, -9999), "overhead 1, channel 1, channel 2: .*-9999 .*--nodata1"),
-    (replaced(0.3, 0), "overhead 1, channel 1, channel 2: .* 0 .*--nodata1"),
     (replaced(0.6, np.nan), "overhead 1, channel 1, channel 2: .*missing"),
-    (partial(own_arrays, change=lambda x, u: np.exp(3 * (x - 300) / 30)),
-     "overhead 1, channel 1, channel 2: .*logarithm"),
-    (partial(own_arrays, change=one_band_constant), "overhead 1, channel 2: .*equal")])
+    (partial(own_arrays, change=lambda x, u: [[a, 0 * a + 7] for a, _ in x]),
+     "overhead 1, channel 2: ")])
 def test_inputs_that_look_wrong_are_told_and_the_remedy_is_named(write, words, tmp_path):
-    """A wrong unit; -9999 in 0.2 and 4 % of the pixels, undeclared; far values; no values."""
+    """A wrong unit; -9999 in 0.2 and 4 % of the pixels, undeclared; no values; a constant band."""
     lines = data.find_warnings(write(tmp_path))
     assert any(re.match(words, line) for line in lines), lines
 
@@ -2431,78 +1944,45 @@ def checked(flags, folder, capsys):
     return error.value.code, capsys.readouterr().out, (folder / "out/bad-ids.txt").read_text()
 
 
-def test_check_shows_what_the_network_sees(tmp_path, capsys):
+def test_check_prints_what_the_network_sees(tmp_path, capsys):
     root = write_frames(tmp_path / "d", 4)
     code, text, bad = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
-    assert code == 0 and bad == "" and "of 4 of 4 samples" in text
-    assert re.search(r"\nrgb green +20 +20 +20 .* of 255\n", text)
+    assert code == 0 and bad == "" and "4 of 4 samples" in text
     assert re.search(r"\ndepth depth +2 +2\.15 .* 0\.1% .* m\n", text)  # two pixels of 1728
     assert Image.open(tmp_path / "out" / "contact-sheet.png").size == (4 * 16, 4 * 16)
 
 
-def test_check_lists_what_is_damaged_what_lacks_its_partner_and_what_is_of_another_size(tmp_path,
-                                                                                       capsys):
+def test_check_lists_what_is_damaged_or_lacks_its_partner(tmp_path, capsys):
     """Each kind of reason is printed once."""
     root = write_ssl4eo(tmp_path / "d", ["0000000", "0000001", "0000002", "0000003"])
-    write_ssl4eo(root, ["0000004"], S=24)
-    for name in ("0000001", "0000002"):
-        for file in (root / "s1" / name).glob("*/VH.tif"):
-            file.write_bytes(file.read_bytes()[:200])
+    for file in root.glob("s1/000000[12]/*/VH.tif"):
+        file.write_bytes(file.read_bytes()[:200])
     shutil.rmtree(root / "s2c" / "0000003")
     code, text, bad = checked(f"--scenario sar-optical --data {root}", tmp_path, capsys)
     names = [line.split("\t")[0] for line in bad.splitlines()]
-    assert code == 1 and names == ["0000003", "0000001", "0000002", "0000004"]
-    assert "of 1 of 4 samples" in text
-    assert re.search("^ +2 such as 0000001: .*VH.tif", text, re.MULTILINE)
-
-
-def write_labelled(root, masks):
-    write_frames(root, len(masks))
-    for name, mask in masks.items():
-        save(root / "Label" / name, mask)
-    return f"--task sunrgbd --split all --data {root}"
-
-
-def test_check_of_a_task_reads_masks_as_transfer_will(tmp_path, capsys):
-    """A mask of another size, one of colours, a JPEG, a class that the task does not have."""
-    grey = Image.new("L", (48, 36))
-    flags = write_labelled(tmp_path / "d", {
-        "0.png": grey, "1.png": grey.resize((24, 18)), "2.png": grey.convert("RGB"), "3.jpg": grey,
-        "4.png": grey.point(lambda _: 38)})
-    code, _, bad = checked(flags, tmp_path, capsys)
-    assert code == 1 and len(bad.splitlines()) == 4
-    assert all(name in bad for name in ("1.png", "2.png", "3.jpg", "4.png"))
+    assert code == 1 and names == ["0000003", "0000001", "0000002"]
+    assert "1 of 3 samples" in text
+    assert re.search("2 .*0000001.*VH.tif", text)
 
 
 def test_check_of_a_task_says_which_classes_never_occur(tmp_path, capsys):
     """37 classes, of which masks hold 1 to 30; half of the pixels have no label."""
     mask = np.zeros((36, 48), np.uint8)
     mask[:18] = 1 + np.arange(18)[:, None] % 15
-    flags = write_labelled(tmp_path / "d", {"0.png": mask, "1.png": np.where(mask, mask + 15, 0)})
-    code, text, _ = checked(flags, tmp_path, capsys)
-    assert code == 0 and "masks: 50.0% " in text and "occur: 31, 32, 33, 34, 35, 36, 37\n" in text
+    root = write_frames(tmp_path / "d", 2)
+    save(root / "Label" / "0.png", mask)
+    save(root / "Label" / "1.png", np.where(mask, mask + 15, 0))
+    code, text, _ = checked(f"--task sunrgbd --split all --data {root}", tmp_path, capsys)
+    assert code == 0 and "50.0%" in text and ": 31, 32, 33, 34, 35, 36, 37\n" in text
 
 
-def test_check_of_a_task_refuses_palettes_that_contradict_each_other(tmp_path):
-    mask, other = np.ones((36, 48)), range(100, 868)
-    flags = write_labelled(tmp_path / "d", {"0.png": with_palette(mask),
-                                            "1.png": with_palette(mask, other)})
-    is_refused("Label/0.png.*Label/1.png", call, data, f"check --out {tmp_path}/out {flags}")
-
-
-def own_noise(root):
-    """Three pairs, 9x16x4 and 9x12x4; the third has not one finite value."""
-    noise = np.random.default_rng(0).random((3, 9, 16, 4)).astype(np.float32)
+def test_check_tells_of_pairs_of_unequal_shape(tmp_path, capsys):
+    """9x16 and 9x12; the third first image has not one finite value."""
+    noise = np.random.default_rng(0).random((3, 4, 9, 16)).astype(np.float32)
     noise[2] = np.nan
-    one, two = save_arrays(root / "one", *noise), save_arrays(root / "two", *noise[:, :, :12])
-    (one / "._0.npy").write_bytes(b"of another system")
-    return f"--scenario custom --data1 {one} --data2 {two}"
-
-
-def test_check_of_ones_own_pairs_finds_what_holds_nothing_or_is_squeezed(tmp_path, capsys):
-    code, text, bad = checked(own_noise(tmp_path), tmp_path, capsys)
-    assert code == 1 and re.fullmatch("2\t.*one/2.npy .*\n", bad) and "of 2 of 3 samples" in text
-    assert "warning: 2 of 2 pairs, such as 0, " in text
+    one, two = save_arrays(tmp_path / "1", *noise), save_arrays(tmp_path / "2", *noise[..., :12])
+    code, text, bad = checked(f"--scenario custom --data1 {one} --data2 {two}", tmp_path, capsys)
+    assert code == 1 and re.fullmatch("2\t.*1/2.npy .*\n", bad) and "warning: 2 of 2 pairs" in text
 
 
 def last_words(capsys, function, *args):
@@ -2513,46 +1993,28 @@ def last_words(capsys, function, *args):
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program, flag, values", [
-    (data, "prepare --scenario rgbd --depth-unit", "0 -1 inf nan 1e-300 x"),
-    (explain, "--checkpoint x --steps", "0"),
-    (finetune, "--task sunrgbd --weights none --depth-unit", "0 nan"),
-    (pretrain, "--scenario rgbd --depth-unit", "nan inf"),
-    (pretrain, "--scenario rgbd --common", "1.5"), (pretrain, "--scenario rgbd --epochs", "0"),
-    (pretrain, "--scenario rgbd --lr", "0"), (pretrain, "--scenario rgbd --batch-size", "1"),
-    (pretrain, "--scenario rgbd --weight-decay", "1e300"),
-    (pretrain, "--scenario rgbd --seed", "-1")])
-def test_numbers_out_of_range_are_refused(program, flag, values, capsys):
-    for value in values.split():
-        message = last_words(capsys, call, program, f"{flag} {value}")
-        assert f"{flag.split()[-1]}: {value}" in message
+@pytest.mark.parametrize("program, flag, value", [
+    (pretrain, "--scenario rgbd --depth-unit", "nan"), (pretrain, "--scenario rgbd --lr", "0"),
+    (pretrain, "--scenario rgbd --common", "1.5"), (pretrain, "--scenario rgbd --seed", "-1"),
+    (data, "prepare --scenario rgbd --depth-unit", "x"), (explain, "--checkpoint x --steps", "0")])
+def test_numbers_out_of_range_are_refused(program, flag, value, capsys):
+    message = last_words(capsys, call, program, f"{flag} {value}")
+    assert f"{flag.split()[-1]}: {value}" in message
 
 
 @pytest.mark.parametrize("program, flags, words", [
-    (data, "check", "--scenario and --task"),
-    (data, "check --scenario custom --data1 x --data2 y --data z", "--data1 and --data2"),
-    (data, "check --scenario rgbd --data1 x --data2 y", "--data1"),
-    (data, "check --scenario rgb-dem --data ~/nowhere", "no folder /.*/nowhere"),
-    (data, "toy --scenario rgbd --out .", "--out"),
-    (data, "check --scenario custom --data2 y --data1 a.tif b.tif", "--data1.* a.tif"),
-    (data, "prepare --scenario rgbd --data .", "no Depth/.*SUNRGBD"),
-    (data, "prepare --scenario custom --data1 a --data2 b", "--size and --out"),
-    (data, "prepare --scenario rgb-dem --size 64", "--size .*custom"),
-    (data, "prepare --scenario custom --data1 a --data2 b --size 9 --out c --as1 rgb", "--as1 rgb"),
-    (data, "prepare --scenario rgb-dem --test-share 0.3", "--test-share .*custom"),
+    (data, "check", "--scenario"), (data, "check --scenario rgbd --data1 x --data2 y", "--data1"),
+    (data, "check --scenario rgb-dem --data ~/nowhere", "/.*/nowhere"),
+    (data, "prepare --scenario rgbd --data .", "Depth/.*SUNRGBD/"),
+    (data, "prepare --scenario rgb-dem --size 64", "--size"),
     (data, "prepare --scenario rgb-dem --depth-unit 1000", "--depth-unit"),
-    (data, "prepare --scenario rgbd --out x", "--out"),
-    (data, "check --scenario rgb-dem --as1 rgb", "--as1 .*custom"),
-    (pretrain, "--scenario rgbd --out ''", "--out"),
-    (finetune, "--part common", "--part"), (finetune, "--cached --linear", "--cached"),
-    (finetune, "--model cmx", "--model fcn"), (finetune, "--model late", "--model fcn"),
-    (finetune, "--target masks", "--target"), (finetune, "--ignore 0", "--ignore"),
-    (finetune, "--task bigearthnet --toy --model fcn", "--model late"),
-    (finetune, "--task custom --data1 a", "--data2"),
-    (finetune, "--task sunrgbd --model cmx --backbone resnet50", "--backbone")])
+    (data, "check --scenario rgb-dem --as1 rgb", "--as1"),
+    (pretrain, "--scenario rgbd --method clip --no-intra", "--no-intra"),
+    (pretrain, "--scenario rgbd --bgr", "--bgr .*--weights"),
+    (finetune, "--task geonrw --weights none --cached --linear", "--cached"),
+    (finetune, "--task geonrw --weights none --model late", "--model fcn"),
+    (finetune, "--task custom --weights none --data1 a", "--data2")])
 def test_flags_that_do_not_go_together_are_refused(program, flags, words, capsys):
-    if program is finetune:                     # the last --task counts
-        flags = f"--task geonrw --weights none {flags}"
     assert re.search(words, last_words(capsys, call, program, flags))
 
 
@@ -2567,7 +2029,7 @@ def test_a_worker_that_is_killed_is_one_line_and_not_a_wait(number, capsys):
 
 @pytest.mark.parametrize("error, words", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total"),
-     "2 GiB.*--batch-size.*--projector"),
+     "--batch-size.*--projector"),
     (RuntimeError("unable to write to file </torch_7_1_0>: No space left on device (28)"),
      "/dev/shm.*--workers"),
     (RuntimeError("stack expects each tensor to be equal size, but got [3, 8, 8] at entry 0 and"),
@@ -2579,71 +2041,18 @@ def test_errors_of_torch_that_flags_avoid_are_one_line_with_them(error, words, c
     assert re.fullmatch(f"error: .*{words}.*\n", last_words(capsys, fails))
 
 
-def test_a_reader_who_has_read_enough_is_no_error():
-    """As in `python data.py check ... | head`."""
-    program = "import data; data.run_main(lambda: [print(i) for i in range(100000)])"
-    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -1"
-    result = subprocess.run(shell, shell=True, cwd=HERE, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("0\n", "")
-
-
-def test_bad_input_is_one_line_and_code_2_also_without_a_proper_stdout(monkeypatch, capsys):
-    for stdout in (None, object(), sys.stdout):
-        monkeypatch.setattr(sys, "stdout", stdout)
-        words = last_words(capsys, need, False, "got, expected, remedy")
-        assert words == "error: got, expected, remedy\n"
-
-
-def test_processes_end_with_their_parent():
-    """Workers notice within seconds that their parent was killed.  Until then they hold its stdout
-    open."""
-    program = ("import data, time\n"
-               "for _ in data.in_processes(time.sleep, [0.2] * 1000, 2, 'test'):\n"
-               "    print('working', flush=True)")
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE)
-    assert parent.stdout.readline() == b"working\n"
-    parent.kill()
-    parent.communicate(timeout=15)
-
-
-def test_files_are_replaced_whole_and_never_through_a_link(tmp_path):
-    path, victim = tmp_path / "a.txt", tmp_path / "victim"
-    victim.write_text("mine")
-    path.write_bytes(b"old")
-    (tmp_path / "a.txt.part").symlink_to(victim)
-    data.write_text(path, "caf\u00e9 \udcff")
-    assert path.read_bytes() == b"caf\xc3\xa9 \\udcff" and victim.read_text() == "mine"
-
-
 def test_a_full_disk_is_one_line_with_the_file_which_stays_whole(tmp_path, capsys):
     """A limit on the size of files is as a full disk.  torch.save hides the OSError."""
     resource = pytest.importorskip("resource")
-    path = tmp_path / "checkpoint.pt"
+    path, write = tmp_path / "checkpoint.pt", partial(torch.save, torch.zeros(10000))
     path.write_bytes(b"old")
-    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, most))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
     try:
-        for write in (partial(torch.save, torch.zeros(10000)),
-                      lambda file: file.write(bytes(20000))):
-            assert str(path) in last_words(capsys, data.write_atomically, path, write)
+        assert str(path) in last_words(capsys, data.write_atomically, path, write)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["checkpoint.pt"]
-
-
-def test_workers_share_the_cores_that_a_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert data.choose_workers() == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert data.choose_workers() == 3
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert data.choose_workers() == 0          # a CPU, and MPS
-
-
-def test_without_a_terminal_a_bar_of_less_than_30_s_is_not_printed(capsys):
-    assert list(data.show_progress(range(9), "test", mininterval=0)) == list(range(9))
-    assert capsys.readouterr().err == ""
 
 
 FINE = "--task sunrgbd --toy --size 48 --batch-size 16 --epochs 2"
@@ -2664,14 +2073,6 @@ def losses_of(out):
 def transfer(rank, world, flags):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     call(finetune, flags)
-
-
-class OneSample(list):
-    """What a model is built for: a sample of two images, classes, and inputs."""
-
-    def __init__(self, classes, inputs):
-        super().__init__([[torch.zeros(3, 48, 64)] * 2])
-        self.classes, self.inputs = classes, inputs
 
 
 # ---- metrics ----
@@ -2715,12 +2116,9 @@ def test_iou_and_accuracy_are_counts_of_pixels(seed):
         ious[c] = both / sum(p == c or t == c for p, t in pairs)
         recalls[c] = both / sum(t == c for _, t in pairs)
     right = sum(p == t for p, t in pairs) / len(pairs)
-    result = finetune.iou_and_accuracy(pred, gt, 6, -1)
-    assert result == pytest.approx((sum(ious[:4]) / 4, right), rel=1e-12)
-    assert finetune.iou_and_accuracy(pred, torch.full_like(gt, -1), 6, -1) == (None, None)
+    assert finetune.iou_and_accuracy(pred, gt, 6, -1) == pytest.approx((sum(ious[:4]) / 4, right))
     counts = finetune.count_confusions(pred, gt, 6, -1)
-    _, each = finetune.compute_counting_metrics(counts, "segmentation")
-    assert each == pytest.approx(ious)
+    assert finetune.compute_counting_metrics(counts, "segmentation")[1] == pytest.approx(ious)
     metrics, each = finetune.compute_counting_metrics(counts, "single-label")
     assert metrics == pytest.approx({"accuracy": right, "mean accuracy": sum(recalls[:4]) / 4})
     assert each == pytest.approx(recalls)
@@ -2827,16 +2225,14 @@ def test_rectification_and_fusion_of_cmx_by_hand():
 
 
 def test_the_encoder_of_modality_2_goes_to_the_extra_stream_of_cmx(tmp_path):
-    files = []
-    for k in (1, 2):
-        E = decur.mit("mit_b0", 3)
-        files.append(str(tmp_path / f"{k}.pth"))
-        torch.save(E.state_dict(), files[-1])
-    args = finetune.get_args(["--task", "nyuv2", "--model", "cmx", "--backbone", "mit_b0",
-                              "--weights", *files])[0]
-    inputs = [data.MODALITIES[name] for name in ("rgb", "hha")]
-    net, _ = finetune.build_model(args, OneSample(range(40), inputs))
-    for key, value in E.state_dict().items():
+    encoders = [decur.mit("mit_b0", 3) for _ in range(2)]
+    for k, E in enumerate(encoders, 1):
+        torch.save(E.state_dict(), tmp_path / f"{k}.pth")
+    net = finetune.CMX("mit_b0", 40, (3, 3), 32)
+    args = argparse.Namespace(backbone="mit_b0", modality=None, bgr=False)
+    files = [str(tmp_path / f"{k}.pth") for k in (1, 2)]
+    pretrain.start_from(files, net.encoders, args, [MODALITIES["rgb"], MODALITIES["hha"]])
+    for key, value in encoders[1].state_dict().items():
         assert torch.equal(net.state_dict()[f"backbone.extra_{key}"], value)
 
 
@@ -2904,17 +2300,14 @@ def test_schedules_are_those_of_app_B_and_of_cmx(name, at, steps, rates):
 
 @pytest.mark.parametrize("flags, settings, sources", [
     ("bigearthnet", dict(model="late", batch_size=256, epochs=100, lr=0.05, weight_decay=0,
-                         optimizer="sgd", scale=(0.8, 1)), dict(lr="paper, App. B")),
-    ("bigearthnet --linear", dict(lr=0.5, backbone="resnet50", modality=0, size=224),
-     dict(lr="paper, App. B", size="authors", test_crop="authors")),
+                         optimizer="sgd"), dict(lr="paper, App. B")),
+    ("bigearthnet --linear", dict(lr=0.5, backbone="resnet50", size=224),
+     dict(lr="paper, App. B", size="authors")),
     ("geonrw --linear", dict(model="fcn", batch_size=256, epochs=30, lr=1e-4, weight_decay=0.01,
-                             optimizer="adamw", scale=(0.2, 1)), dict(schedule="authors")),
+                             optimizer="adamw"), dict(schedule="authors")),
     ("sunrgbd", dict(model="fcn", batch_size=8, steps=40000, epochs=None, lr=0.01, modality=1,
-                     weight_decay=1e-5, optimizer="sgd"),
-     dict(lr="paper, App. B", scale="here: as pretraining", momentum="MMSegmentation, 40k")),
-    ("sunrgbd --model cmx", dict(backbone="mit_b2", batch_size=8, epochs=500, steps=None, lr=6e-5,
-                                 modality=0), dict(lr="as CMX, NYUv2")),
-    ("nyuv2 --model cmx", dict(backbone="mit_b5", steps=50000, weight_decay=0.01,
+                     weight_decay=1e-5), dict(lr="paper, App. B", momentum="MMSegmentation, 40k")),
+    ("nyuv2 --model cmx", dict(backbone="mit_b5", steps=50000, lr=6e-5, weight_decay=0.01,
                                test_scales=(0.75, 1, 1.25)), dict(lr="CMX, NYUv2"))])
 def test_transfer_defaults_are_the_papers_and_say_where_they_come_from(flags, settings, sources):
     args, printed = finetune.get_args(f"--task {flags} --weights none".split())
@@ -2925,27 +2318,18 @@ def test_transfer_defaults_are_the_papers_and_say_where_they_come_from(flags, se
 # ---- the program ----
 
 @pytest.mark.parametrize("flags", [
-    "--model late --linear", "--model late --linear --cached", "--model fcn --save-images 2",
+    "--model late --linear", "--model late --linear --cached", "--model fcn",
     "--model fcn --linear --modality 1",
     "--model cmx --linear --batch-size 8 --epochs 1 --size 64"])
-def test_every_head_trains_frozen_and_fine_tuned(flags, scenes, tmp_path, capsys):
-    """Frozen encoders keep every bit.  Sizes that are no multiple of 3 have a canvas, too."""
-    out = tmp_path / "out"
-    result = fine(f"{FINE} --data {scenes} {flags} --weights none --labels 0.7 --out {out}")
+def test_every_head_trains_frozen_and_fine_tuned(flags, scenes, tmp_path):
+    """Sizes that are no multiple of 3 have a canvas, too."""
+    result = fine(f"{FINE} --data {scenes} {flags} --weights none --labels 0.7 --out {tmp_path}")
     assert result["samples"] == 34 and result["test_samples"] == 16
     late = "late" in flags
     assert list(result["metrics"]) == (["mAP micro", "mAP macro"] if late else ["mIoU", "accuracy"])
-    assert all(0 < value < 1 for value in result["metrics"].values())
-    assert len(result["classes"]) == 13 - late
-    ids = (out / "ids.txt").read_text().split()
+    ids = (tmp_path / "ids.txt").read_text().split()
     assert len(set(ids)) == 34 and set(ids) < set((scenes / "train.txt").read_text().split())
-    assert len(losses_of(out)) == 4
-    assert ("encoders have not changed" in capsys.readouterr().out) == ("--linear" in flags)
-    pictures = [np.array(Image.open(path)) for path in out.glob("images/*.png")]
-    assert len(pictures) == (2 if "save" in flags else 0)
-    for picture in pictures:                    # two inputs, label and prediction, 5 times as large
-        assert picture.shape[1] == 5 * 4 * 64
-        assert len(np.unique(picture[:240, 640:960].reshape(-1, 3), axis=0)) > 2
+    assert len(losses_of(tmp_path)) == 4
 
 
 def test_random_frozen_encoders_have_the_statistics_of_what_they_see(scenes):
@@ -2970,8 +2354,7 @@ def test_a_frozen_encoder_that_moves_voids_the_run(scenes, tmp_path, monkeypatch
 
     monkeypatch.setattr(decur.ResNet, "forward", moves)
     flags = f"{FINE} --data {scenes} --model late --linear --weights none"
-    is_refused("frozen encoder has changed", fine, f"{flags} --out {tmp_path / 'o'}",
-               error=SystemExit)
+    is_refused("frozen", fine, f"{flags} --out {tmp_path / 'o'}", error=SystemExit)
     assert not (tmp_path / "o" / "results.json").exists()
 
 
@@ -3021,19 +2404,13 @@ def probed(pretrained, scenes, tmp_path_factory):
     return flags, fine(f"{flags} --weights {pretrained[0]}/checkpoint.pt --out {out}")
 
 
-def test_results_say_what_the_encoders_are(probed, pretrained):
-    _, result = probed
-    assert result["weights_sha256"] == [pretrain.hash_file(pretrained[0] / "checkpoint.pt")]
-    assert [source["sees"]["name"] for source in result["pretraining"]] == ["rgb", "depth"]
-    assert all(source["stopped"] is None for source in result["pretraining"])
-    assert result["run"]["weights"] == "DeCUR"
-
-
 def test_both_encoders_are_their_checkpoint(probed, pretrained, tmp_path):
+    """And each file says what its encoder was pretrained on."""
     flags, result = probed
     run = pretrained[0]
     same = fine(f"{flags} --weights {run}/encoder1.pth {run}/encoder2.pth --out {tmp_path / 'o'}")
     assert same["metrics"] == result["metrics"] and same["run"] == result["run"]
+    assert [source["sees"]["name"] for source in same["pretraining"]] == ["rgb", "depth"]
 
 
 @pytest.mark.parametrize("part, dims", [("common", 24), ("unique", 8), ("all", 32)])
@@ -3042,11 +2419,6 @@ def test_parts_of_the_embedding_are_classified(part, dims, probed, pretrained, t
     fine(f"{probed[0]} --weights {weights} --part {part} --out {tmp_path / 'o'}")
     state = torch.load(tmp_path / "o" / "checkpoint.pt", weights_only=True)["model"]
     assert state["fc.weight"].shape == (12, 2 * dims)
-
-
-def test_an_encoder_alone_has_no_parts(probed, pretrained, tmp_path):
-    flags = f"{probed[0]} --weights {pretrained[0]}/encoder1.pth --part all --out {tmp_path / 'o'}"
-    is_refused("encoder1.pth", fine, flags)
 
 
 def test_the_default_out_names_task_model_weights_and_seed():
@@ -3065,30 +2437,22 @@ OWN = "--task custom --data1 './*_rgb.png' --data2 './*_depth.png' --batch-size 
 def own_folder(scenes, tmp_path_factory):
     """40 pairs of the made-up frames whose names differ by a suffix, with masks and tables."""
     root = tmp_path_factory.mktemp("own")
-    names = sorted(path.stem for path in (scenes / "RGB").iterdir())[:40]
-    factors = dict(line.split(",", 1) for line in (scenes / "factors.csv").read_text().split())
-    single, several = ["name,label"], []
+    factors = data.read_factors(scenes)
+    names, lines = sorted(factors)[:40], []
+    (root / "signed").mkdir()
     for name in names:
         shutil.copy(scenes / "RGB" / f"{name}.png", root / f"{name}_rgb.png")
         shutil.copy(scenes / "Depth" / f"{name}.png", root / f"{name}_depth.png")
-        mask = np.array(Image.open(scenes / "Label" / f"{name}.png"))
+        mask = data.read_mask(scenes / "Label" / f"{name}.png")
         mask = np.where(mask > 1, 7, 0).astype(np.uint8)            # object, and class 0 counts
         mask[:12] = 255                         # a quarter of the pixels
         save(root / "masks" / f"{name}.png", mask)
-        save(root / "small" / f"{name}.png", mask[::2])
-        save(root / "binary" / f"{name}.png", np.where(mask == 7, 255, 0).astype(np.uint8))
-        negative = np.where(mask == 255, -5, mask.astype(np.int16) + 1)
-        (root / "signed").mkdir(exist_ok=True)
-        tifffile.imwrite(root / "signed" / f"{name}.tif", negative)
-        shapes = [data.SHAPES[int(factor)] for factor in factors[name].split(",")]
-        single.append(f"{name},{shapes[0]}")
-        several += [f"{name},{shapes[1]}", f"{name},far {shapes[2]}"]
-    files = {"single.csv": ["\ufeff" + single[0], *single[1:]], "several.csv": several[:60],
-             "tree.csv": [*single[1:30], f"{names[29]},tree"],
-             "blank.csv": [*single[:-1], f"{names[39]},"], "train": names[:24],
-             "test": names[24:30]}
-    for file, lines in files.items():
-        (root / file).write_text("\n".join(lines) + "\n", "utf-8")
+        tifffile.imwrite(root / "signed" / f"{name}.tif", np.where(mask == 255, -5, mask + 1.0))
+        lines.append(f"{name},{data.SHAPES[factors[name][0]]}")
+    files = {"single.csv": ["\ufeffname,label", *lines], "blank.csv": [*lines[:-1], "0039,"],
+             "tree.csv": [*lines[:29], "0029,tree"], "train": names[:24], "test": names[24:30]}
+    for file, text in files.items():
+        (root / file).write_text("\n".join(text) + "\n", "utf-8")
     return root
 
 
@@ -3102,23 +2466,19 @@ SHAPE_NAMES = sorted(data.SHAPES)
 
 
 @pytest.mark.parametrize("target, more, metrics, classes, samples", [
-    ("masks", "", "mIoU, accuracy", ["0", "7"], (32, 8)),
-    ("signed", "--modality 2 --ignore -1", "mIoU, accuracy", ["1", "8"], (32, 8)),
-    ("single.csv", "--linear", "mean accuracy, accuracy", SHAPE_NAMES, (32, 8)),
-    ("tree.csv", "--linear --split train --test-split test", "mean accuracy, accuracy",
-     sorted([*data.SHAPES, "tree"]), (24, 6)),
-    ("blank.csv", "--linear", "mAP micro, mAP macro", SHAPE_NAMES, (32, 8)),
-    ("several.csv", "--linear --cached --labels 0.5", "mAP micro, mAP macro", None, (12, 6))])
+    ("masks", "", ["mIoU", "accuracy"], ["0", "7"], (32, 8)),
+    ("signed", "--modality 2 --ignore -1", ["mIoU", "accuracy"], ["1", "8"], (32, 8)),
+    ("single.csv", "--linear", ["mean accuracy", "accuracy"], SHAPE_NAMES, (32, 8)),
+    ("blank.csv", "--linear --cached --labels 0.5", ["mAP micro", "mAP macro"], SHAPE_NAMES,
+     (16, 8))])
 def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes, samples, own,
                                                   pretrained, tmp_path):
     """Class 0 counts; 255 and negative values do not."""
     weights = pretrained[0] / "checkpoint.pt"
     result = fine(f"{OWN} {DECLARED} --target {target} {more} --weights {weights} --out {tmp_path}")
-    assert ", ".join(result["metrics"]) == metrics and result["backbone"] == "resnet-toy"
-    assert classes is None or list(result["classes"]) == classes
-    assert all(0 <= value <= 1 for value in result["metrics"].values())
+    assert list(result["metrics"]) == list(result["yardstick"]) == metrics
+    assert list(result["classes"]) == classes
     assert (result["samples"], result["test_samples"]) == samples
-    assert list(result["yardstick"]) == list(result["metrics"])
 
 
 def own_task(target, more=""):
@@ -3141,6 +2501,11 @@ def test_one_forgotten_label_makes_a_task_multi_label_and_is_told(own):
     assert samples.kind == "multi-label" and re.search("1 of 40 .*--target", lines)
 
 
+def test_a_table_of_labels_may_have_300_classes():
+    classes, _, label_of, _ = finetune.describe_labels(None, {k: {f"{k:03}"} for k in range(300)})
+    assert len(classes) == 300 and label_of(299) == 300
+
+
 @pytest.mark.parametrize("name, joined", [
     ("forest|water", True), ("forest, water", True), ("forest water", True),
     ("forest fire", False), ("water/ice", False)])
@@ -3154,36 +2519,10 @@ def test_classes_that_are_not_trained_on_are_told(own):
     """After --labels: of 24 training samples 2 remain, and neither has the class tree."""
     args, samples, _, _ = own_task("tree.csv", "--split train --test-split test --labels 0.1")
     chosen = finetune.choose_subset(len(samples), args.labels, 0)
-    counts = finetune.count_classes(samples, chosen, 0)
-    assert counts.sum() == len(chosen) == 2
-    missing = [name for name, n in zip(samples.classes, counts.tolist()) if not n]
-    lines = finetune.describe_training(args, samples, counts.tolist(), 2)
-    assert "tree" in missing and lines[1].endswith(", ".join(missing))
-
-
-def test_classes_are_counted_in_what_is_trained_on(own):
-    _, samples, _, _ = own_task("masks")
-    target = torch.stack([samples[i][2] for i in range(5)])
-    expected = [(target == k).sum().item() for k in (0, 1)]
-    assert finetune.count_classes(samples, np.arange(5), 0).tolist() == expected
-
-
-def test_own_images_are_tested_as_large_as_the_crops_of_training_and_masks_as_they_are(own):
-    args, *_ = own_task("masks", "--size 16")
-    image, mask = torch.rand(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.int64)
-    rgb = data.MODALITIES["rgb"]
-    x, target = finetune.prepare_batch([image, image, mask], args, (rgb, rgb), "cpu")
-    assert x[0].shape == (2, 3, 16, 16) and torch.equal(target, mask)
-    expected = data.normalise(data.resize(image, (16, 16)), rgb)
-    assert torch.allclose(x[0], expected, atol=1e-5)
-
-
-def test_a_stopped_pretraining_is_told(pretrained, scenes, tmp_path, capsys):
-    checkpoint = torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)
-    torch.save(checkpoint | dict(step=10), tmp_path / "checkpoint.pt")
-    flags = f"{FINE} --data {scenes} --model late --linear --cached --weights"
-    fine(f"{flags} {tmp_path}/checkpoint.pt --out {tmp_path / 'o'}")
-    assert re.search("warning: .*checkpoint.pt .*step 10 of", capsys.readouterr().out)
+    counts = finetune.count_classes(samples, chosen, 0).tolist()
+    missing = [name for name, n in zip(samples.classes, counts) if not n]
+    lines = finetune.describe_training(args, samples, counts, 2)
+    assert "tree" in missing and sum(counts) == 2 and lines[1].endswith(", ".join(missing))
 
 
 def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs, tmp_path):
@@ -3214,12 +2553,8 @@ def test_declared_images_are_normalised_as_in_pretraining_and_others_are_told(ow
     ("one.csv", "0000,disk\n0001,disk\n", "", "one.csv .*disk"),
     ("binary", None, "", "binary has fewer than two classes: 0.* give --ignore -1"),
     ("split.csv", "0000,disk,train\n", "", "split.csv .*name,label"),
-    ("labels.tsv", "0000\tdisk\n", "", "labels.tsv"),
-    ("nowhere.csv", None, "", "nowhere.csv"),
-    ("single.csv", None, "--split train --test-split train", "train"),
-    ("masks", None, "--split train", "--test-split"),
-    ("quote.csv", '0000,"disk\n0001,ring\n', "", "quote.csv"),
-    ("small", None, "", r"\(24, 64\)")])
+    ("labels.tsv", "0000\tdisk\n", "", "labels.tsv"), ("nowhere.csv", None, "", "nowhere.csv"),
+    ("masks", None, "--split train", "--test-split")])
 def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own, tmp_path):
     if text:
         (own / target).write_text(text)
@@ -3248,6 +2583,7 @@ def list_runs(folder, capsys, *runs):
 
 
 RGB_DEM = "--scenario rgb-dem"
+HALF = f"{RGB_DEM} --common 0.5"
 
 
 def test_runs_that_differ_only_by_their_seeds_are_one_line(tmp_path, capsys):
@@ -3263,16 +2599,13 @@ def test_runs_that_differ_only_by_their_seeds_are_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, others, words", [
-    ("", [f"{RGB_DEM} --common 0.5"] * 2, "DeCUR .*pretraining 1 common 0.5"),
-    ("", [f"{RGB_DEM} --no-intra"] * 2, "w/o intra "),
+    ("", [RGB_DEM] * 2, "pretraining 1 common 0.5"), ("", [f"{HALF} --no-intra"] * 2, "w/o intra "),
     ("", [f"{RGB_DEM} --common 1"] * 2, "w/o decoup."),
     ("", [f"{RGB_DEM} --common 1 --no-intra"] * 2, r"Barlow Twins \(w/o intra&decoup.\)"),
-    ("", [RGB_DEM, f"{RGB_DEM} --method barlowtwins"], "DeCUR and Barlow Twins"),
-    ("", [], r"x\.pth"),
-    ("--epochs 5", [RGB_DEM] * 2, " epochs 5"),
-    ("--test-split val", [RGB_DEM] * 2, "test_split val")])
+    ("", [HALF, f"{RGB_DEM} --method barlowtwins"], "DeCUR and Barlow Twins"),
+    ("", [], r"x\.pth"), ("--epochs 5", [HALF] * 2, " epochs 5")])
 def test_what_makes_runs_differ_stands_in_their_lines(flags, others, words, tmp_path, capsys):
-    lines = list_runs(tmp_path, capsys, ("--task geonrw", [RGB_DEM] * 2, 0.3),
+    lines = list_runs(tmp_path, capsys, ("--task geonrw", [HALF] * 2, 0.3),
                       (f"--task geonrw --seed 1 {flags}", others, 0.4))
     assert len(lines) == 2 and sum(bool(re.search(words, line)) for line in lines) == 1
 
@@ -3292,19 +2625,23 @@ def test_tables_of_labels_count_by_their_content(own, tmp_path, capsys):
     assert all("single.csv (" in line for line in lines)
 
 
-@pytest.mark.parametrize("text", ["{", '{"metrics": {}}', None])
-def test_a_table_names_what_it_cannot_read(text, tmp_path):
-    if text:
-        (tmp_path / "results.json").write_text(text)
+def test_a_table_names_what_it_cannot_read(tmp_path):
+    (tmp_path / "results.json").write_text("{")
     is_refused(str(tmp_path), call, finetune, f"--table {tmp_path}")
 
 
 FEW = "--steps 2 --tsne-dims 8 --pairs 2"
-UNKNOWN = "checkpoint.pt cannot be read as a pretrained network"
-
-
 def explained(run, flags):
     call(explain, f"--checkpoint {run}/checkpoint.pt {flags}")
+
+
+@pytest.fixture(scope="session")
+def explanation(runs, tmp_path_factory):
+    """The folder of all pictures of the first run, beside the one without unique dimensions."""
+    out = tmp_path_factory.mktemp("explained")
+    other = runs / "nodecoup-1" / "checkpoint.pt"
+    explained(runs / "decur-0", f"--compare {other} {FEW} --out {out}")
+    return out
 
 
 def altered(runs, folder, parts={}, **settings):
@@ -3461,20 +2798,16 @@ def test_a_share_of_variance_is_what_lies_between_classes_less_chance():
     assert torch.allclose(shares, torch.tensor([2 / 3, 0, 1 / 2 - 1 / 3, 0]).double())
 
 
-def test_noise_has_no_share_of_variance_and_a_class_nearly_all():
-    torch.manual_seed(0)
-    classes = torch.randint(4, (500,))
-    z = torch.cat((torch.randn(500, 200), classes[:, None] + 0.1 * torch.randn(500, 1)), 1)
-    shares = explain.variance_shares(z, classes)
-    assert shares[:200].mean() < 0.004 and shares[200] > 0.98
-
-
-def test_retrieval_by_hand():
-    """With pairs 0 and 1 swapped, only the partners of 2 and 3 are nearest; scales do not count."""
-    z1 = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
-    assert explain.retrieve(z1, z1) == [1, 1]
-    assert explain.retrieve(z1, 7 * z1[[1, 0, 2, 3]] + 5) == [0.5, 1]
-    assert explain.retrieve(z1, torch.ones(4, 3)) == [0, 1]             # a tie is lost
+def test_retrieval_counts_the_partners_among_the_1_and_5_nearest():
+    """Near is a large cosine after BN, so scales do not count; a tie is lost."""
+    z1, z2 = plain_views(20, 4)[:2]
+    shares = torch.zeros(2)
+    for i, row in enumerate(torch.cosine_similarity(BN(z1)[:, None], BN(z2)[None], dim=2)):
+        rank = sorted(row.tolist(), reverse=True).index(row[i])
+        shares += torch.tensor([rank < 1, rank < 5]) / 20
+    assert 0.1 < shares[0] < shares[1] < 0.9
+    assert explain.retrieve(z1, 7 * z2 + 5) == pytest.approx(shares.tolist())
+    assert explain.retrieve(z1, torch.ones_like(z2)) == [0, 0]
 
 
 def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
@@ -3485,129 +2818,65 @@ def test_a_linear_probe_reads_what_is_linear_and_nothing_else():
     assert explain.linear_probe(x[:300], noise[:300], x[300:], noise[300:]) < 0.45
 
 
-def test_a_claim_says_what_was_measured_and_whether_it_agrees():
-    for common, unique, agrees in ((0.9, 0.74, "yes"), (0.74, 0.9, "no"), (0.5, 0.5, "no"),
-                                   (0.5, 0.49, "hardly"), (0.5, math.nan, "no")):
-        line = explain.claim("x", dict(common=common, unique=unique), "unique")
-        assert f"common {common}, unique {unique}" in line and line.endswith(f"Agrees: {agrees}.")
-    assert "Agrees" not in explain.claim("x", dict(common=0.5), "unique")
-    for last, agrees in ((2, "yes"), (0.9, "no"), (math.nan, "no")):    # each must be above
-        assert explain.claim("x", dict(a=3, b=last, one=1), "one").endswith(f"Agrees: {agrees}.")
-
-
-@pytest.mark.parametrize("matrix", (
-    [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],   # protanopia
-    [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]))   # deuteranopia
-def test_colours_differ_to_colour_blind_readers(matrix):
-    """Machado et al. (2009), of linear RGB: every two of a picture's colours stay apart."""
-    kinds, terms = explain.KIND_COLOURS.values(), explain.TERMS.values()
-    for colours in (kinds, terms, (explain.RED, explain.BLUE)):
-        rgb = np.array(list(map(ImageColor.getrgb, colours))) / 255
-        seen = (rgb ** 2.2 @ np.array(matrix).T).clip(0, 1) ** (1 / 2.2)
-        apart = np.linalg.norm(seen[:, None] - seen, axis=-1) + np.eye(len(seen))
-        assert apart.min() > 0.2
-
-
 # ---- explain.py as a program ----
 
-def test_explain_makes_every_picture_and_its_numbers(runs, tmp_path, capsys):
-    """One command; --compare; the same whatever the batch size; without unique dimensions."""
-    a, b, out = runs / "decur-0", runs / "nodecoup-1", tmp_path / "a"
-    explained(a, f"--compare {b}/checkpoint.pt {FEW} --out {out}")
-    printed, names = capsys.readouterr().out, list(explain.PICTURES)[:-1]
-    for name in names:
-        assert f"{out}/{name}.png and .npz" in printed
-        page = np.array(Image.open(out / f"{name}.png"))
-        page[8:-8, 8:-8] = 255
-        assert page.shape[1] <= 1000 and (page == 255).all()            # nothing runs over the page
-    assert len(re.findall(r"Agrees: (yes|no|hardly)\.$", printed, re.M)) == 8
-    numbers = {name: np.load(out / f"{name}.npz") for name in names}
+def test_explain_makes_every_picture_and_its_numbers(explanation):
     shapes = {"alignment common": (3, 24), "alignment compared": (3, 32), "tsne points": (3, 16, 2),
               "gradcam modality2_unique": (2, 32, 32), "spatial common": (48,),
               "gradcam modality1_common_density": (48, 3), "spectral modality1_common": (48, 3),
               "factors this run rgb unique": (1, 3), "factors random encoder rgb backbone": (1, 3),
               "curves step": (48,)}
+    assert {words.split()[0] for words in shapes} == set(explain.PICTURES) - {"embeddings"}
     for words, shape in shapes.items():
         picture, key = words.split(maxsplit=1)
-        assert numbers[picture][key].shape == shape, words
-    some = "alignment gradcam spatial spectral"
-    explained(a, f"{FEW} --only {some} --batch-size 5 --out {tmp_path}/b")
-    for name in some.split():
-        again = np.load(tmp_path / "b" / f"{name}.npz")
-        assert all(np.allclose(again[key], numbers[name][key], atol=1e-3, equal_nan=True)
-                   for key in again)                                    # NaN: an object is hidden
-    explained(b, f"{FEW} --only {some} tsne curves --out {tmp_path}/c")
-    assert list(np.load(tmp_path / "c" / "spatial.npz")) == ["common"]
-    common = np.load(tmp_path / "c" / "spectral.npz")["modality1_common"]
+        assert np.load(explanation / f"{picture}.npz")[key].shape == shape, words
+        page = np.array(Image.open(explanation / f"{picture}.png"))
+        page[8:-8, 8:-8] = 255
+        assert page.shape[1] <= 1000 and (page == 255).all()            # nothing runs over the page
+
+
+def test_explain_leaves_out_unique_dimensions_that_a_run_does_not_have(runs, tmp_path):
+    explained(runs / "nodecoup-1", f"{FEW} --only spatial spectral tsne --out {tmp_path}")
+    assert list(np.load(tmp_path / "spatial.npz")) == ["common"]
+    common = np.load(tmp_path / "spectral.npz")["modality1_common"]
     assert np.isfinite(common).all() and common.any()
-    assert "nan" not in capsys.readouterr().out.split("curves.png")[0]
 
 
-def test_pictures_name_run_and_step(runs, tmp_path, monkeypatch):
-    """Also curves where N - 1 >= K: the floor is 0, which a logarithmic axis has no place for."""
-    saved = watched(monkeypatch, explain, "save_picture")
-    explained(runs / "decur-0", f"--only curves --out {tmp_path}")
-    explained(altered(runs, tmp_path, dict(step=1), batch_size=40), "--only curves")
-    assert saved[0][-1] == "decur-0 at step 48" and saved[1][-1].endswith(" at step 1 of 16")
-    assert ", floor 0\n" in saved[1][-2]
-    blank = explain.start_page(1, 1, 300, 200, "")[0]
-    explain.save_picture(tmp_path, "blank", blank, {}, "", "the caption")
-    assert np.array(Image.open(tmp_path / "blank.png")).min() < 200
+def test_what_explain_measures_is_the_same_whatever_the_batch_size(explanation, runs, tmp_path):
+    names = "alignment gradcam spatial spectral"
+    explained(runs / "decur-0", f"{FEW} --only {names} --batch-size 5 --out {tmp_path}")
+    for name in names.split():
+        a, b = (np.load(folder / f"{name}.npz") for folder in (explanation, tmp_path))
+        assert all(np.allclose(a[key], b[key], atol=1e-3, equal_nan=True) for key in b)
 
 
-def test_by_default_there_are_four_batches_if_the_data_allow(runs, tmp_path, capsys):
+def test_by_default_there_are_four_batches_if_the_data_allow(runs, tmp_path):
     """Fig. 8 and 9 have four: of 48 pairs with N 4, with N 16 there are but three."""
     for N, batches in ((4, 4), (16, 3)):
         explained(altered(runs, tmp_path, batch_size=N), "--only alignment")
         numbers = np.load(tmp_path / "explain" / "alignment.npz")
         assert numbers["common"].shape == (batches, 24)
-    text = capsys.readouterr().out
-    assert "warning" not in text and text.count("48 of 48 pairs") == 2  # as 512 and 4 N are more
 
 
-def test_maps_that_show_nothing_are_told_of(runs, tmp_path, monkeypatch, capsys):
-    """No positive pixel in the common maps of 2 pairs; a layer of 2x2 pixels."""
-    monkeypatch.setattr(explain, "are_made_up", lambda root: False)
-    negative = lambda net, x, relu=False: (-torch.ones(len(x), 32, 32), torch.ones(len(x), 32, 32))
-    monkeypatch.setattr(explain, "gradcam_vis", negative)
-    monkeypatch.setattr(explain, "gradcam", lambda *args: torch.ones(1, 1, 2, 2))
-    explained(runs / "decur-0", f"--only gradcam --pairs 2 --out {tmp_path}")
-    printed = capsys.readouterr().out
-    assert "without a positive pixel: 4" in printed
-    assert re.search("warning: .* 2x2 pixels", printed)
-
-
-def test_embeddings_are_for_programs_of_ones_own(runs, scenes, tmp_path, capsys):
+def test_embeddings_are_for_programs_of_ones_own(runs, scenes, tmp_path):
     """In one order, with no picture."""
     explained(runs / "decur-0", f"--only embeddings --batch-size 5 --out {tmp_path}")
-    assert [path.name for path in tmp_path.iterdir()] == ["embeddings.npz"]
     e = np.load(tmp_path / "embeddings.npz")
-    assert e["z1"].shape == e["z2"].shape == (48, 32) and e["Kc"] == 24
-    assert len(e["features1"]) == len(e["features2"]) == len(set(e["names"])) == 48
+    assert os.listdir(tmp_path) == ["embeddings.npz"] and e["Kc"] == 24
     net, settings = explain.open_net(runs / "decur-0" / "checkpoint.pt", torch.device("cpu"))
     rooms = explain.open_explained_data(settings, [str(scenes)], "train")
     i = rooms.ids.index(e["names"][5])
     x = data.resize_and_normalise(rooms[i][1][0][None], rooms.inputs[1], 32)
     assert np.allclose(net.f2(x).numpy()[0], e["z2"][5], atol=1e-4)
     assert np.allclose(net.f2.E(x).numpy()[0], e["features2"][5], atol=1e-4)
-    printed = capsys.readouterr().out
+
+
+def test_embeddings_alone_print_retrieval_beside_chance(runs, tmp_path, capsys):
+    explained(runs / "decur-0", f"--only embeddings --out {tmp_path}")
+    e, printed = np.load(tmp_path / "embeddings.npz"), capsys.readouterr().out
     R1, R5 = explain.retrieve(*(torch.from_numpy(e[name][:, :24]) for name in ("z1", "z2")))
+    assert f"R@1 {R1:.4f}, R@5 {R5:.4f}" in printed
     assert f"R@1 {1 / 48:.4f}, R@5 {5 / 48:.4f}" in printed
-    assert f"rgb to depth: R@1 {R1:.4f}, R@5 {R5:.4f}" in printed
-
-
-def test_maps_are_measured_on_the_object_that_they_lie_on(runs, scenes, tmp_path, monkeypatch):
-    """Maps that are the image itself, less grey: RGB has a bright object that both see, and depth
-    a far one of its own.  So masks, samples and sizes belong together."""
-    def image(net, x, relu=True):
-        att = ((x - x.mean((2, 3), keepdim=True)).mean(1) - 0.5).relu()
-        return att, att
-    monkeypatch.setattr(explain, "gradcam_vis", image)
-    explained(runs / "decur-0", f"--only gradcam --pairs 1 --out {tmp_path}")
-    numbers = np.load(tmp_path / "gradcam.npz")
-    for m, bright in ((1, 0), (2, 2)):
-        density = np.nanmean(numbers[f"modality{m}_common_density"], 0)
-        assert density[bright] > 10 and max(np.delete(density, bright)) < 5  # they may overlap
 
 
 def test_shares_of_factors_are_means_over_common_and_unique_dimensions_of_test_scenes(
@@ -3624,12 +2893,10 @@ def test_shares_of_factors_are_means_over_common_and_unique_dimensions_of_test_s
 
 
 def test_a_caption_names_the_bands_of_a_composite():
-    rows = data.MODALITIES
-    assert explain.name_composite(rows["ms"]) == ": B4 B3 B2"
-    assert explain.name_composite(rows["sar"]) == ": VV"
-    assert explain.name_composite(rows["rgb"]) == explain.name_composite(rows["depth"]) == ""
     own = dict(name="photo", bands=[f"channel {c}" for c in (1, 2, 3, 4)])
-    assert explain.name_composite(own) == ": band 1 band 2 band 3"
+    composites = [(MODALITIES["ms"], "B4 B3 B2"), (own, "band 1 band 2 band 3")]
+    assert all(bands in explain.name_composite(row) for row, bands in composites)
+    assert explain.name_composite(MODALITIES["rgb"]) == ""
 
 
 def test_the_last_line_of_a_step_counts(tmp_path):
@@ -3645,58 +2912,35 @@ def test_a_sweep_is_over_seeds_and_folders(runs, scenes, tmp_path, capsys):
     call(pretrain, flags_of(scenes, names[1], "--seed 1"))
     capsys.readouterr()
     call(explain, f"--sweep {' '.join(map(str, names))} --out {tmp_path}")
-    printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    lines = re.findall(r"^\| .*\|$", capsys.readouterr().out, re.M)
     assert [line.split(" | ")[0] for line in lines[1:]] == [
         "| decur, common", "| decur, unique", "| decur, backbone", "| nodecoup, common",
         "| nodecoup, backbone", "| random encoder, backbone"]
     assert re.search(r"(\| 0\.\d{3}±0\.\d{3} ){6}\|$", lines[1])
-    assert re.search(r"(\| [01]\.\d{3} ){6}\|$", lines[4])
-    assert printed.count("Expected: decur") == 1 and "Expected: nodecoup" not in printed
-    is_refused("--sweep .*no factors.csv", call, explain,
-               f"--sweep {names[0]} --data {tmp_path} --out {tmp_path}")
     numbers = np.load(tmp_path / "sweep.npz")
     assert numbers["decur rgb unique"].shape == (2, 3) and "nodecoup rgb unique" not in numbers
-    assert (tmp_path / "sweep.png").exists()
 
 
 def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path):
-    out = f"--out {tmp_path}"
-    explained(runs / "own", f"{FEW} {out}")
+    explained(runs / "own", f"--only spectral --steps 2 --out {tmp_path}")
     numbers = np.load(tmp_path / "spectral.npz")
     assert numbers["modality1_common"].shape == (64, 3)
-    assert numbers["modality2_unique"].shape == (64, 1)
-    assert not (tmp_path / "factors.png").exists()
-    explained(runs / "own", f"--data './*1_rgb.png' './*1_depth.png' --only embeddings {out}")
+    explained(runs / "own", f"--data './*1_rgb.png' './*1_depth.png' --only embeddings "
+                            f"--out {tmp_path}")
     names = np.load(tmp_path / "embeddings.npz")["names"]
     assert sorted(names) == ["000", "001", "002", "003"]            # of 0001, 0011, 0021, 0031
-    is_refused("--data", explained, runs / "own", f"--data {tmp_path}")
 
 
 @pytest.mark.parametrize("changes, flags, words", (
-    (dict(parts=dict(model={"f1.E.bn1.weight": torch.ones(16)})), "", UNKNOWN),
-    (dict(parts=dict(settings=dict(task="sunrgbd", lr=1.0))), "", UNKNOWN),  # of finetune.py
-    (dict(widths=[64, 64]), "", UNKNOWN),
+    (dict(parts=dict(settings=dict(task="sunrgbd", lr=1.0))), "", "checkpoint.pt"),  # finetune.py's
+    (dict(widths=[64, 64]), "", "checkpoint.pt"),
     (dict(size=16), "--compare {run}/checkpoint.pt", "checkpoint.pt: size is 32, but 16"),
-    (dict(), "--checkpoint {run}/nowhere.pt", "nowhere.pt cannot be read .*that exists"),
-    (dict(), "--data {run}/nowhere", "no folder"),
+    (dict(), "--checkpoint {run}/nowhere.pt", "nowhere.pt"),
     (dict(), "--samples 49", "--samples 49 .* 48"),
-    (dict(), "--layer layer5", "--layer layer5: .* conv1 .* layer4.0.conv2"),
-    (dict(), "--out {run}/checkpoint.pt/out", "--out .* cannot be made")))
+    (dict(), "--layer layer5", "--layer layer5: .* conv1 .* layer4.0.conv2")))
 def test_explain_refuses_what_it_cannot_explain(changes, flags, words, runs, tmp_path):
     altered(runs, tmp_path, **changes)
     is_refused(words, explained, tmp_path, flags.format(run=runs / "decur-0"))
-
-
-@pytest.mark.parametrize("name, text, only", (
-    ("args.json", "{", "alignment"), ("log.jsonl", "", "curves"),
-    ("log.jsonl", '{"step": 1, "loss": 2}\ngarbage\n', "curves"),
-    ("factors.csv", "id,common\n0000,x\n", "factors"), ("factors.csv", "", "factors")))
-def test_damaged_files_beside_a_checkpoint_are_named(name, text, only, runs, scenes, tmp_path):
-    run, root = altered(runs, tmp_path), shutil.copytree(scenes, tmp_path / "scenes")
-    (root if name == "factors.csv" else run).joinpath(name).write_text(text)
-    where = "" if name == "args.json" else f"--data {root}"
-    is_refused(name, explained, run, f"--only {only} {where}")
 
 
 # ---- README.md ----
