@@ -529,7 +529,8 @@ def read_season(root, name, season):
         where = root / folder / name
         # The dates are the key, because the names of S1 folders begin with the satellite.
         dates = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
-        need(len(dates) == 4, f"{where} holds {len(dates)} of the 4 seasons.  Download the others")
+        need(len(dates) == 4, f"{where} holds {len(dates)} seasons instead of 4.  Download "
+             f"this location again")
         for band in names:
             bands[band] = read_band(where / dates[season] / f"{band}.tif")
     return pack_bands(bands, name, SSL4EO_S1)
