@@ -1666,8 +1666,8 @@ def leave_group(worker):
 
 
 def show_progress(*args, **settings):
-    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal but, for
-    example, a log file, the bar is printed only every 30 s."""
+    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal (it can
+    be a log file), the bar is printed only every 30 s."""
     if sys.stderr is None or not sys.stderr.isatty():
         settings |= dict(delay=30, mininterval=30, miniters=1, disable=sys.stderr is None)
     return tqdm(*args, **dict(leave=False, dynamic_ncols=True) | settings)
@@ -1733,7 +1733,7 @@ def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
 
     rows, columns    two limits each for the centre, as shares of H and of W
     shape            an index of SHAPES; default: random
-    radii            two limits for the length that is 1 in draw_shape, as shares of H"""
+    radii            two limits for the scale: the pixels per unit of draw_shape, divided by H"""
     shape = int(rng.integers(len(SHAPES))) if shape is None else shape
     y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
     r, turn = rng.uniform(*radii) * H, rng.uniform(0, 2 * np.pi)
