@@ -529,7 +529,8 @@ def read_season(root, name, season):
         where = root / folder / name
         # The dates are the key, because the names of S1 folders begin with the satellite.
         dates = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
-        need(len(dates) == 4, f"{where} holds {len(dates)} of the 4 seasons.  Download the others")
+        need(len(dates) == 4, f"{where} holds {len(dates)} seasons instead of 4.  Download "
+             f"this location again")
         for band in names:
             bands[band] = read_band(where / dates[season] / f"{band}.tif")
     return pack_bands(bands, name, SSL4EO_S1)
@@ -1688,8 +1689,8 @@ def leave_group(worker):
 
 
 def show_progress(*args, **settings):
-    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal but, for
-    example, a log file, the bar is printed only every 30 s."""
+    """Returns tqdm's bar, which disappears at the end.  If stderr is not a terminal (it can
+    be a log file), the bar is printed only every 30 s."""
     if sys.stderr is None or not sys.stderr.isatty():
         settings |= dict(delay=30, mininterval=30, miniters=1, disable=sys.stderr is None)
     return tqdm(*args, **dict(leave=False, dynamic_ncols=True) | settings)
@@ -1755,7 +1756,7 @@ def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
 
     rows, columns    two limits each for the centre, as shares of H and of W
     shape            an index of SHAPES; default: random
-    radii            two limits for the length that is 1 in draw_shape, as shares of H"""
+    radii            two limits for the scale: the pixels per unit of draw_shape, divided by H"""
     shape = int(rng.integers(len(SHAPES))) if shape is None else shape
     y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
     r, turn = rng.uniform(*radii) * H, rng.uniform(0, 2 * np.pi)

@@ -630,7 +630,8 @@ def load_checkpoint(path):
     with reading(path, "a checkpoint.pt of this project",
                  "give another file, or with --resume a new --out"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in ("model", "optimizer", "step", "settings", "data")}
+        wanted = "model", "optimizer", "step", "settings", "data"
+        return {name: checkpoint[name] for name in wanted}
 
 
 def read_settings(checkpoint):
