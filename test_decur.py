@@ -2911,7 +2911,7 @@ def test_schedules_are_those_of_app_B_and_of_cmx(name, at, steps, rates):
                              optimizer="adamw", scale=(0.2, 1)), dict(schedule="authors")),
     ("sunrgbd", dict(model="fcn", batch_size=8, steps=40000, epochs=None, lr=0.01, modality=1,
                      weight_decay=1e-5, optimizer="sgd"),
-     dict(lr="paper, App. B", scale="here: as pretraining", momentum="MMSegmentation, 40k")),
+     dict(lr="paper, App. B", scale="here, as in pretraining", momentum="MMSegmentation, 40k")),
     ("sunrgbd --model cmx", dict(backbone="mit_b2", batch_size=8, epochs=500, steps=None, lr=6e-5,
                                  modality=0), dict(lr="as CMX, NYUv2")),
     ("nyuv2 --model cmx", dict(backbone="mit_b5", steps=50000, weight_decay=0.01,
