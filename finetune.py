@@ -920,8 +920,8 @@ def warn_of_missing_classes(classes, counts, where):
     missing = [name for name, n in zip(classes, counts) if not n]
     if not missing:
         return []
-    return [f"warning: no {where} sample has a label of {', '.join(missing)} ({len(missing)} of "
-            f"{len(classes)} classes)"]
+    return [f"warning: classes without a {where} sample ({len(missing)} of {len(classes)}): "
+            f"{', '.join(missing)}"]
 
 
 def freeze(net, data, chosen, args, device, resumed):

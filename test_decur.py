@@ -1170,7 +1170,7 @@ def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     root = write_frames(tmp_path, 3)
     (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
-    is_refused("1 samples .*bad-ids.txt", prepare, f"--scenario rgbd --data {root}")
+    is_refused("bad-ids.txt", prepare, f"--scenario rgbd --data {root}")
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
     write_frames(root, 3)
     prepare(f"--scenario rgbd --data {root}")
@@ -1593,7 +1593,7 @@ def test_masks_that_were_resized_bilinearly_are_told(way, told, tmp_path):
 @pytest.mark.parametrize("values", [[0, 1, 40, 255], [0, 41], [-1, 0]])
 def test_the_remedy_for_values_that_are_no_class_keeps_class_0(values):
     """Where 0 is a class, to write 0 for 255 alone would take that class away."""
-    is_refused("a.png .* add 1 to all .* write 0 ", data.check_mask, "a.png",
+    is_refused("a.png .* add 1 to each class", data.check_mask, "a.png",
                torch.tensor([values]), (1, len(values)), 40)
 
 
@@ -1797,7 +1797,7 @@ def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys
     prepare(f"{write_large(tmp_path)} --nodata2 -9999")
     tiles = tmp_path / "tiles"
     assert not (tiles / "2" / "s0_0_0.tif").exists() and (tiles / "2" / "s0_0_1.tif").exists()
-    assert re.search("20 tiles.* 4 tiles", capsys.readouterr().out)
+    assert re.search(r"\b20\b.*\b4\b", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("dtype, C", [(np.float32, 2), (np.uint16, 1), (np.uint8, 3)])
@@ -1947,7 +1947,7 @@ def checked(flags, folder, capsys):
 def test_check_prints_what_the_network_sees(tmp_path, capsys):
     root = write_frames(tmp_path / "d", 4)
     code, text, bad = checked(f"--scenario rgbd --data {root}", tmp_path, capsys)
-    assert code == 0 and bad == "" and "4 of 4 samples" in text
+    assert code == 0 and bad == "" and "4 of 4" in text
     assert re.search(r"\ndepth depth +2 +2\.15 .* 0\.1% .* m\n", text)  # two pixels of 1728
     assert Image.open(tmp_path / "out" / "contact-sheet.png").size == (4 * 16, 4 * 16)
 
@@ -1961,7 +1961,7 @@ def test_check_lists_what_is_damaged_or_lacks_its_partner(tmp_path, capsys):
     code, text, bad = checked(f"--scenario sar-optical --data {root}", tmp_path, capsys)
     names = [line.split("\t")[0] for line in bad.splitlines()]
     assert code == 1 and names == ["0000003", "0000001", "0000002"]
-    assert "1 of 3 samples" in text
+    assert "1 of 3" in text
     assert re.search("2 .*0000001.*VH.tif", text)
 
 
@@ -2447,6 +2447,7 @@ def own_folder(scenes, tmp_path_factory):
         mask = np.where(mask > 1, 7, 0).astype(np.uint8)            # object, and class 0 counts
         mask[:12] = 255                         # a quarter of the pixels
         save(root / "masks" / f"{name}.png", mask)
+        save(root / "binary" / f"{name}.png", np.where(mask == 7, 255, 0).astype(np.uint8))
         tifffile.imwrite(root / "signed" / f"{name}.tif", np.where(mask == 255, -5, mask + 1.0))
         lines.append(f"{name},{data.SHAPES[factors[name][0]]}")
     files = {"single.csv": ["\ufeffname,label", *lines], "blank.csv": [*lines[:-1], "0039,"],
