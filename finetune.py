@@ -70,7 +70,7 @@ FCN_RGBD = [
           weight_decay=1e-5, schedule="poly"), "paper, App. B"),
     (dict(momentum=0.9), "MMSegmentation, 40k"),  # its "poly" ends above 0, ours ends at 0
     (dict(size=480), "CMX, NYUv2"),             # CMX crops to 480x640
-    (dict(scale=(0.5, 1.0)), "here, as in pretraining")]
+    (dict(scale=(0.5, 1.0)), "this project, as pretraining")]
 # App. B: "the same settings of CMX".  CMX published settings only for NYUv2: 500 epochs of 100
 # steps.  scale None: CMX's own crops, see `draw_cmx_boxes`.  test_scales: the test resizes an
 # image to each of these scales, and mirrors each of them.
@@ -95,8 +95,8 @@ RECIPES = {                                     # by task and model; the first i
                          (CMX_NYU | dict(epochs=500), "as CMX, NYUv2")],
     ("nyuv2", "cmx"): [(dict(backbone="mit_b5"), "paper, Table 3"),
                        (CMX_NYU | dict(steps=50000), "CMX, NYUv2")],
-    ("custom", "late"): [(OWN, "here")],
-    ("custom", "fcn"): [(OWN, "here")],
+    ("custom", "late"): [(OWN, "this project")],
+    ("custom", "fcn"): [(OWN, "this project")],
     ("toy", "late"): [(TINY | dict(batch_size=64, epochs=20, optimizer="sgd", lr=0.05,
                                    weight_decay=0.0, momentum=0.9, schedule="steps",
                                    scale=(0.8, 1.0), test_crop=1.0), "--toy")],
@@ -108,7 +108,8 @@ RECIPES = {                                     # by task and model; the first i
 # With --linear, these settings come before those of RECIPES.
 LINEAR = {
     ("bigearthnet", "late"): [(dict(lr=0.5), "paper, App. B")],
-    ("custom", "late"): [(dict(lr=1e-2), "here")], ("custom", "fcn"): [(dict(lr=1e-2), "here")],
+    ("custom", "late"): [(dict(lr=1e-2), "this project")],
+    ("custom", "fcn"): [(dict(lr=1e-2), "this project")],
     ("toy", "late"): [(dict(lr=0.5), "--toy")], ("toy", "fcn"): [(dict(lr=1e-2), "--toy")],
 }
 OTHER_SETTINGS = dict(backbone="resnet50", size=224, epochs=None, steps=None, test_crop=None,
@@ -959,7 +960,7 @@ def finish(run, result, ids):
     if args.linear:
         run.print("the weights of the frozen encoders have not changed")
     run.print(f"{format_scores([result])}  test samples: {result['test_samples']}",
-              "a guess: the score of predicting what is frequent in training, without any image",
+              "a guess: the score of always predicting what is most frequent in training",
               f"wrote {args.out}/results.json")
 
 

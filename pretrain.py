@@ -826,10 +826,11 @@ def describe_run(args, data, net, Kc, K):
     lines += data.notes
     for name in dict.fromkeys(data.modalities):  # both may be the same modality
         lines.append(f"augmentations of {name}: {AUGMENTATIONS[name]}")
-    for f in net.children():
+    for title, f in net.named_children():       # f1 and f2
         encoder = sum(p.numel() for p in f.E.parameters()) / 1e6
         projector = sum(p.numel() for p in f.P.parameters()) / 1e6
-        lines.append(f"parameters: encoder {encoder:.2f} M, projector {projector:.2f} M")
+        lines.append(f"parameters of {title}: encoder {encoder:.2f} M, projector "
+                     f"{projector:.2f} M")
     if args.method == "decur":
         lines.append(f"N {args.batch_size}  K {K}  Kc {Kc}")
         chance, floor = bounds(args.batch_size, K, Kc, not args.no_intra)
@@ -847,7 +848,7 @@ def list_defaults(scenario, method, backbone, toy):
         tables += ADAMW_RATES
     if toy:
         tables += [(TOY | dict(epochs=TOY_EPOCHS.get(scenario)), "--toy")]
-    tables += [(SCENARIOS[scenario], "here" if scenario == "custom" else "paper, Sec. 4")]
+    tables += [(SCENARIOS[scenario], "this project" if scenario == "custom" else "paper, Sec. 4")]
     return tables + [(NETWORK, "paper, Sec. 4"), (LARS_RATES, "paper, App. B"),
                      (OTHER_DEFAULTS, "default")]
 
