@@ -1388,12 +1388,12 @@ def choose_visible(row):
     return [0] if row["name"] in ("sar", "dem") or len(bands) < 3 else [0, 1, 2]
 
 
-def name_visible(row):
-    """Names a modality and, if they are not red, green and blue, the bands that make_visible shows:
-    `ms: B4 B3 B2`."""
-    shown = [row["bands"][channel] for channel in choose_visible(row)]
-    return row["name"] if shown == list(MODALITIES["rgb"]["bands"]) else (
-        f"{row['name']}: {' '.join(shown)}")
+def name_composite(row):
+    """Returns which bands `make_visible` shows, such as ": B4 B3 B2", or "" if it shows all."""
+    channels = choose_visible(row)
+    if len(channels) == len(row["bands"]):
+        return ""
+    return ": " + " ".join(row["bands"][c].replace("channel ", "band ") for c in channels)
 
 
 def make_visible(x, row):
@@ -2032,8 +2032,9 @@ def check(args):
         for line in warnings:
             print(f"warning: {line}")
         draw_contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
+        shown = [row["name"] + name_composite(row) for row in dataset.inputs]
         print(f"{out / 'contact-sheet.png'} shows what the network will see.  Each row is a pair: "
-              f"two augmented views of {' and two of '.join(map(name_visible, dataset.inputs))}")
+              f"two augmented views of {' and two of '.join(shown)}")
     print(f"samples that were read: {len(dataset)}; bad samples: {len(bad)}, of which "
           f"{len(dataset.unpaired)} have no partner.  {out / 'bad-ids.txt'} lists the bad samples")
     report_bad(bad, out / "bad-ids.txt")

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from data import (SHAPES, choose_visible, expand_path, make_visible, need, number,
+from data import (SHAPES, expand_path, make_visible, name_composite, need, number,
                   open_dataset, read_factors, read_json, read_mask, reading, resize,
                   resize_and_normalise, run_main, show_progress, write_atomically)
 from decur import BN, DeCUR, bounds, branch
@@ -817,14 +817,6 @@ def picture_gradcam(e):
         lines += compare_objects(f"Density of the GradCAM maps on objects (1: as in the whole "
                                  f"image), mean of {len(e.samples)} scenes", means, e.modalities)
     return image, numbers, "\n  ".join(lines)
-
-
-def name_composite(row):
-    """Returns which bands `make_visible` shows, such as ": B4 B3 B2", or "" if it shows all."""
-    channels = choose_visible(row)
-    if len(channels) == len(row["bands"]):
-        return ""
-    return ": " + " ".join(row["bands"][c].replace("channel ", "band ") for c in channels)
 
 
 def picture_spatial(e):

@@ -2918,8 +2918,8 @@ def test_shares_of_factors_are_means_over_common_and_unique_dimensions_of_test_s
 def test_a_caption_names_the_bands_of_a_composite():
     own = dict(name="photo", bands=[f"channel {c}" for c in (1, 2, 3, 4)])
     composites = [(MODALITIES["ms"], "B4 B3 B2"), (own, "band 1 band 2 band 3")]
-    assert all(bands in explain.name_composite(row) for row, bands in composites)
-    assert explain.name_composite(MODALITIES["rgb"]) == ""
+    assert all(bands in data.name_composite(row) for row, bands in composites)
+    assert data.name_composite(MODALITIES["rgb"]) == ""
 
 
 def test_the_last_line_of_a_step_counts(tmp_path):
