@@ -3025,7 +3025,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     try:
         with fake, NoWaits(), torch.autocast("cuda", torch.bfloat16):
-            x = torch.ones(2, 2, device="cuda")
+            x = torch.ones(2, 2).to("cuda", non_blocking=True)
             assert (x @ x).dtype == torch.bfloat16
     except (AssertionError, RuntimeError) as error:
         pytest.skip(f"torch {torch.__version__} has no fake tensors on cuda: {error}")
