@@ -1751,7 +1751,7 @@ def draw_shape(shape, u, v):
             "triangle": (v < 0.877) & (3 ** 0.5 * a - v < 2 * 0.877)}[shape]  # equilateral
 
 
-def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
+def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.15, 0.19)):
     """Draws an object.  Returns the index of its shape and its mask, HxW in [0, 1].
 
     rows, columns    two limits each for the centre, as shares of H and of W
@@ -1770,8 +1770,8 @@ def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.13, 0.17)):
 def place_three(rng, H, W):
     """Draws the three objects of a room: common, unique1 and unique2.  Returns what make_label
     returns."""
-    common = draw_object(rng, H, W, (0.6, 0.76), (0.25, 0.75))
-    unique = [draw_object(rng, H, W, (0.24, 0.4), (0.2, 0.8)) for _ in range(2)]
+    common = draw_object(rng, H, W, (0.62, 0.76), (0.25, 0.75))
+    unique = [draw_object(rng, H, W, (0.24, 0.38), (0.25, 0.75)) for _ in range(2)]
     return make_label(*zip(common, *unique))
 
 
@@ -1814,8 +1814,8 @@ def draw_room(rng, H=48, W=64):
     recess in the wall (which only depth sees).  Returns rgb HxWx3 uint8, depth HxW uint16 in mm,
     label HxW uint8 and the three classes."""
     (m_common, m_paint, m_recess), label, classes = place_three(rng, H, W)
-    rgb = photograph(rng, m_common, m_paint, 0.12)
-    z = 3 + 0.03 * make_clutter(rng, H, W, 6) + 0.8 * (m_recess - m_common)  # in metres
+    rgb = photograph(rng, m_common, m_paint, 0.06)
+    z = 3 + 0.03 * make_clutter(rng, H, W, 6) - 0.8 * m_common + 1.1 * m_recess  # in metres
     z = z + rng.normal(0, 0.03, z.shape)
     z[rng.random(z.shape) < 0.01] = 0           # a pixel without a reading
     return rgb, (z * 1000).astype(np.uint16), label, classes
