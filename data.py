@@ -59,6 +59,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -78,6 +79,7 @@ try:
 except ImportError:                             # Windows has no fcntl: prepare then takes no lock
     fcntl = None
 
+Image.MAX_IMAGE_PIXELS = 10 ** 9                # scenes may be large
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # tifffile logs errors that it raises, too
 
 TREE = "the first lines of data.py show the tree"
@@ -101,8 +103,8 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 UNCHANGED = dict(mean=(0.0,) * 3, std=(1.0,) * 3)
 S1 = ("VV", "VH")
 S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
-# One row per modality.  range: the values of the files that become 0 to 1 in x.  mean, std: what
-# the normaliser subtracts from x and divides x by; x is in [0, 1].
+# One row per modality.  range: the values of the files that become 0 to 1 in x.  mean, std: the
+# normaliser returns (x - mean) / std.
 MODALITIES = {
     # The authors do not normalise images from above.  Mean 0 and std 1 change nothing.
     "sar": dict(name="sar", bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
@@ -441,14 +443,15 @@ class Packed:
     ids        the names of the samples
     read       a function of (name, season 0 to 3) that returns a row of bytes.  It reads a packed
                file, or it reads SSL4EO-S12's raw tree and packs the bands as `prepare` does
+    s1         {band: its mean and standard deviation in dB}, as for `to_8bit`
     unpaired   the names that only one of the two sensors has
     labels     {name: 19 zeros and ones}, or None"""
     modalities = ("sar", "ms")
     inputs = MODALITIES["sar"], MODALITIES["ms"]
     notes = ()
 
-    def __init__(self, ids, read, unpaired=(), seed=0, labels=None):
-        self.ids, self.read, self.unpaired = ids, read, list(unpaired)
+    def __init__(self, ids, read, s1, unpaired=(), seed=0, labels=None):
+        self.ids, self.read, self.s1, self.unpaired = ids, read, s1, list(unpaired)
         self.seed, self.epoch, self.labels = seed, 0, labels
 
     def __len__(self):
@@ -466,6 +469,12 @@ class Packed:
         x1, x2 = zip(*(pairs[season] for season in seasons))
         return list(x1), list(x2)
 
+    def read_raw(self, i):
+        """Reads the first season, and turns its 8 bits back into dB and reflectance x 10000."""
+        sar, ms = (x.numpy() / 255 for x in stack_bands(self.read(self.ids[i], 0)))
+        mean, std = np.array(list(self.s1.values())).T[..., None, None]  # 2x1x1 each
+        return mean + (4 * sar - 2) * std, ms * 10000
+
 
 def open_ssl4eo(root, names, seed, strict):
     """Opens SSL4EO-S12: the files that `prepare` packed or, if there are none, the raw tree."""
@@ -479,17 +488,20 @@ def open_ssl4eo(root, names, seed, strict):
              f"under {root}: {join_names(unpaired)}.  Complete the download, or remove these "
              f"locations.  `data.py check` lists them")
         read = functools.partial(read_season, root)
-    return Packed(read_list(root / names, rows) if names else list(rows), read, unpaired, seed)
+    ids = read_list(root / names, rows, read_skipped(packed)) if names else list(rows)
+    return Packed(ids, read, SSL4EO_S1, unpaired, seed)
 
 
 def open_bigearthnet(root, split):
     """Opens a split of BigEarthNet-MM as `prepare` packed it."""
     packed = root / "packed" / split
-    need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt.  Run `python data.py prepare "
-         f"--task bigearthnet --data {root}` first, with {split}.csv under {root}")
+    need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt.  Give --split train, val or "
+         f"test.  If {root}/{split}.csv exists, run `python data.py prepare --task bigearthnet "
+         f"--data {root}` first")
     rows, labels = find_rows(packed, ["season0.npy", "labels.npy"]), np.load(packed / "labels.npy")
     labels = {name: labels[row] for name, row in rows.items()}
-    return Packed(list(rows), functools.partial(read_packed, packed, rows), labels=labels)
+    read = functools.partial(read_packed, packed, rows)
+    return Packed(list(rows), read, BIGEARTHNET_S1, labels=labels)
 
 
 def find_rows(packed, files):
@@ -512,8 +524,9 @@ def read_packed(packed, rows, name, season):
 
 def find_locations(root):
     """Finds the locations of SSL4EO-S12.  Returns {name: name} of the locations that both sensors
-    have, and a list of the other locations.  Names are not computed from numbers, because 97 of the
-    251,079 numbers have no folder and some names have fewer digits."""
+    have, because `pack` and `read_list` need a dict, and a list of the other locations.  Names are
+    not computed from numbers, because 97 of the 251,079 numbers have no folder and some names have
+    fewer digits."""
     need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
          f"{root} holds SSL4EO-S12 v1.1, which has other values.  Download v1.0 instead; {TREE}")
     s1, s2 = set(list_folders(root / "s1")), set(list_folders(root / "s2c"))
@@ -585,6 +598,7 @@ def find_partners(folder):
 def read_patch(folders, pair):
     """Reads a patch of BigEarthNet-MM.  Returns a row of bytes, and 19 labels, each 0 or 1."""
     (s2, s1), bands = pair, {}
+    need(s1, f"no json under {folders[0]} names {s2} as its S2 patch")
     for band in S1:
         bands[band] = read_band(folders[0] / s1 / f"{s1}_{band}.tif")
     for band in S2:
@@ -605,9 +619,9 @@ def read_patch(folders, pair):
 # ---- images in folders: RGB-DEM, RGB-depth, your own images ----
 
 class Folders:
-    """Holds the images in two folders whose names are equal.  A sample is ([x1], [x2]).  With masks
-    in a third folder, a sample is (x1, x2, HxW int64), where 0 is unlabelled.  Each x is CxHxW,
-    uint8 or float in [0, 1].
+    """Holds pairs of images.  The two images of a pair have equal names in two folders.  A sample
+    is ([x1], [x2]).  With masks in a third folder, a sample is (x1, x2, HxW int64), where 0 is
+    unlabelled.  Each x is CxHxW, uint8 or float in [0, 1].
 
     files      {name: path} of modality 1, of modality 2, and of the masks if there are any
     ids        the names of the samples
@@ -680,8 +694,8 @@ def read_input(path, row):
 
 
 def stored_type(path, a):
-    """Returns the type of the numbers in the file `path`.  a: the array that was read from the
-    file.  The type of the array is another one if a no-data tag turned integers into floats."""
+    """Returns the type of the numbers in a file.  `a`, the array that was read, may hold floats
+    although the file holds integers, because missing values became NaN."""
     if a.dtype.kind == "f" and str(path).lower().endswith((".tif", ".tiff")):
         with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
             return tif.series[0].dtype.newbyteorder("=")
@@ -690,7 +704,8 @@ def stored_type(path, a):
 
 def encode(a, row, canvas, depth_unit):
     """Turns an array of `read_input` into a tensor CxHxW, uint8 or float32 in [0, 1].  A missing
-    value becomes the normaliser's mean, so this value is 0 after normalisation."""
+    value becomes the normaliser's mean, so this value is 0 after normalisation (in 8 bits: 0 within
+    half a step).  All images of a modality get the same type."""
     name = row["name"]
     if name == "dem":
         return torch.from_numpy(stretch(a)).expand(3, -1, -1)
@@ -712,32 +727,38 @@ def encode(a, row, canvas, depth_unit):
     if a.dtype != np.uint8:
         a = np.where(np.isfinite(a), a, np.array(row["mean"])[:, None, None])
         a = a.clip(0, 1).astype(np.float32)
+        if name != "depth" and not row.get("raw_mean"):
+            # Files of 8 bits become 8 bits again, because all images of a batch must have one type.
+            a = (a * 255 + 0.5).astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(a))
 
 
-def resize_array(a, size):
-    """Resizes CxHxW with Pillow.  Values of 8 bits and floats are interpolated, bilinear and
-    antialiased.  Other integers take the value of the nearest pixel, because 0 may mean that there
-    is no reading.
+def resize_array(a, size, stored=None):
+    """Resizes CxHxW, which may be NaN where values are missing.
 
-    Floats may be NaN where values are missing.  Then only the valid values are averaged, so that
-    holes do not spread."""
-    if a.dtype.kind == "f":
-        valid = np.isfinite(a)
-        weight = resize_channels(valid, size, np.float32, Image.Resampling.BILINEAR)
-        a = resize_channels(np.where(valid, a, 0), size, np.float32, Image.Resampling.BILINEAR)
-        return np.where(weight > 0, a / np.maximum(weight, 1e-6), np.nan)
-    if a.dtype != np.uint8:
-        return resize_channels(a, size, np.int32, Image.Resampling.NEAREST).astype(a.dtype)
-    if len(a) != 3:
-        return resize_channels(a, size, np.uint8, Image.Resampling.BILINEAR)
-    # One image of three channels is faster than three images.
-    image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))
-    return np.moveaxis(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR)), -1, 0)
+    stored    the type of the file; default: the type of the array
+    Values of 8 bits and floats are interpolated, bilinear and antialiased.  Only valid values are
+    averaged, so that holes do not spread.  Other integers take the value of the nearest pixel,
+    because a value between two classes, or between two steps of depth, may mean nothing."""
+    stored = stored or a.dtype
+    if stored.kind != "f" and stored != np.uint8:
+        rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int)
+                         for n, old in zip(size, a.shape[1:]))
+        return a[:, rows[:, None], columns]
+    if a.dtype == np.uint8 and len(a) == 3:     # one image is faster than three
+        image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))
+        return np.moveaxis(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR)), -1, 0)
+    if a.dtype == np.uint8:
+        return resize_channels(a, size)
+    valid = np.isfinite(a)
+    weight = resize_channels(valid.astype(np.float32), size)
+    a = resize_channels(np.where(valid, a, 0).astype(np.float32), size)
+    a = np.where(weight > 0, a / np.maximum(weight, 1e-6), np.nan)
+    return np.floor(a + 0.5) if stored == np.uint8 else a
 
 
-def resize_channels(a, size, dtype, how):
-    return np.stack([Image.fromarray(x.astype(dtype)).resize(size[::-1], how) for x in a])
+def resize_channels(a, size):
+    return np.stack([Image.fromarray(x).resize(size[::-1], Image.Resampling.BILINEAR) for x in a])
 
 
 def stretch(dem):
@@ -770,7 +791,8 @@ def open_rgbd(root, names, size, depth_unit, classes, strict):
     plain = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
     second = "Depth" if plain else "HHA"
     where = [root / "RGB", root / second, root / "Label"]
-    found = find_samples(where if classes else where[:2], names and root / names, strict)
+    found = find_samples(where if classes else where[:2], names and root / names, strict,
+                         read_skipped(root / second))
     inputs, canvas = (MODALITIES["rgb"], MODALITIES[second.lower()]), (size * 3 // 2, size * 2)
     return Folders(*found, inputs, (canvas, canvas), classes, depth_unit)
 
@@ -1042,7 +1064,7 @@ def list_contents(path):
     return f"{folder} has {', '.join(sorted(os.listdir(folder))[:4]) or 'nothing'}"
 
 
-def find_samples(where, names=None, strict=True):
+def find_samples(where, names=None, strict=True, skipped=frozenset()):
     """Finds images with equal names in two folders or patterns, and in a third folder of masks.
 
     where      the two or three folders or patterns
@@ -1052,7 +1074,6 @@ def find_samples(where, names=None, strict=True):
     Returns a list of {name: path} for each of `where`, the names for which no file is missing, and
     the other names."""
     files = [find_images(folder) for folder in where]
-    skipped = set().union(*map(read_skipped, where))
     found = sorted(set().union(*files) - skipped)
     if names:
         found = read_list(names, dict.fromkeys(found), skipped)
@@ -1062,7 +1083,8 @@ def find_samples(where, names=None, strict=True):
     if unpaired and (strict or not ids):
         have = ""
         for folder, side in zip(where, files):
-            have += f"  {folder} has {[name for name in unpaired if name in side][:2]}."
+            some = [name for name in unpaired if name in side][:2]
+            have += f"  Of these names, {folder} has {some}."
         raise BadInput(f"images without a partner: {len(unpaired)} of {len(found)} names are not "
                        f"in all folders.{have}  Give the images of a sample equal names, or remove "
                        f"images without a partner.  If the names differ by a fixed part, give "
@@ -1088,7 +1110,7 @@ def reading(path, kind, remedy="copy or download it again, or remove it"):
     except Exception as error:                  # a damaged file can raise errors of any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, FileNotFoundError):
-            remedy = f"give a file that exists: {list_contents(path)}"
+            raise BadInput(f"no file {path}.  {list_contents(Path(path).parent)}") from None
         if "imagecodecs" in reason:             # the TIFF has LZW, zstd, JPEG or predictor 3
             remedy = "pip install imagecodecs, or save the file without compression"
         raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
@@ -1100,6 +1122,9 @@ def open_image(path):
     Only these four formats are tried, because other formats (EPS) start a program."""
     with reading(path, "an image"):
         image = Image.open(path, formats=("PNG", "JPEG", "JPEG2000", "TIFF"))
+        need(not image.tile or not re.fullmatch("(RGBA?|LA);16B", str(image.tile[0][3])),
+             f"{path} has several channels of 16 bits, of which Pillow reads only 8.  Save it as "
+             f"TIFF or npy")
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -1125,7 +1150,9 @@ def read_image(path, indices=False):
         if image.mode == "LA":
             image = image.convert("L")
         a = np.array(image)
-    need(a.dtype.kind in "uifb" and a.ndim in (2, 3) and a.size, f"{path} holds {a.dtype} of the "
+    if a.dtype == bool:
+        a = a.astype(np.uint8) * (1 if indices else 255)
+    need(a.dtype.kind in "uif" and a.ndim in (2, 3) and a.size, f"{path} holds {a.dtype} of the "
          f"shape {a.shape}.  Give real numbers of the shape HxW, HxWxC or CxHxW")
     if suffix not in (".tif", ".tiff") and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
         a = a.transpose(2, 0, 1)                # HxWxC -> CxHxW; `read_tiff` orders axes itself
@@ -1261,7 +1288,8 @@ def read_list(path, names, skipped=()):
 
 
 def match_name(text, names):
-    """Returns the name, among `names`, that a text is or whose path the text is; otherwise None."""
+    """Returns the name that a line of a list means.  The line is the name itself, or a path of the
+    image or of the SUN RGB-D frame.  Returns None if `names` does not have this name."""
     frame = re.sub("^.*SUNRGBD/|/image/.*$|/$", "", re.sub("/+", "/", text))
     forms = text, frame, frame.replace("/", "-"), os.path.splitext(os.path.basename(text))[0]
     return next((name for name in forms if name in names), None)
@@ -1432,24 +1460,26 @@ def look_at(data, i):
     """Reads a sample.  Returns for each modality:
 
     x        CxP   some values of x, in [0, 1]
-    raw      CxP   some values in the unit of the files, NaN where missing; None for Packed, because
-                   packed values are in 8 bits
+    raw      CxP   some values in the unit that LIMITS names, NaN where missing
     ratio          the image's width / height"""
-    looks = []
-    raws = data.read_raw(i) if hasattr(data, "read_raw") else (None, None)
-    for views, raw in zip(data[i], raws):
+    looks, raws = [], data.read_raw(i)
+    for views, raw, row in zip(data[i], raws, data.inputs):
         views = views if isinstance(views, list) else [views]
         x = np.concatenate([take_pixels(to_unit_range(view).numpy()) for view in views], 1)
-        H, W = (views[0] if raw is None else raw).shape[1:]
-        looks.append((x, None if raw is None else take_pixels(raw), W / H))
+        H, W = raw.shape[1:]
+        raw = take_pixels(raw) / (data.depth_unit if row["name"] == "depth" else 1)
+        looks.append((x, raw, W / H))
     return looks
 
 
 def take_pixels(a):
     """Takes about 2,000 evenly spaced pixels of CxHxW.  Returns CxP, with NaN for values that are
     not finite."""
-    # An odd step meets all columns.  A step of 32 in a width of 256 would meet only 8 columns.
+    # The step and the width have no common divisor, so that the pixels are of all columns.  A step
+    # of 32 in a width of 256 would meet only 8 columns.
     step = a[0].size // 2000 | 1
+    while math.gcd(step, a.shape[-1]) > 1:
+        step += 1
     a = a.reshape(len(a), -1)[:, ::step].astype(float)
     return np.where(np.isfinite(a), a, np.nan)
 
@@ -1470,10 +1500,8 @@ def describe_inputs(data, indices, workers=0):
              f"(normaliser's)  unit"]
     warnings = []
     for m, row in enumerate(data.inputs):
-        seen, stored, _ = zip(*(pair[m] for pair in looks))
-        xs, raws = np.concatenate(seen, 1), [None] * len(row["bands"])
-        if stored[0] is not None:
-            raws = np.concatenate(stored, 1)
+        xs, raws, _ = zip(*(pair[m] for pair in looks))
+        xs, raws = np.concatenate(xs, 1), np.concatenate(raws, 1)
         title = row["name"]
         if data.inputs[0]["name"] == data.inputs[1]["name"]:
             title += f" {m + 1}"
@@ -1484,10 +1512,8 @@ def describe_inputs(data, indices, workers=0):
             if fault:
                 faults.setdefault(fault, []).append(band)
         warnings += [f"{title}, {join_names(bands)}: {fault}" for fault, bands in faults.items()]
-    uneven = []
-    for i, ((_, _, ratio1), (_, _, ratio2)) in zip(indices, looks):
-        if abs(math.log(ratio1 / ratio2)) > 0.05:
-            uneven.append(data.ids[i])
+    uneven = [data.ids[i] for i, ((_, _, ratio1), (_, _, ratio2)) in zip(indices, looks)
+              if abs(math.log(ratio1 / ratio2)) > 0.05]
     if uneven:
         warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
                         f"images of different width / height.  Both images are resized to one "
@@ -1498,21 +1524,13 @@ def describe_inputs(data, indices, workers=0):
 def describe_band(row, c, x, raw):
     """Returns the line of the table for one band.  c: the channel; x, raw: from `look_at`."""
     unit, ends, *_ = find_limits(row)
-    if row["name"] == "depth":                  # files hold steps, but the table shows metres
-        values = x * MAX_DEPTH
-    elif raw is not None:
-        values = raw[np.isfinite(raw)]
-    elif row["name"] == "ms":
-        values = x * 10000
-    else:
-        mean, std = SSL4EO_S1[row["bands"][c]]
-        values = mean + (4 * x - 2) * std
+    values = raw[np.isfinite(raw)]
     low, half, high = np.percentile(values, (1, 50, 99)) if len(values) else [0.0] * 3
     spread = high - low or abs(half) or 1
     numbers = " ".join(f"{format_value(value, spread):>9s}" for value in (low, half, high))
-    missing = "" if raw is None else f"{np.isnan(raw).mean():.1%}"
-    return (f"{numbers} {missing:>8s} {np.isin(x, ends).mean():8.1%}  {x.mean():5.3f} "
-            f"{x.std():5.3f} ({row['mean'][c]:.3f} {row['std'][c]:.3f})  {unit}")
+    shares = f"{np.isnan(raw).mean():8.1%} {np.isin(x, ends).mean():8.1%}"
+    return (f"{numbers} {shares}  {x.mean():5.3f} {x.std():5.3f} ({row['mean'][c]:.3f} "
+            f"{row['std'][c]:.3f})  {unit}")
 
 
 def format_value(value, spread):
@@ -1526,13 +1544,14 @@ def find_fault(row, c, x, raw):
     missing; one value is far from all others; the unit or scale is wrong; the values are so near to
     each other that the network can hardly tell them apart."""
     _, ends, normal, least, question = find_limits(row)
-    if raw is not None and np.isnan(raw).mean() > 0.5:
+    if np.isnan(raw).mean() > 0.5:
         return "more than half of the values are missing"
     value = find_far_value(raw[np.isfinite(raw)]) if row.get("raw_mean") else None
     if value is not None:
         return (f"the value {value:.10g} occurs many times and is far from all other values.  If "
-                f"it means that there is no data, give --nodata1 or --nodata2 {value:.10g} to "
-                f"`data.py prepare`, or set the tag GDAL_NODATA, or replace the value by NaN")
+                f"it means that there is no data, give --nodata1={value:.10g} (for modality 2, "
+                f"--nodata2=...) to `data.py prepare`, or set the tag GDAL_NODATA, or replace the "
+                f"value by NaN")
     if np.isin(x, ends).mean() > normal:
         return f"more than {normal:.0%} of the values are clipped: {question}"
     # B10 (cirrus) is 0 in products of level 2A, and nearly 0 in products of level 1C.
@@ -1972,8 +1991,10 @@ def attempt(work, job):
     try:
         return work(job), None
     except Exception as error:                  # a damaged file can raise errors of any type
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        # If the disk is full, numpy raises `100 requested and 50 written`, without a number.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "requested and" in str(error):
+            raise OSError(errno.ENOSPC, f"the disk is full, or a quota is used up ({error})")
         kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
         return None, kind + " ".join(str(error).split())
 
@@ -1995,7 +2016,7 @@ def read_shapes(dataset, i):
     if isinstance(dataset, Packed) and not dataset.labels:
         for season in range(4):
             dataset.read(dataset.ids[i], season)
-    return [tuple(x[0].shape if isinstance(x, list) else x.shape) for x in dataset[i]]
+    return tuple(tuple(x[0].shape if isinstance(x, list) else x.shape) for x in dataset[i])
 
 
 def check(args):
@@ -2008,23 +2029,22 @@ def check(args):
     need(args.depth_unit is None or "depth" in dataset.modalities,
          f"--depth-unit works only with depth, but {root} has {' and '.join(dataset.modalities)}.  "
          f"Leave --depth-unit out")
-    out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-"))
+    out = Path(args.out or "runs/check-" + re.sub(r"\W+", "-", str(root)).strip("-")[-100:])
+    out.mkdir(parents=True, exist_ok=True)      # before hours of reading, in case it cannot be made
     for note in dataset.notes:
         print(note)
-    good, usual = [], None
-    bad = dict.fromkeys(dataset.unpaired, "has no partner")
+    good, bad = [], dict.fromkeys(dataset.unpaired, "has no partner")
     read = functools.partial(attempt, functools.partial(read_shapes, dataset))
-    results = in_processes(read, range(len(dataset)), args.workers, "check")
+    results = list(in_processes(read, range(len(dataset)), args.workers, "check"))
+    usual = statistics.mode([shapes for shapes, _ in results if shapes] or [None])
     for i, (shapes, reason) in enumerate(results):
-        usual = usual or shapes
         if not reason and shapes != usual:
-            reason = (f"has the shapes {shapes}, but the samples before it have {usual}.  Cut all "
-                      f"images into tiles of one size with `data.py prepare --scenario custom`")
+            reason = (f"has the shapes {shapes}, but most samples have {usual}.  Cut all images "
+                      f"into tiles of one size with `data.py prepare --scenario custom`")
         if reason:
             bad[dataset.ids[i]] = reason
         else:
             good.append(i)
-    out.mkdir(parents=True, exist_ok=True)
     if good:
         few = spread_evenly(good, 200)
         table, warnings = describe_inputs(dataset, few, args.workers)
@@ -2102,17 +2122,13 @@ def fill_folder(out, settings, size):
         (out / name).unlink(missing_ok=True)
 
 
-NOTED = 256                                     # done samples are noted in groups of this size
-
-
-def work_through(part, jobs, work, args, bad):
+def work_through(part, jobs, work, args):
     """Calls work(job) for each job in {name: job} that no earlier run has done.  If a job fails,
     the other jobs are done nevertheless.  work writes files, and may return a number.
 
-    bad        {name: reason} of samples for which there is no job; jobs that fail are added
-    Returns {name: result} of all jobs that are done.  Raises BadInput if a sample is bad, unless
+    Returns {name: result} of all jobs that are done.  Raises BadInput if a job fails, unless
     --skip-bad is given."""
-    log, text = part / "done.jsonl", ""
+    log, text, bad = part / "done.jsonl", "", {}
     if log.is_file():
         text = log.read_text("utf-8")
     text = text[:text.rfind("\n") + 1]          # a killed run may leave half a line at the end
@@ -2121,19 +2137,13 @@ def work_through(part, jobs, work, args, bad):
     left = [name for name in jobs if name not in done]
     results = in_processes(functools.partial(attempt, work), [jobs[name] for name in left],
                            args.workers, "prepare")
-    with open(log, "a", 2 ** 20, "utf-8") as file:
-        for n, (name, (result, reason)) in enumerate(zip(left, results), 1):
+    with open(log, "a", 1, "utf-8") as file:    # 1: each line is written at once
+        for name, (result, reason) in zip(left, results):
             if reason:
                 bad[name] = reason
             else:
                 done[name] = result
                 file.write(f"{json.dumps((name, result))}\n")
-            if n % NOTED == 0:
-                # The rows must be on the disk before their samples are noted as done.
-                for path in part.glob("*.npy"):
-                    with open(path, "rb+") as rows:
-                        os.fsync(rows.fileno())
-                file.flush()
     file = part / "bad-ids.txt"
     file.unlink(missing_ok=True)
     if bad:
@@ -2144,24 +2154,24 @@ def work_through(part, jobs, work, args, bad):
     return done
 
 
-def pack(out, jobs, read, files, bad, args):
+def pack(out, jobs, read, files, args):
     """Packs samples into `files`, arrays of bytes with one row per sample, and writes ids.txt.
     read(job) returns one row for each file.  If a sample is damaged, its row is 0, and its line in
     ids.txt begins with `# `."""
-    rows, reason = None, next(iter(bad.values()), f"nothing to prepare; {TREE}")
+    rows, reason = None, f"nothing to prepare; {TREE}"
     for job in jobs.values():
         rows, reason = attempt(read, job)
         if rows:                                # these rows show the size of all rows
             break
-    need(rows, f"none of {len(jobs) + len(bad)} samples for {out} can be read.  The last reason: "
+    need(rows, f"none of {len(jobs)} samples for {out} can be read.  The last reason: "
          f"{reason}")
     with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(map(len, rows))) as part:
         for file, row in zip(files, rows):
             if not (part / file).is_file():
                 np.lib.format.open_memmap(part / file, "w+", np.uint8, (len(jobs), len(row)))
         numbered = {name: (k, job) for k, (name, job) in enumerate(jobs.items())}
-        work_through(part, numbered, functools.partial(write_rows, part, files, read), args, bad)
-        write_text(part / "ids.txt", "".join(f"# {name}\n" if name in bad else f"{name}\n"
+        done = work_through(part, numbered, functools.partial(write_rows, part, files, read), args)
+        write_text(part / "ids.txt", "".join(f"{name}\n" if name in done else f"# {name}\n"
                                              for name in jobs))
 
 
@@ -2181,17 +2191,18 @@ def write_rows(part, files, read, job):
 def prepare_ssl4eo(root, out, args):
     """Packs SSL4EO-S12 into season0.npy to season3.npy.  A location has 60 files; its four rows
     have 0.5 MB each."""
-    jobs, unpaired = find_locations(root)
-    bad = dict.fromkeys(unpaired, "is in only one of s1/ and s2c/")
+    paired, unpaired = find_locations(root)
+    jobs = {name: name for name in sorted([*paired, *unpaired])}    # unpaired names fail in `read`
     files = [f"season{k}.npy" for k in range(4)]
-    pack(out, jobs, functools.partial(read_seasons, root), files, bad, args)
+    pack(out, jobs, functools.partial(read_seasons, root), files, args)
 
 
 def prepare_bigearthnet(root, out, args):
     """Packs each split of BigEarthNet-MM that has a list into season0.npy and labels.npy.  The
     official lists have no patches with snow or clouds."""
     folders = root / "BigEarthNet-S1-v1.0", root / "BigEarthNet-v1.0"
-    s1_names, s2_names = (set(list_folders(folder)) for folder in folders)
+    for folder in folders:
+        need(folder.is_dir(), f"no folder {folder}.  {list_contents(folder)}; {TREE}")
     splits = [name for name in ("train", "val", "test") if (root / f"{name}.csv").is_file()]
     need(splits, f"no train.csv, val.csv or test.csv under {root}.  Download these lists; {TREE}")
     partners, problems = {}, []
@@ -2199,19 +2210,14 @@ def prepare_bigearthnet(root, out, args):
         if (out / split).exists():
             print(f"{out / split} exists, so it is prepared already")
             continue
-        lines = read_lines(root / f"{split}.csv")
+        lines, jobs = read_lines(root / f"{split}.csv"), {}
         partners = partners or find_partners(folders[0])
-        jobs, bad = {}, {}
         for line in lines:                      # `S2 name,S1 name`, or only the S2 name
             s2 = line.split(",")[0].strip()
-            s1 = partners.get(s2)
-            if s1 in s1_names and s2 in s2_names:
-                jobs[s2] = s2, s1
-            else:
-                bad[s2] = f"is in {split}.csv, but its S1 or its S2 folder is missing"
+            jobs[s2] = s2, partners.get(s2)
         read = functools.partial(read_patch, folders)
         try:
-            pack(out / split, jobs, read, ["season0.npy", "labels.npy"], bad, args)
+            pack(out / split, jobs, read, ["season0.npy", "labels.npy"], args)
         except BadInput as problem:             # reported after the other splits are packed
             problems.append(str(problem))
     need(not problems, "  ".join(problems))
@@ -2233,7 +2239,7 @@ def prepare_geonrw(root, out, args):
          f"GeoNRW with --data; {TREE}")
     # A tile has 1000 x 1000 pixels, each of 8 bytes: 3 of rgb, 4 of dem and 1 of seg.
     with fill_folder(out, json.dumps(list(jobs)), len(jobs) * 8e6) as part:
-        work_through(part, jobs, functools.partial(cut_geonrw, part), args, {})
+        work_through(part, jobs, functools.partial(cut_geonrw, part), args)
         tiles = sorted(path.stem for path in (part / "rgb").iterdir())
         tested = {name for name in jobs if name.split("_")[0] in TEST_CITIES}
         write_lists(part, tiles, tested)
@@ -2325,13 +2331,12 @@ def prepare_tiles(where, args):
     seed, share = args.seed or 0, args.test_share or 0.2
     patterns = [*where, args.target] if args.target else where
     files, names, unpaired = find_samples(patterns, strict=False)
-    bad = dict.fromkeys(unpaired, "has no partner, or no mask")
-    jobs = {name: (name, [side[name] for side in files]) for name in names}
+    jobs = {name: (name, [side.get(name) for side in files]) for name in sorted(names + unpaired)}
     settings = json.dumps([*patterns, args.size, nodata, declared, seed, share, *jobs])
     size = sum(read_first([side[name] for name in names])[1].nbytes for side in files)
     with fill_folder(args.out, settings, len(jobs) * size) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
-        left_out = sum(work_through(part, jobs, cut, args, bad).values())
+        left_out = sum(work_through(part, jobs, cut, args).values())
         tiles = sorted(path.stem for path in (part / "1").iterdir())
         need(tiles, f"every tile for {args.out} is left out, because more than half of its values "
              f"are missing.  Check --nodata1 and --nodata2")
@@ -2347,49 +2352,35 @@ def cut_own(part, size, nodata, declared, job):
     """Reads the images and the mask of a scene, resizes the second image to the size of the first,
     and cuts all of them into tiles.  job: the name of the scene, and its files."""
     name, paths = job
+    need(all(paths), f"{name} has no partner, or no mask.  Add the file, or remove the others")
     images, types = {}, {}
     for folder, path, value, kind in zip("12", paths, nodata, declared):
         a = read_image(path)
         types[folder] = stored_type(path, a)
         missing = ~np.isfinite(a)
         if value is not None:                   # in all channels, because black can be a colour
-            missing = missing | (a == value).all(0)
+            missing = missing | np.isclose(a.astype(float), value, rtol=1e-6, atol=0).all(0)
         if kind:                                # values of depth or dem can mean no reading
             missing = missing | ~np.isfinite(read_input(path, MODALITIES[kind]))
         if missing.any():
             a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
         images[folder] = a
     if images["1"].shape[1:] != images["2"].shape[1:]:
-        images["2"] = resize_like(images["2"], types["2"], images["1"].shape[1:])
+        images["2"] = resize_array(images["2"], images["1"].shape[1:], types["2"])
     if len(paths) == 3:
         images["label"] = read_small_mask(paths[2])
     return write_tiles(part, name, images, types, size)
 
 
-def resize_like(a, dtype, size):
-    """Resizes CxHxW, with NaN where values are missing.  dtype: the type of the file.
-
-    Integers of more than 8 bits take the value of the nearest pixel, because a value between two
-    such values may mean nothing."""
-    if dtype.kind != "f" and dtype != np.uint8:
-        rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int)
-                         for n, old in zip(size, a.shape[1:]))
-        return a[:, rows[:, None], columns]
-    a = resize_array(a, size)
-    return np.floor(a + 0.5) if dtype == np.uint8 else a
-
-
 def prepare_rgbd(root, out, args):
     """Makes HHA/ from RGB/ and Depth/ or, from SUN RGB-D's raw tree, makes RGB/, HHA/ and Label/.
     """
-    frames, masks, bad = {}, {}, {}
+    frames, masks = {}, {}
     if (root / "Depth").is_dir():
         unit, camera = args.depth_unit or 1000.0, read_intrinsics(root / "intrinsics.txt")
         depth = find_images(root / "Depth")
         raw = find_images(root / "RawDepth") if (root / "RawDepth").is_dir() else depth
-        bad = {name: "has no file in RawDepth/" for name in depth if name not in raw}
-        jobs = {name: (name, path, raw[name], unit, camera)
-                for name, path in depth.items() if name not in bad}
+        jobs = {name: (name, path, raw.get(name), unit, camera) for name, path in depth.items()}
         settings, work = f"{unit} {camera.tolist()}", write_hha
     else:
         need(args.depth_unit is None, f"--depth-unit works only with a folder Depth/, but {root} "
@@ -2401,7 +2392,7 @@ def prepare_rgbd(root, out, args):
         jobs = {name: (name, folder) for name, folder in frames.items()}
         settings, work = "SUN RGB-D", write_sunrgbd_hha
     with fill_folder(out, settings, 3 * 640 * 480 * len(jobs)) as part:
-        done = work_through(part, jobs, functools.partial(work, part), args, bad)
+        done = work_through(part, jobs, functools.partial(work, part), args)
         # The links come before HHA/ has its name, because HHA/ means that all is done.
         for name in done.keys() & frames.keys():
             link(find_only_file(f"{frames[name]}/image"), root / "RGB", name)
@@ -2412,6 +2403,7 @@ def prepare_rgbd(root, out, args):
 def write_hha(part, job):
     """Writes the HHA image of one frame."""
     name, depth, raw, unit, camera = job
+    need(raw, f"{name} has no file in RawDepth/.  Add it, or remove RawDepth/")
     filled, raw_m = fill_holes(read_metres(depth, unit)), read_metres(raw, unit)
     image = Image.fromarray(hha(filled, raw_m, camera))
     write_atomically(part / f"{name}.png", lambda file: image.save(file, "png"))
@@ -2559,7 +2551,7 @@ COMMAND_FLAGS = DATA_FLAGS | {
                                         "default: train with --task, otherwise all"),
     "workers": dict(type=number(int, 0), default=count_cores(),
                     help="the number of processes that read files; default: one per core"),
-    "target": dict(type=expand_path, metavar="FILES", help="with custom: masks to cut as well, a "
+    "target": OWN_IMAGES | dict(help="with custom: masks to cut as well, a "
                    "folder or a pattern in quotes; default: none"),
     "nodata1": dict(type=float, metavar="VALUE", help="with custom: a pixel of --data1 has no data "
                     "if all its channels have this value; default: none.  NaN and the no-data "

@@ -43,10 +43,11 @@ from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, add_flags, check
                   open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
                   resize, run_main, show_progress, to_unit_range, write_text)
 from decur import MITS, branch, mit, start_as_segformer
-from pretrain import (FLAGS, Run, check_batch, collect_settings, describe_input, distribute,
-                      fill_in, find_checkpoint, hash_file, join, leave, load_checkpoint,
-                      make_loader, make_run_folder, measure_statistics, mixed_precision,
-                      read_environment, read_pretraining, restore, start_from, sum_over_processes)
+from pretrain import (FLAGS, Run, check_batch, check_equal, collect_settings, describe_input,
+                      distribute, fill_in, find_checkpoint, hash_file, join, leave,
+                      load_checkpoint, make_loader, make_run_folder, measure_statistics,
+                      mixed_precision, read_environment, read_pretraining, restore, start_from,
+                      sum_over_processes)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -130,7 +131,7 @@ def train(run, net, model, args, inputs):
             for E in net.encoders:
                 E.eval()
         x, target = prepare_batch(batch, args, inputs, run.device, run.draws)
-        with precision:                         # CMX trains in float32, as published
+        with precision:                         # CMX trains without autocast, as published
             logits = model(*x)                  # NxC, or NxCxHxW
         loss = compute_transfer_loss(logits, target, run.world)
         run.optimizer.zero_grad()
@@ -194,7 +195,8 @@ def compute_scores(net, x, scales):
         mirrored = [images.flip(-1) for images in scaled]
         sums.append(net(*scaled).float() + net(*mirrored).flip(-1).float())
     top = torch.stack([t.amax((1, 2, 3), keepdim=True) for t in sums]).amax(0)  # Nx1x1x1
-    # exp(89) is infinite in float32.  A shift of all scales keeps the order of the classes.
+    # exp(89) is infinite in float32.  A shift keeps the order of the classes, but scores that are
+    # more than about 180 below the largest become 0.
     excess = (top - 80).clamp(min=0)
     return sum(F.interpolate((t - excess).exp(), size, mode="bilinear") for t in sums)
 
@@ -414,7 +416,7 @@ def count_confusions(pred, gt, num_classes, ignore):
     """Returns CxC counts: rows are labels, columns are predictions.  Labels equal to `ignore` are
     not counted.  They get a bin of their own, because selecting the other labels takes longer."""
     bins = num_classes ** 2
-    bin_of_each = torch.where(gt == ignore, bins, num_classes * gt + pred)
+    bin_of_each = torch.where(gt == ignore, bins, num_classes * gt.long() + pred)
     counts = bin_of_each.flatten().bincount(minlength=bins + 1)
     return counts[:bins].view(num_classes, num_classes)
 
@@ -496,8 +498,9 @@ def build_with_projectors(args, channels, num_classes):
         checkpoint = load_checkpoint(file)
         settings, state = checkpoint["settings"], checkpoint["model"]
         K, Kc = settings["K"], settings["Kc"]
+        check_equal(vars(args), settings, ["backbone"], "--part", f"{file}. Give its --backbone")
         for m, c in zip(select_modalities(args), channels):
-            branches[f"f{m + 1}"] = branch(settings["backbone"], c, settings["widths"])
+            branches[f"f{m + 1}"] = branch(args.backbone, c, settings["widths"])
         branches.load_state_dict({key: t for key, t in state.items() if key[:2] in branches})
     start, stop = {"common": (0, Kc), "unique": (Kc, K), "all": (0, K)}[args.part]
     need(start < stop, f"--part {args.part} is empty, because {Kc} of the {K} dimensions of {file} "
@@ -552,9 +555,13 @@ def open_task(args, rank):
         both, lines = open_custom_task(args)
     else:
         both, lines = open_published_task(args, rank), []
-    modalities = both[0].data.modalities
-    need(args.depth_unit == 1000 or "depth" in modalities, f"--depth-unit has no effect on "
-         f"{' and '.join(modalities)}. Leave --depth-unit out")
+    modalities, default = both[0].data.modalities, args.pretraining[0].get("depth_unit", 1000)
+    need("depth" in modalities or args.depth_unit in (1000, default), f"--depth-unit has no effect "
+         f"on {' and '.join(modalities)}. Leave --depth-unit out")
+    shared = sorted(set(both[0].ids) & set(both[1].ids))
+    need(not shared, f"--split {args.split} and --test-split {args.test_split} share "
+         f"{len(shared)} names, such as {' '.join(shared[:1])}. Test on names that are not trained "
+         f"on")
     return both, lines
 
 
@@ -705,22 +712,25 @@ def open_custom_task(args):
              f"NAME.csv with {CSV_FORM}, or a folder or a pattern of masks")
         named = find_images(args.target, (".png", ".tif", ".tiff", ".npy"))
         describe = describe_masks
-    unpaired = sorted(set(named) - set(pairs.ids))
-    need(not unpaired, f"--target {args.target} has a label for {' '.join(unpaired[:1])}, but no "
-         f"pair has this name. The first pair is {pairs.ids[0]}. Give masks with the names of the "
-         f"pairs, a pattern such as 'masks/*_mask.png', or a csv with {CSV_FORM}")
+    names = dict.fromkeys(pairs.ids)
+    unpaired = [name for name in named if name not in names]
+    remedy = "Give masks with the names of the pairs, or a pattern such as 'masks/*_mask.png'"
+    if args.model == "late":
+        remedy = "Write the names of the pairs. If this line is a header, write it as `name,label`"
+    need(not unpaired, f"--target {args.target} has a label for {' '.join(unpaired[:1])!r}, but no "
+         f"pair has this name. The first pair is {pairs.ids[0]!r}. {remedy}")
     classes, kind, read_label, more = describe(args, named)
     remedy = "Give labels of two classes or more"
     if kind == "segmentation" and args.ignore >= 0:
         remedy += f". If {args.ignore} is the value of a class in these masks, give --ignore -1"
     need(len(classes) > 1, f"--target {args.target} has fewer than two classes: "
          f"{', '.join(classes) or 'none'}. {remedy}")
-    ids, both = [name for name in pairs.ids if name in named], []
-    for part in split_names(args, ids):
+    both = []
+    for part in split_names(args, pairs.ids, named):
         data = copy.copy(pairs)
         data.ids = part
         both.append(Labelled(data, classes, kind, read_label))
-    lines.append(f"pairs with a label: {len(ids)} of {len(pairs)}; the task is {kind} with "
+    lines.append(f"pairs with a label: {len(named)} of {len(pairs)}; the task is {kind} with "
                  f"{len(classes)} classes")
     return both, lines + more
 
@@ -797,19 +807,21 @@ def describe_masks(args, files):
     return classes, "segmentation", partial(read_classes, files, list(counts)), lines
 
 
-def split_names(args, ids):
-    """Returns names to train on and names to test on, from the two lists that were given.  Without
-    lists, a random fifth (by --seed) is tested on."""
-    if args.split:
-        names = dict.fromkeys(ids)
-        train, test = [read_list(Path(file), names) for file in (args.split, args.test_split)]
-        shared = sorted(set(train) & set(test))
-        need(not shared, f"{args.split} and {args.test_split} share names, such as "
-             f"{' '.join(shared[:1])}. Test on names that are not trained on ({len(shared)} are "
-             f"shared)")
-        return train, test
-    test = [ids[i] for i in sorted(choose_subset(len(ids), 0.2, args.seed))]
-    return sorted(set(ids) - set(test)), test
+def split_names(args, ids, named):
+    """Returns names to train on and names to test on, from the lists --split and --test-split.
+    Without lists, --seed draws a random fifth of the names to test on.
+
+    ids, named    the names of the pairs, and {name: label}"""
+    if not args.split:
+        ids = [name for name in ids if name in named]
+        test = [ids[i] for i in sorted(choose_subset(len(ids), 0.2, args.seed))]
+        return sorted(set(ids) - set(test)), test
+    both = [read_list(Path(file), dict.fromkeys(ids)) for file in (args.split, args.test_split)]
+    unlabelled = [name for name in both[0] + both[1] if name not in named]
+    need(not unlabelled, f"{len(unlabelled)} names in {args.split} and {args.test_split} have no "
+         f"label in --target, such as {' '.join(unlabelled[:1])}. Add their labels, or remove them "
+         f"from the lists")
+    return both
 
 
 # ---- pictures ----
@@ -855,14 +867,11 @@ def main(argv=None):
     chosen = choose_subset(len(data), args.labels, args.seed)
     check_batch(args.batch_size, len(chosen), world)
     args.steps = args.steps or args.epochs * (len(chosen) // args.batch_size)
-    counts = count_classes(data, chosen[rank::world], args.workers)
 
     # ---- model ----
     torch.manual_seed(args.seed)
     net, more = build_model(args, data)
-    net.to(device)
-    if device.type == "cuda":
-        net.to(memory_format=torch.channels_last)
+    move_net(net, device)
     if args.linear:
         freeze(net, data, chosen, args, device, resumed=bool(checkpoint))
     optimizer = make_transfer_optimizer(net, args)
@@ -871,7 +880,7 @@ def main(argv=None):
         samples=len(chosen), test_samples=len(test_data), num_classes=len(data.classes))
     if checkpoint:
         restore(checkpoint, args.out, net, optimizer, settings)
-    frozen = [copy.deepcopy(E.state_dict()) for E in net.encoders] if args.linear else []
+    counts = count_classes(data, chosen[rank::world], args.workers)
 
     # ---- run; the loader's workers start before the processes are connected ----
     trained, samples, indices = net, data, chosen
@@ -881,6 +890,8 @@ def main(argv=None):
     loader = make_loader(args, samples, indices, step, args.steps, process)
     join(args.out, step, process)
     model = distribute(trained, world, device)
+    # `distribute` has given all processes the batch statistics of the first process
+    frozen = [copy.deepcopy(E.state_dict()) for E in net.encoders] if args.linear else []
     counts = sum_over_processes(counts.to(device)).cpu()
     if rank == 0:
         make_run_folder(args, settings, process)
@@ -895,6 +906,14 @@ def main(argv=None):
         finish(run, result, sorted(data.ids[i] for i in chosen))
     leave()
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
+
+
+def move_net(net, device):
+    """Moves net to the device.  On a GPU, convolutions in bf16 are faster if channels are last."""
+    if device.type == "cuda":
+        net.to(device, memory_format=torch.channels_last, non_blocking=True)
+    else:
+        net.to(device)
 
 
 def count_classes(data, indices, workers):
@@ -972,7 +991,7 @@ METHOD_NAMES = dict(barlowtwins="Barlow Twins (w/o intra&decoup.)", vicreg="VICR
 DECUR_NAMES = {(False, False): "DeCUR", (True, False): "w/o intra", (False, True): "w/o decoup.",
                (True, True): METHOD_NAMES["barlowtwins"]}
 TITLE = ("task", "model", "weights", "protocol", "labels")  # these begin each line
-# Runs that differ only in these settings share a line: seeds, and what follows from other settings.
+# Two runs that differ only in these settings share a line.  They are seeds, or follow from others.
 NOT_COMPARED = ("seed", "weights_sha256", "file", "inputs", "sees", "channels", "modalities",
                 "widths", "K", "Kc", "steps")
 
@@ -1016,6 +1035,8 @@ def print_table(folders):
     differ.  Then follow the scores."""
     groups, values = {}, {}
     for file in [Path(folder) / "results.json" for folder in folders]:
+        need(file.parent.exists(), f"--table: there is no folder {file.parent}. Give the --out of "
+             f"runs")
         if not file.is_file():                  # a pretraining, or a run that has not ended
             continue
         result = read_json(file, "results of finetune.py")
@@ -1112,6 +1133,10 @@ def get_args(argv=None):
         add_flags(parser.add_argument_group(title), TRANSFER_FLAGS, names)
     args = parser.parse_args(argv)
     if args.table:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        given.remove("table")
+        need(not given, f"--table works without other flags. Leave "
+             f"--{' '.join(given[:1]).replace('_', '-')} out")
         return args, {}
     need(args.task and args.weights, "--task or --weights is missing. Give --task and --weights (a "
          "file, imagenet or none) to train, or --table to list runs")
@@ -1155,6 +1180,8 @@ def choose_data_and_model(args):
              "--toy")
         args.data = [args.data1, args.data2]
         models = ["late" if args.target.lower().endswith(".csv") else "fcn"]
+        need(args.ignore is None or models == ["fcn"], "--ignore works only with masks as "
+             "--target. Leave --ignore out")
     args.data = args.data or (f"data/toy-{task['scenario']}" if args.toy else task["data"])
     args.model = args.model or models[0]
     if args.toy and args.task != "bigearthnet":
@@ -1186,6 +1213,10 @@ def check_transfer_flags(args):
     for name in ("part", "cached"):
         need(not getattr(args, name) or args.linear and late,
              f"--{name} works only with --linear and --model late")
+    need(not args.part or len(args.weights) == 1 and "method" in args.pretraining[0], "--part "
+         "needs the projectors. Give one checkpoint.pt of pretrain.py as --weights")
+    need(not args.bgr or args.weights[0] not in ("none", "imagenet") and not args.part, "--bgr "
+         "works only with files of others as --weights, and without --part")
     need(args.model != "cmx" or args.backbone in MITS and not args.modality,
          "--model cmx works only with a SegFormer as --backbone, such as mit_b2, and without "
          "--modality")
