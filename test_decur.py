@@ -3032,6 +3032,13 @@ def test_a_caption_names_the_bands_of_a_composite():
     assert data.name_composite(MODALITIES["rgb"]) == ""
 
 
+@pytest.mark.parametrize("lower, other, agrees", [
+    (0.99, 1, "yes"), (1, 1, "no"), (1, 0.99, "no"), (math.nan, 1, "no"), (1, math.nan, "no")])
+def test_a_claim_agrees_if_the_number_that_should_be_lower_is_lower(lower, other, agrees):
+    line = explain.claim("a is below b", dict(b=other, a=lower), "a")
+    assert line.endswith(f"Measured: b {other:.3g}, a {lower:.3g}. Agrees: {agrees}.")
+
+
 def test_the_last_line_of_a_step_counts(tmp_path):
     """A run that was stopped after its last save has logged steps that it repeats."""
     lines = [{"step": 1, "loss": 9}, {"step": 2, "loss": 8}, {"step": 2, "loss": 7},
