@@ -362,7 +362,7 @@ class Explained:
     main adds what needs a pass over the samples:
     embedded               what `embed` returns for the network
     compared               what `embed` returns for the network of --compare, or None
-    nets                   a `TwoValues` for each modality"""
+    values                 a `TwoValues` for each modality"""
 
     def __init__(self, args, device, net, settings, root, data):
         self.args, self.device, self.net, self.settings = args, device, net, settings
@@ -478,7 +478,7 @@ def main(argv=None):
           f"{' '.join(root)}; N {e.N}  K {e.K}  Kc {e.Kc}; {device.type}")
     e.embedded = embed(net, e.batches("embeddings"))
     square = args.value == "square"
-    e.nets = (TwoValues(net.f1, e.embedded["z1"], e.Kc, layer1, square),
+    e.values = (TwoValues(net.f1, e.embedded["z1"], e.Kc, layer1, square),
               TwoValues(net.f2, e.embedded["z2"], e.Kc, layer2, square))
     e.compared = embed(other, e.batches("embeddings of --compare")) if args.compare else None
     stopped = settings["stopped"] or f"at step {settings['step']}"  # "at step 100 of 200"
@@ -524,8 +524,8 @@ def measure_densities(e):
     for x in e.batches("density of GradCAM maps"):
         masks = [read_masks(scenario, e.root, next(names), size) for _ in x[0]]
         masks = torch.stack(masks).to(e.device)                         # Bx3xSxS
-        for m, net in enumerate(e.nets):
-            for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m], relu=True)).items():
+        for m, two_values in enumerate(e.values):
+            for kind, att in e.keep_nonempty(*gradcam_vis(two_values, x[m], relu=True)).items():
                 density = measure_density(att[:, None], masks).cpu()    # Bx3
                 densities.setdefault(("GradCAM maps", m, kind), []).append(density)
     return {key: torch.cat(batches).numpy() for key, batches in densities.items()}
@@ -603,21 +603,22 @@ def probe_factors(E, m, scenes):
 def measure_factors(runs, scenes):
     """Measures what the networks of several runs know about the three factors.
 
-    runs    a list of (label, network, settings)
-    Returns {(label, m, kind): Sx3} for the S runs with that label.  For the kinds "common" and
+    runs    a list of (run's name, network, settings)
+    Returns {(run's name, m, kind): Sx3} for the S runs of that name.  For the kinds "common" and
     "unique" the numbers are the mean share of variance on the test split.  For the kind "backbone"
-    they are the accuracy of a linear probe.  The last label has a random encoder for each seed."""
+    they are the accuracy of a linear probe.  The last name, RANDOM, stands for random encoders, one
+    for each seed."""
     found, (x1, x2, factors) = collections.defaultdict(list), scenes["test"]
-    for label, net, settings in runs:
-        print(f"measuring {label}, seed {settings['seed']}")
+    for run_name, net, settings in runs:
+        print(f"measuring {run_name}, seed {settings['seed']}")
         for m, (f, x) in enumerate(((net.f1, x1), (net.f2, x2))):
             z = run_network(f, x)                                       # NxK
             shares = torch.stack([variance_shares(z, y) for y in factors.T])  # 3xK
             halves = shares.tensor_split([settings["Kc"]], 1)           # 3xKc, 3xKu
             for kind, half in zip(("common", "unique"), halves):
                 if half.numel():
-                    found[label, m, kind].append(half.mean(1).tolist())
-            found[label, m, "backbone"].append(probe_factors(f.E, m, scenes))
+                    found[run_name, m, kind].append(half.mean(1).tolist())
+            found[run_name, m, "backbone"].append(probe_factors(f.E, m, scenes))
     for seed in dict.fromkeys(settings["seed"] for _, _, settings in runs):
         for m in (0, 1):
             E = make_random_encoder(runs[0][2], m, seed, scenes["train"][m])
@@ -633,8 +634,8 @@ def sweep(args, device):
     runs = []
     for folder in args.sweep:
         net, settings = open_net(folder / "checkpoint.pt", device)
-        label = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
-        runs.append((label, net, settings))
+        run_name = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
+        runs.append((run_name, net, settings))
         check_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
                     "the first run. Give runs with the same settings")
     settings = runs[0][2]
@@ -652,7 +653,8 @@ def sweep(args, device):
 # These are colours of Okabe and Ito, which colour-blind readers can tell apart.
 INK, GREY, WHITE, RED, BLUE = "#000000", "#8c8c8c", "#ffffff", "#d55e00", "#0072b2"
 KIND_COLOURS = {"common": "#009e73", "unique": "#e69f00", "backbone": INK, RANDOM: "#ddd"}
-TERMS = dict(loss=INK, L1=RED, L2=BLUE, Lc=KIND_COLOURS["common"], Lu=KIND_COLOURS["unique"])
+CURVE_COLOURS = dict(loss=INK, L1=RED, L2=BLUE, Lc=KIND_COLOURS["common"],
+                     Lu=KIND_COLOURS["unique"])
 MARKS = {("common", 0): (RED, "cross"), ("common", 1): (BLUE, "square"),
          ("unique", 0): (RED, "dot"), ("unique", 1): (BLUE, "dot")}  # of modality 1 and 2
 
@@ -679,11 +681,11 @@ def picture_curves(e):
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
     steps = log["step"]
-    terms = [name for name in TERMS if any(log.get(name, ()))]          # an ablated term is 0
+    terms = [name for name in CURVE_COLOURS if any(log.get(name, ()))]  # an ablated term is 0
     image, pen, (left, right) = start_page(
         2, 2, 448, 300, f"Pretraining, left: the loss and its terms (grey: chance {chance:.1f}, "
         f"floor {floor:.1f}); right: the mean diagonals C of the terms",
-        [(name, TERMS[name]) for name in terms])
+        [(name, CURVE_COLOURS[name]) for name in terms])
     lines = {name: log[name] for name in terms}
     lines |= {"chance": [chance] * len(steps), "floor": [floor] * len(steps)}
     logs = {name: np.log10(np.maximum(a, 1e-2)) for name, a in lines.items()}  # a loss can be 0
@@ -691,11 +693,11 @@ def picture_curves(e):
     at = draw_axes(pen, left, (0, steps[-1]), (math.floor(ends.min()), ends.max() + 0.1), "",
                    "step", "loss", powers=True)
     for name, a in logs.items():
-        draw_curve(pen, at, steps, a, TERMS.get(name, GREY))
+        draw_curve(pen, at, steps, a, CURVE_COLOURS.get(name, GREY))
     at = draw_axes(pen, right, (0, steps[-1]), (-0.2, 1), "", "step", "mean diagonal")
     diagonals = {name: log[name] for name in ("C1", "C2", "Cc", "Cu") if name in log}
     for name, a in diagonals.items():
-        draw_curve(pen, at, steps, a, TERMS[name.replace("C", "L")])
+        draw_curve(pen, at, steps, a, CURVE_COLOURS[name.replace("C", "L")])
     last = {}
     if "Cc" in log:
         last["Cc"] = log["Cc"][-1]
@@ -788,10 +790,10 @@ def picture_gradcam(e):
     side, size, tiles, empty = 144, e.settings["size"], [], 0
     numbers = collections.defaultdict(list)
     for x in load_batches(e.data, e.samples[:e.args.pairs], size, 1, 0, e.device, "pairs"):
-        for m, net in enumerate(e.nets):
+        for m, two_values in enumerate(e.values):
             picture = make_visible(x[m][0], e.data.inputs[m])
             tiles.append((e.modalities[m] + name_composite(e.data.inputs[m]), picture))
-            for kind, att in e.keep_nonempty(*gradcam_vis(net, x[m])).items():
+            for kind, att in e.keep_nonempty(*gradcam_vis(two_values, x[m])).items():
                 colours = to_viridis(scale_maps(att.relu())[0].cpu().numpy()) / 255
                 tiles.append((f"{e.modalities[m]}, {kind}", 0.45 * picture + 0.55 * colours))
                 numbers[f"modality{m + 1}_{kind}"].append(att[0].cpu().numpy())
@@ -807,7 +809,7 @@ def picture_gradcam(e):
             pen.text((left, top - LINE - 2), heading, INK, FONT)
     lines = [f"Each row of the picture is a pair. Common maps should lie on what both modalities "
              f"show, unique maps on what only one shows. Maps without a positive pixel: {empty}"]
-    h, w = gradcam(net, net.layer, x[1], 0).shape[-2:]
+    h, w = gradcam(two_values, two_values.layer, x[1], 0).shape[-2:]    # of modality 2
     if max(h, w) <= 2:
         lines.append(f"warning: GradCAM's maps have only {h}x{w} pixels, too few to show places. "
                      f"Give an earlier --layer, or pretrain with a larger --size")
@@ -822,7 +824,7 @@ def picture_gradcam(e):
 
 def picture_spatial(e):
     """Draws Fig. 5a."""
-    stats = [gradcam_stat(*e.nets, x1, x2) for x1, x2 in e.batches("GradCAM statistics")]
+    stats = [gradcam_stat(*e.values, x1, x2) for x1, x2 in e.batches("GradCAM statistics")]
     mul_c, mul_u = (torch.cat(scores).cpu().numpy() for scores in zip(*stats))
     scores = e.keep_nonempty(mul_c, mul_u)
     means = {kind: a.mean() for kind, a in scores.items()}
@@ -847,11 +849,11 @@ def picture_spectral(e):
     the signed mean over the pixels, from `IG_stat`."""
     stats, errors = ([], []), []
     for x in e.batches("integrated gradients"):
-        for m, net in enumerate(e.nets):
-            imp = torch.stack(IG_stat(net, x[m], e.args.steps), 1)      # Nx2xC
+        for m, two_values in enumerate(e.values):
+            imp = torch.stack(IG_stat(two_values, x[m], e.args.steps), 1)  # Nx2xC
             stats[m].append(imp.cpu())
             with torch.no_grad():
-                gain = net(x[m]) - net(torch.zeros_like(x[m]))          # Nx2
+                gain = two_values(x[m]) - two_values(torch.zeros_like(x[m]))  # Nx2
             error = imp.sum(2) * x[m][0, 0].numel() - gain              # Nx2  completeness
             errors.append(torch.stack((error, gain)).abs().nanmean((1, 2)).cpu())
     error, gain = torch.stack(errors).mean(0).tolist()
@@ -887,23 +889,24 @@ def picture_factors(e):
 
 
 def picture_measured(found, modalities):
-    """Draws the means over runs of what `measure_factors` returns, two panels for each label."""
-    labels = list(dict.fromkeys(label for label, _, _ in found))
+    """Draws the means over runs of what `measure_factors` returns, two panels for each name."""
+    run_names = list(dict.fromkeys(run_name for run_name, _, _ in found))  # the last one is RANDOM
     image, pen, boxes = start_page(
-        2 * len(labels) - 2, 2, 448, 200, f"Share of variance of dimensions between the shapes of "
+        2 * len(run_names) - 2, 2, 448, 200, f"Share of variance of dimensions between the shapes of "
         f"an object; accuracy of a linear probe on the backbone (chance {1 / len(SHAPES):g})",
         list(KIND_COLOURS.items()))
     for i, box in enumerate(boxes):
-        label, m = labels[i // 2], i % 2
+        run_name, m = run_names[i // 2], i % 2
         bars = {kind: a.mean(0) for (name, side, kind), a in found.items()
-                if (name, side) == (label, m)}
+                if (name, side) == (run_name, m)}
         bars[RANDOM] = found[RANDOM, m, "backbone"].mean(0)
-        draw_grouped_bars(pen, box, bars, name_objects(modalities), f"{label}: {modalities[m]}",
-                          "share, accuracy")
+        draw_grouped_bars(pen, box, bars, name_objects(modalities),
+                          f"{run_name}: {modalities[m]}", "share, accuracy")
     claims = compare_objects(f"Share of the variance of dimensions, and accuracy of a linear probe "
                              f"on the backbone (chance {1 / len(SHAPES):g}), on unseen scenes",
                              found, modalities)
-    numbers = {f"{label} {modalities[m]} {kind}": a for (label, m, kind), a in found.items()}
+    numbers = {f"{run_name} {modalities[m]} {kind}": a
+               for (run_name, m, kind), a in found.items()}
     return image, numbers, "\n  ".join(claims or ["No run has both common and unique dimensions"])
 
 
