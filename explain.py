@@ -35,11 +35,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from data import (SHAPES, expand_path, make_visible, name_composite, need, number,
-                  open_dataset, read_factors, read_json, read_mask, reading, resize,
-                  resize_and_normalise, run_main, show_progress, write_atomically)
+                  open_dataset, read_factors, read_mask, reading, resize, resize_and_normalise,
+                  run_main, show_progress, write_atomically)
 from decur import BN, DeCUR, bounds, branch
-from pretrain import (check_equal, load_checkpoint, make_folder, measure_statistics,
-                      read_environment, read_settings)
+from pretrain import (check_equal, describe_input, differ, load_checkpoint, make_folder,
+                      measure_statistics, read_environment, read_settings)
 
 
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
@@ -406,23 +406,34 @@ def embed(net, batches):
 
 
 def open_net(path, device):
-    """Returns the pretrained network, frozen and in evaluation mode, and its run's settings."""
+    """Returns the pretrained network, frozen and in evaluation mode, and its run's settings.  The
+    setting `data` is a list of one folder; for custom, of two folders or patterns."""
     checkpoint = load_checkpoint(path)
     with reading(path, "a pretrained network", "give a checkpoint.pt of pretrain.py"):
         settings = read_settings(checkpoint) | dict(step=checkpoint["step"])
+        m = settings["modality"]
+        need(not m, f"{path} is a run with --modality {m}, so it has only one encoder. Give a run of "
+                    f"both modalities")
+        if isinstance(settings["data"], str):
+            settings["data"] = [settings["data"]]
         net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
         net.load_state_dict(checkpoint["model"])
     return net.to(device).eval().requires_grad_(False), settings
 
 
-def find_data(path, settings):
-    """Returns where the run of the checkpoint has read its data: a list of one folder; for custom,
-    a list of two."""
-    record, root = path.with_name("args.json"), f"data/{settings['scenario']}"
-    if record.is_file():
-        with reading(record, "the record of a run by pretrain.py"):
-            root = read_json(record, "the record of a run by pretrain.py")["data"]
-    return [root] if isinstance(root, str) else root
+def open_compared(path, settings, inputs, device):
+    """Returns the network of --compare.  Raises BadInput unless it was trained on the same inputs.
+
+    settings    of the run of --checkpoint
+    inputs      what that run's encoders see: two rows of data.MODALITIES"""
+    net, others = open_net(path, device)
+    remedy = "the run of --checkpoint. Give a run with the same settings"
+    check_equal(others, settings, ("scenario", "modalities", "channels", "size", "K"),
+                f"--compare {path}", remedy)
+    for theirs, row in zip(others["inputs"], inputs):
+        need(not differ(theirs, row), f"--compare {path}: an encoder sees {describe_input(theirs)}, "
+                                      f"but {describe_input(row)} in {remedy}")
+    return net
 
 
 def open_explained_data(settings, root, split):
@@ -464,15 +475,12 @@ def main(argv=None):
     if args.sweep:
         return sweep(args, device)
     net, settings = open_net(args.checkpoint, device)
-    root = args.data or find_data(args.checkpoint, settings)
+    root = args.data or settings["data"]
     data = open_explained_data(settings, root, args.split or settings["split"])
     e = Explained(args, device, net, settings, root, data)
     layer1, layer2 = choose_layer(net, args.layer)
     if args.compare:
-        other, others = open_net(args.compare, device)
-        check_equal(others, settings, ("scenario", "modalities", "channels", "size", "K"),
-                    f"--compare {args.compare}",
-                    "the run of --checkpoint. Give a run with the same settings")
+        other = open_compared(args.compare, settings, data.inputs, device)
     make_folder(args.out)
     print(f"{len(e.samples)} of {len(data)} pairs of {' and '.join(e.modalities)} from "
           f"{' '.join(root)}; N {e.N}  K {e.K}  Kc {e.Kc}; {device.type}")
@@ -631,15 +639,19 @@ def sweep(args, device):
 
     Runs share a line of the tables if the names of their folders differ only in a seed at the end,
     such as decur-0 and decur-1."""
-    runs = []
+    runs, first = [], {}                        # first: the first folder and settings of each name
     for folder in args.sweep:
         net, settings = open_net(folder / "checkpoint.pt", device)
         run_name = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
         runs.append((run_name, net, settings))
         check_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
                     "the first run. Give runs with the same settings")
+        other, others = first.setdefault(run_name, (folder, settings))
+        check_equal(settings, others, ("method", "common", "no_intra", "K", "epochs", "lr"),
+                    f"--sweep {folder}", f"{other}, and the names of these folders differ only in "
+                    f"the seed. Rename one of the two folders")
     settings = runs[0][2]
-    root = args.data or find_data(args.sweep[0] / "checkpoint.pt", settings)
+    root = args.data or settings["data"]
     need(are_made_up(root), f"--sweep works only with runs on made-up scenes, but {root[0]} has no "
                             f"factors.csv. Give runs with --toy")
     found = measure_factors(runs, read_scenes(settings, root, args.workers, device))
@@ -1085,6 +1097,9 @@ def get_args(argv=None):
         help="the number of pairs in memory at a time, which changes results only by rounding; "
         "default: 64")
     args = parser.parse_args(argv)
+    for name in ("compare", "split", "samples", "layer"):
+        need(not args.sweep or getattr(args, name) is None,
+             f"--{name} has no effect with --sweep. Leave it out")
     args.out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
     return args
 

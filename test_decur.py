@@ -2040,6 +2040,7 @@ def last_words(capsys, function, *args):
     (data, "check --scenario rgb-dem --as1 rgb", "--as1"),
     (pretrain, "--scenario rgbd --method clip --no-intra", "--no-intra"),
     (pretrain, "--scenario rgbd --bgr", "--bgr .*--weights"),
+    (explain, "--sweep x --layer y", "--layer"), (explain, "--sweep x --samples 9", "--samples"),
     (finetune, "--task geonrw --weights none --cached --linear", "--cached"),
     (finetune, "--task geonrw --weights none --model late", "--model fcn"),
     (finetune, "--task custom --weights none --data1 a", "--data2"),
@@ -2745,9 +2746,7 @@ def explanation(runs, tmp_path_factory):
 
 
 def altered(runs, folder, parts={}, **settings):
-    """A copy of the first run in the folder, whose checkpoint has other parts or settings."""
-    for name in ("log.jsonl", "args.json"):
-        shutil.copy(runs / "decur-0" / name, folder)
+    """A copy of the first run's checkpoint in the folder, with other parts or settings."""
     checkpoint = torch.load(runs / "decur-0" / "checkpoint.pt", weights_only=True)
     checkpoint["settings"].update(settings)
     torch.save(checkpoint | parts, folder / "checkpoint.pt")
@@ -2950,6 +2949,12 @@ def test_what_explain_measures_is_the_same_whatever_the_batch_size(explanation, 
         assert all(np.allclose(a[key], b[key], atol=1e-3, equal_nan=True) for key in b)
 
 
+def test_a_checkpoint_that_was_moved_alone_knows_its_data(runs, tmp_path, capsys):
+    explained(altered(runs, tmp_path), "--only curves alignment")
+    assert "curves.png is left out" in capsys.readouterr().out
+    assert len(np.load(tmp_path / "explain" / "alignment.npz")["common"]) == 3
+
+
 def test_by_default_there_are_four_batches_if_the_data_allow(runs, tmp_path):
     """Fig. 8 and 9 have four: of 48 pairs with N 4, with N 16 there are but three."""
     for N, batches in ((4, 4), (16, 3)):
@@ -3049,7 +3054,7 @@ def test_the_last_line_of_a_step_counts(tmp_path):
 
 def test_a_sweep_is_over_seeds_and_folders(runs, scenes, tmp_path, capsys):
     names = [runs / "decur-0", runs / "decur-s1", runs / "nodecoup-1"]
-    call(pretrain, flags_of(scenes, names[1], "--seed 1"))
+    call(pretrain, flags_of(scenes, names[1], "--seed 1 --epochs 16"))
     capsys.readouterr()
     call(explain, f"--sweep {' '.join(map(str, names))} --out {tmp_path}")
     lines = re.findall(r"^\| .*\|$", capsys.readouterr().out, re.M)
@@ -3059,6 +3064,12 @@ def test_a_sweep_is_over_seeds_and_folders(runs, scenes, tmp_path, capsys):
     assert re.search(r"(\| 0\.\d{3}±0\.\d{3} ){6}\|$", lines[1])
     numbers = np.load(tmp_path / "sweep.npz")
     assert numbers["decur rgb unique"].shape == (2, 3) and "nodecoup rgb unique" not in numbers
+
+
+def test_a_sweep_takes_no_mean_over_runs_that_differ_in_more_than_their_seeds(runs, tmp_path):
+    shutil.copytree(runs / "nodecoup-1", tmp_path / "decur-1")
+    is_refused("/decur-1: common is 1.0, but 0.75 in .*/decur-0.* Rename", call, explain,
+               f"--sweep {runs}/decur-0 {tmp_path}/decur-1 --out {tmp_path}/out")
 
 
 def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path):
@@ -3074,13 +3085,17 @@ def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path):
 @pytest.mark.parametrize("changes, flags, words", (
     (dict(parts=dict(settings=dict(task="sunrgbd", lr=1.0))), "", "checkpoint.pt"),  # finetune.py's
     (dict(widths=[64, 64]), "", "checkpoint.pt"),
+    (dict(modality=2), "", "checkpoint.pt is a run with --modality 2"),
     (dict(size=16), "--compare {run}/checkpoint.pt", "checkpoint.pt: size is 32, but 16"),
+    (dict(inputs=[MEASURED, MODALITIES["depth"]]),
+     "--checkpoint {run}/checkpoint.pt --compare {here}/checkpoint.pt", "--compare .* 2 2 2"),
     (dict(), "--checkpoint {run}/nowhere.pt", "nowhere.pt"),
     (dict(), "--samples 49", "--samples 49 .* 48"),
     (dict(), "--layer layer5", "--layer layer5: .* conv1 .* layer4.0.conv2")))
 def test_explain_refuses_what_it_cannot_explain(changes, flags, words, runs, tmp_path):
     altered(runs, tmp_path, **changes)
-    is_refused(words, explained, tmp_path, flags.format(run=runs / "decur-0"))
+    flags = flags.format(run=runs / "decur-0", here=tmp_path)
+    is_refused(words, explained, tmp_path, flags)
 
 
 # ---- README.md ----
