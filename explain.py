@@ -45,7 +45,8 @@ from pretrain import (check_equal, describe_input, differ, load_checkpoint, make
 # ---- Algorithm 2, 1: cross-modal representation alignment ----
 
 def alignment_histogram(z1, z2, bins=20, top=1.0):
-    """Computes Eq. 7, L_i = (1 - C_ii)^2: 0 if the modalities agree in dimension i, 1 if unrelated.
+    """Computes Eq. 7, L_i = (1 - C_ii)^2: 0 if the modalities agree in dimension i, 1 if they are
+    unrelated.
 
     z1, z2   NxK   embeddings of one batch
     Returns the K losses, each in [0, 4], and how many losses lie in each of `bins` equal steps from
@@ -257,8 +258,8 @@ def integrated_gradients(net, x, x0=None, target=0, steps=32):
     gradient on the straight way from x0 to x.
 
     net      function or module, NxCxHxW -> NxM
-    x0       the baseline, of the shape of x.  None: 0, which is the data set's mean if images are
-             normalised
+    x0       the baseline, of the shape of x.  None: 0.  For modalities with a measured mean, 0 is
+             the mean image; for sar, ms, aerial and dem it is the lowest value (black)
     steps    the number of steps of the midpoint rule.  Only one step is in memory at a time
     Returns NxCxHxW.  Its sum is net(x) - net(x0), except for the error of the midpoint rule.  The
     paper of the method calls this completeness."""
@@ -687,8 +688,10 @@ def claim(expected, measured, lower):
 def picture_curves(e):
     """Draws the loss, its terms (Eq. 6) and the mean diagonals, from the log of the run."""
     path = e.args.checkpoint.with_name("log.jsonl")
-    if e.settings["method"] != "decur" or not path.is_file():
-        return None, {}, f"curves.png is left out, because it needs --method decur and {path}"
+    if e.settings["method"] != "decur":
+        return None, {}, "curves.png is left out, because only DeCUR's loss has terms"
+    if not path.is_file():
+        return None, {}, f"curves.png is left out, because there is no {path}"
     log = read_log(path)
     limits = bounds(e.settings["batch_size"], e.K, e.Kc, not e.settings["no_intra"])
     chance, floor = (sum(values.values()) for values in limits)
@@ -770,7 +773,8 @@ def picture_tsne(e):
     """Draws Fig. 1 and 9."""
     n, k, side = len(e.batch_slices), len(e.dimensions), 448
     kinds = np.where(e.dimensions < e.Kc, "common", "unique")           # k
-    legend = [(f"{e.modalities[m]}, {kind}", *mark) for (kind, m), mark in MARKS.items()]
+    legend = [(f"{e.modalities[m]}, {kind}", *mark) for (kind, m), mark in MARKS.items()
+              if kind in kinds]
     image, pen, boxes = start_page(n, 2, side, side, "t-SNE: each mark is a dimension, each panel "
                                    "a batch", legend)
     marks = [MARKS[kind, m] for m in (0, 1) for kind in kinds]          # 2k
@@ -804,7 +808,8 @@ def picture_gradcam(e):
     for x in load_batches(e.data, e.samples[:e.args.pairs], size, 1, 0, e.device, "pairs"):
         for m, two_values in enumerate(e.values):
             picture = make_visible(x[m][0], e.data.inputs[m])
-            tiles.append((e.modalities[m] + name_composite(e.data.inputs[m]), picture))
+            bands = name_composite(e.data.inputs[m]).replace("band ", "")
+            tiles.append((e.modalities[m] + bands, picture))
             for kind, att in e.keep_nonempty(*gradcam_vis(two_values, x[m])).items():
                 colours = to_viridis(scale_maps(att.relu())[0].cpu().numpy()) / 255
                 tiles.append((f"{e.modalities[m]}, {kind}", 0.45 * picture + 0.55 * colours))
@@ -869,11 +874,12 @@ def picture_spectral(e):
             error = imp.sum(2) * x[m][0, 0].numel() - gain              # Nx2  completeness
             errors.append(torch.stack((error, gain)).abs().nanmean((1, 2)).cpu())
     error, gain = torch.stack(errors).mean(0).tolist()
-    numbers, lines = {}, [f"Completeness: with {e.args.steps} steps, the sum of the integrated "
-                          f"gradients is {error:.2g} off; the sum itself is {gain:.2g} (means)"]
+    numbers, lines = {}, [f"Check of the integrated gradients: their sum should be {gain:.2g}, and "
+                          f"differs from it by {error:.2g} (means over images). More --steps bring "
+                          f"it closer"]
     image, pen, boxes = start_page(
         2, 1, 912, 240, f"Integrated gradients, Fig. 5b: how far each band moves the "
-        f"{VALUES[e.args.value]} of common, of unique dimensions",
+        f"{VALUES[e.args.value]} of common and of unique dimensions",
         [(kind, KIND_COLOURS[kind]) for kind in e.keep_nonempty(0, 1)])
     for m, (modality, box) in enumerate(zip(e.modalities, boxes)):
         imp_c, imp_u = torch.cat(stats[m]).unbind(1)                    # NxC
@@ -884,8 +890,8 @@ def picture_spectral(e):
         numbers |= {f"modality{m + 1}_{kind}": a / largest for kind, a in scores.items()}
         means = {kind: np.abs(a / largest).mean(0) for kind, a in scores.items()}  # C
         overall = {kind: a.mean() for kind, a in means.items()}
-        draw_grouped_bars(pen, box, means, e.data.inputs[m]["bands"], modality,
-                          "mean magnitude of the score")
+        bands = [band.removeprefix("channel ") for band in e.data.inputs[m]["bands"]]
+        draw_grouped_bars(pen, box, means, bands, modality, "mean magnitude of the score")
         lines.append(claim(f"{modality}: bands move common dimensions less than unique dimensions; "
                            f"the paper found this for optical images (means)", overall, "common"))
     return image, numbers, "\n  ".join(lines)
@@ -895,9 +901,9 @@ def picture_factors(e):
     """Draws how much dimensions vary with each object, and what a probe on the backbone reads."""
     if not are_made_up(e.root):
         return None, {}, "factors.png is left out, because only made-up scenes have known factors"
-    run = ("this run", e.net, e.settings | dict(seed=e.args.seed))
     scenes = read_scenes(e.settings, e.root, e.args.workers, e.device)
-    return picture_measured(measure_factors([run], scenes), e.modalities)
+    found = measure_factors([("this run", e.net, e.settings)], scenes)
+    return picture_measured(found, e.modalities)
 
 
 def picture_measured(found, modalities):
@@ -925,11 +931,14 @@ def picture_measured(found, modalities):
 def picture_embeddings(e):
     """Returns no picture, but the embeddings and features of all samples, for other programs.
     Measures how well each sample retrieves its partner in the other modality."""
-    z1_c, z2_c = (e.embedded[name][:5000, :e.Kc] for name in ("z1", "z2"))  # time grows as n^2
-    n, (first, second) = len(z1_c), e.modalities
-    lines = [f"Retrieval among {n} pairs by common dimensions; chance is R@1 {1 / n:.4f}, R@5 "
+    last, kind = e.Kc, "common dimensions"
+    if e.Kc == 0:
+        last, kind = e.K, "unique dimensions, because the run has no common dimensions"
+    z1, z2 = (e.embedded[name][:5000, :last] for name in ("z1", "z2"))  # time grows as n^2
+    n, (first, second) = len(z1), e.modalities
+    lines = [f"Retrieval among {n} pairs by {kind}; chance is R@1 {1 / n:.4f}, R@5 "
              f"{min(1, 5 / n):.4f}"]
-    routes = {f"{first} to {second}": (z1_c, z2_c), f"{second} to {first}": (z2_c, z1_c)}
+    routes = {f"{first} to {second}": (z1, z2), f"{second} to {first}": (z2, z1)}
     for route, pair in routes.items():
         R1, R5 = retrieve(*pair)
         lines.append(f"{route}: R@1 {R1:.4f}, R@5 {R5:.4f}")
@@ -1080,8 +1089,8 @@ def get_args(argv=None):
     add("--samples", type=number(int, 8),
         help="the number of random pairs; default: 512, or 4 batches if that is more; all pairs "
         "with --only embeddings")
-    add("--seed", type=number(int, 0), default=0,
-        help="the seed of the random pairs and of the random encoder; default: 0")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0,
+        help="the seed of the random pairs and of t-SNE's random dimensions; default: 0")
     add("--workers", type=number(int, 0), default=0, help="processes that read files; default: 0")
     add("--value", choices=VALUES, default="mean",
         help="what is explained, the mean of dimensions or of their squares; default: mean")

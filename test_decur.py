@@ -2934,9 +2934,12 @@ def test_explain_makes_every_picture_and_its_numbers(explanation):
         assert page.shape[1] <= 1000 and (page == 255).all()            # nothing runs over the page
 
 
-def test_explain_leaves_out_unique_dimensions_that_a_run_does_not_have(runs, tmp_path):
+def test_explain_leaves_out_unique_dimensions_that_a_run_does_not_have(runs, tmp_path,
+                                                                       monkeypatch):
+    pages = watched(monkeypatch, explain, "start_page")
     explained(runs / "nodecoup-1", f"{FEW} --only spatial spectral tsne --out {tmp_path}")
     assert list(np.load(tmp_path / "spatial.npz")) == ["common"]
+    assert len(pages) == 3 and not re.search("unique'|, unique", str([page[5] for page in pages]))
     common = np.load(tmp_path / "spectral.npz")["modality1_common"]
     assert np.isfinite(common).all() and common.any()
 
@@ -2980,10 +2983,18 @@ def test_embeddings_are_for_programs_of_ones_own(runs, scenes, tmp_path, capsys)
     assert f"R@1 {1 / 48:.4f}, R@5 {5 / 48:.4f}" in printed
 
 
+def test_without_common_dimensions_retrieval_is_by_unique_dimensions(runs, tmp_path, capsys):
+    explained(altered(runs, tmp_path, Kc=0), f"--only embeddings --out {tmp_path}")
+    e, printed = np.load(tmp_path / "embeddings.npz"), capsys.readouterr().out
+    R1, R5 = explain.retrieve(*(torch.from_numpy(e[name]) for name in ("z1", "z2")))
+    assert "by unique dimensions" in printed and f"R@1 {R1:.4f}, R@5 {R5:.4f}" in printed
+
+
 def test_shares_of_factors_are_means_over_common_and_unique_dimensions_of_test_scenes(
-        runs, scenes, tmp_path):
-    for flags in ("--only factors", "--only embeddings --split test"):
+        runs, scenes, tmp_path, capsys):
+    for flags in ("--only factors --seed 7", "--only embeddings --split test"):
         explained(runs / "decur-0", f"{flags} --out {tmp_path}")
+    assert "this run, seed 0" in capsys.readouterr().out
     numbers, e = (np.load(tmp_path / f"{name}.npz") for name in ("factors", "embeddings"))
     factors = data.read_factors(scenes)
     classes = torch.tensor([factors[name][2] for name in e["names"]])   # what depth alone sees
@@ -3072,8 +3083,10 @@ def test_a_sweep_takes_no_mean_over_runs_that_differ_in_more_than_their_seeds(ru
                f"--sweep {runs}/decur-0 {tmp_path}/decur-1 --out {tmp_path}/out")
 
 
-def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path):
+def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path, monkeypatch):
+    bars = watched(monkeypatch, explain, "draw_grouped_bars")
     explained(runs / "own", f"--only spectral --steps 2 --out {tmp_path}")
+    assert bars[1][3] == ["1"]                  # "channel 1" is too wide if there are many bands
     numbers = np.load(tmp_path / "spectral.npz")
     assert numbers["modality1_common"].shape == (64, 3)
     explained(runs / "own", f"--data './*1_rgb.png' './*1_depth.png' --only embeddings "
