@@ -413,8 +413,8 @@ def open_net(path, device):
     with reading(path, "a pretrained network", "give a checkpoint.pt of pretrain.py"):
         settings = read_settings(checkpoint) | dict(step=checkpoint["step"])
         m = settings["modality"]
-        need(not m, f"{path} is a run with --modality {m}, so it has only one encoder. Give a run of "
-                    f"both modalities")
+        need(not m, f"{path} is a run with --modality {m}, so it has only one encoder. Give a run "
+                    f"of both modalities")
         if isinstance(settings["data"], str):
             settings["data"] = [settings["data"]]
         net = DeCUR(settings["backbone"], *settings["channels"], settings["widths"])
@@ -432,8 +432,8 @@ def open_compared(path, settings, inputs, device):
     check_equal(others, settings, ("scenario", "modalities", "channels", "size", "K"),
                 f"--compare {path}", remedy)
     for theirs, row in zip(others["inputs"], inputs):
-        need(not differ(theirs, row), f"--compare {path}: an encoder sees {describe_input(theirs)}, "
-                                      f"but {describe_input(row)} in {remedy}")
+        need(not differ(theirs, row), f"--compare {path}: an encoder sees "
+             f"{describe_input(theirs)}, but {describe_input(row)} in {remedy}")
     return net
 
 
@@ -910,8 +910,8 @@ def picture_measured(found, modalities):
     """Draws the means over runs of what `measure_factors` returns, two panels for each name."""
     run_names = list(dict.fromkeys(run_name for run_name, _, _ in found))  # the last one is RANDOM
     image, pen, boxes = start_page(
-        2 * len(run_names) - 2, 2, 448, 200, f"Share of variance of dimensions between the shapes of "
-        f"an object; accuracy of a linear probe on the backbone (chance {1 / len(SHAPES):g})",
+        2 * len(run_names) - 2, 2, 448, 200, f"Share of variance of dimensions between the shapes "
+        f"of an object; accuracy of a linear probe on the backbone (chance {1 / len(SHAPES):g})",
         list(KIND_COLOURS.items()))
     for i, box in enumerate(boxes):
         run_name, m = run_names[i // 2], i % 2

@@ -315,17 +315,20 @@ def check_equal(settings, others, names, flag, where):
 
 
 def make_run_folder(args, settings, process):
-    """Makes --out with args.json and, unless --resume finds one, an empty log.jsonl."""
+    """Makes --out with args.json and, unless --resume finds a checkpoint, an empty log.jsonl."""
     make_folder(args.out)
+    mode = "x"                                  # of two runs that begin at once, one is refused
+    if args.resume:                             # without a checkpoint, the run begins anew
+        mode = "a" if (args.out / "checkpoint.pt").exists() else "w"
     try:
-        open(args.out / "log.jsonl", "a" if args.resume else "x").close()  # --out is in use now
+        open(args.out / "log.jsonl", mode).close()  # --out is in use now
     except FileExistsError:
         raise BadInput(f"--out {args.out}: another run has just begun in this folder. Give a new "
                        f"--out") from None
     _, world, device = process
     record = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
                   torch=str(torch.__version__))
-    write_text(args.out / "args.json", json.dumps(record, indent=1, default=str) + "\n")
+    write_text(args.out / "args.json", json.dumps(record, indent=1) + "\n")
 
 
 def make_folder(out):
@@ -400,7 +403,9 @@ class Run:
             yield batch
             self.step += 1
             self.bar.update()
-            if self.world == 1 or self.step % 10 == 0:  # all processes stop after the same step
+            # All processes stop after the same step.  On CPUs they ask each other at every step,
+            # because torchrun kills them 30 s after SIGTERM.  On GPUs the answer takes time.
+            if self.world == 1 or self.device.type == "cpu" or self.step % 10 == 0:
                 self.stopped = max_over_processes(self.signalled, self.device)
             minutes = (time.time() - self.saved) / 60
             if self.stopped or self.step == self.steps or minutes > self.args.save_every:
@@ -427,9 +432,9 @@ class Run:
         for name, value in {**(terms or {}), **measure()}.items():
             line[name] = value.item()
         if not math.isfinite(line["loss"]):
-            sys.exit(f"the loss is {line['loss']} at step {step} ({format_losses(line)}). The last "
-                     f"checkpoint is kept. Check the data with `data.py check`, or give a smaller "
-                     f"--lr (in pretrain.py also --lr-bias)")
+            sys.exit(f"the loss is {line['loss']} at step {step} ({format_losses(line)}). A "
+                     f"checkpoint that was saved before stays as it is. Check the data with "
+                     f"`data.py check`, or give a smaller --lr (in pretrain.py also --lr-bias)")
         if self.rank > 0:
             return
         seconds = max(time.time() - self.logged, 1e-9)
@@ -448,8 +453,8 @@ class Run:
         if self.rank > 0:
             return
         if not all(p.isfinite().all() for p in self.net.parameters()):
-            sys.exit(f"a weight is not finite after step {self.step}. The last checkpoint is kept. "
-                     f"Give a smaller --lr (in pretrain.py also --lr-bias)")
+            sys.exit(f"a weight is not finite after step {self.step}. A checkpoint that was saved "
+                     f"before stays as it is. Give a smaller --lr (in pretrain.py also --lr-bias)")
         checkpoint = dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
                           step=self.step, settings=self.settings, data=self.args.data)
         write_atomically(self.args.out / "checkpoint.pt", partial(torch.save, checkpoint))
@@ -534,8 +539,12 @@ def gather(z):
 def read_environment():
     """Returns rank, world size and device of this process.  Without torchrun there is only one
     process."""
-    defaults = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    rank, world, local = [int(os.environ.get(name, n)) for name, n in defaults.items()]
+    defaults = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    texts = {name: os.environ.get(name, text) for name, text in defaults.items()}
+    for name, text in texts.items():
+        need(text.isdecimal(), f"{name}={text} in the environment is not a number. Start with "
+                               f"torchrun, or unset {name}")
+    rank, world, local = map(int, texts.values())
     need(rank < world, f"RANK={rank} and WORLD_SIZE={world} in the environment contradict each "
          f"other. Start with torchrun, or unset both variables")
     if torch.cuda.is_available():
@@ -553,6 +562,10 @@ def join(out, step, process):
     """Connects the processes.  Raises BadInput unless all processes go on from the same step."""
     _, world, device = process
     if world > 1 and not dist.is_initialized():
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            need(os.environ.get(name), f"WORLD_SIZE={world} is in the environment, but {name} is "
+                 f"missing, so the processes cannot connect. Start with torchrun, or unset "
+                 f"WORLD_SIZE and RANK")
         dist.init_process_group(choose_backend(device))
     most, least = max_over_processes(step, device), -max_over_processes(-step, device)
     need(most == least, f"--out {out} is at step {most} for one process and at step {least} for "
@@ -617,10 +630,13 @@ def sum_over_processes(t):
 def check_batch(N, n, world, least=1):
     """Raises BadInput unless N, the --batch-size of all processes, divides evenly among them, gives
     each at least `least` samples, and is at most n, the number of samples."""
+    need(n >= least * world, f"the data have too few samples, {n}. A step needs {least * world} or "
+         f"more, {least} for each process. Give more data")
     need(N % world == 0 and N >= least * world, f"--batch-size {N} does not give each of {world} "
          f"processes the same number of samples, {least} or more. Give "
-         f"{max(least, N // world) * world}")
-    need(N <= n, f"--batch-size {N} is more than the number of samples, {n}. Give {n} or less")
+         f"{max(least, min(N, n) // world) * world}")
+    need(N <= n, f"--batch-size {N} is more than the number of samples, {n}. Give "
+         f"{n // world * world}")
 
 
 # ---- checkpoints and weights ----
@@ -650,7 +666,7 @@ def export(path, E, row, settings):
     state = {name: t.cpu().contiguous() for name, t in E.state_dict().items()}
     write_atomically(path, partial(torch.save, state))
     about = dict(input="values in [0, 1], then (x - mean) / std", sees=row, settings=settings)
-    write_text(path.with_suffix(".json"), json.dumps(about, indent=1, default=str))
+    write_text(path.with_suffix(".json"), json.dumps(about, indent=1))
 
 
 def hash_file(path):
@@ -681,7 +697,8 @@ def start_from(files, encoders, args, inputs):
             states = states * len(encoders)
         if len(states) != len(encoders):
             raise ValueError(f"the number of encoders in these files is {len(states)}, but must be "
-                             f"{len(encoders)}. Give one checkpoint.pt, or a file for each encoder")
+                             f"{len(encoders)}. Give the checkpoint.pt of a run of both "
+                             f"modalities, or a file for each encoder")
         lines = []
         for E, row, (source, state, seen) in zip(encoders, inputs, states):
             lines.append(f"{source}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
@@ -702,20 +719,32 @@ def describe_pretraining(settings):
 
 def read_pretraining(file):
     """Returns the settings behind a weights file of this project and, for each encoder in it, the
-    row of MODALITIES that the encoder was trained on; ({}, []) for a file of another project."""
+    row of MODALITIES that the encoder was trained on; ({}, []) for a file of another project.
+
+    Raises BadInput if the json file beside an encoder is damaged."""
     path, beside = Path(file), Path(file).with_suffix(".json")
     if path.suffix == ".pth" and beside.is_file():
         written = "the json file that pretrain.py writes beside an encoder"
         about = read_json(beside, written)
+        if "sees" not in about:                 # the file is of another project
+            return {}, []
         with reading(beside, written):
-            describe_input(about["sees"])       # raises an error if the file lacks something
-            return about["settings"] | dict(method=about["settings"]["method"]), [about["sees"]]
+            return check_pretraining(about["settings"], [about["sees"]])
     try:
         settings = read_settings(load_checkpoint(path))
         m = settings["modality"]                # of a pretraining of one modality, or None
-        return settings, settings["inputs"][m - 1:m] if m else settings["inputs"]
+        rows = settings["inputs"][m - 1:m] if m else settings["inputs"]
+        return check_pretraining(settings, rows)
     except (BadInput, KeyError, TypeError):     # if it is damaged, `read_weights` says so later
         return {}, []
+
+
+def check_pretraining(settings, rows):
+    """Returns the arguments.  Raises KeyError or TypeError if they lack what is read from them."""
+    describe_pretraining(settings)
+    for row in rows:
+        describe_input(row)
+    return settings, rows
 
 
 def differ(seen, row):

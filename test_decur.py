@@ -666,9 +666,11 @@ def test_resume_equals_no_interruption(signalled, pretrained, scenes, tmp_path):
 
 
 def test_resume_without_a_checkpoint_begins_anew_and_says_so(scenes, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 9}\n')  # of a run that died before its first save
     call(pretrain, flags_of(scenes, tmp_path, "--resume"))
     printed = capsys.readouterr().out
     assert "resumed from" not in printed and re.search(f"checkpoint.pt .*{tmp_path}", printed)
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
 
 
 def test_workers_of_any_number_and_start_method_give_the_same_batches(scenes, tmp_path):
@@ -771,8 +773,36 @@ def test_torchrun_trains_on_two_cpu_processes(scenes, tmp_path):
     assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3]
 
 
-def test_a_batch_is_divided_evenly_among_the_processes():
-    is_refused("--batch-size 16 .* 15", pretrain.check_batch, 16, 48, 3, least=2)
+def signalled_at_step_1(rank, world, flags):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    if rank == 1:
+        pretrain.measure_embeddings = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or {}
+    call(pretrain, flags)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(scenes, tmp_path):
+    in_processes(2, tmp_path / "w", signalled_at_step_1, flags_of(scenes, tmp_path / "out"))
+    assert pretrain.load_checkpoint(tmp_path / "out" / "checkpoint.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("N, n, world, words", [
+    (16, 48, 3, "--batch-size 16 .* Give 15"), (16, 47, 2, None), (64, 47, 2, "Give 46"),
+    (63, 13, 2, "--batch-size 63 .* Give 12"), (4, 3, 2, "too few samples, 3.* 4 or more")])
+def test_a_batch_is_divided_evenly_among_the_processes(N, n, world, words):
+    """The batch size of the message is not refused."""
+    if words is None:
+        return pretrain.check_batch(N, n, world, least=2)
+    is_refused(words, pretrain.check_batch, N, n, world, least=2)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("RANK", "", "RANK= .*unset RANK"), ("RANK", "1", "RANK=1 and WORLD_SIZE=1"),
+    ("WORLD_SIZE", "2", "MASTER_ADDR")])
+def test_an_environment_that_torchrun_has_not_set_is_one_line(name, value, words, monkeypatch):
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    is_refused(words, lambda: pretrain.join(Path("x"), 0, pretrain.read_environment()))
 
 
 # ---- pretrain.py: methods, ablations and weights ----
@@ -824,6 +854,27 @@ def test_weights_start_a_run(files, more, pretrained, scenes, tmp_path, monkeypa
 
 RGB = data.MODALITIES["rgb"]
 MEASURED = dict(RGB, range="raw_mean -+ 3 x raw_std", raw_mean=[9.0] * 3, raw_std=[2.0] * 3)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda about: about.pop("sees"), None), (lambda about: about.pop("settings"), "settings"),
+    (lambda about: about["settings"].pop("no_intra"), "no_intra"),
+    (lambda about: about["sees"].pop("std"), "encoder1.json .*std")])
+def test_a_json_beside_weights_is_whole_or_of_another_project(change, words, pretrained, tmp_path):
+    about = json.loads((pretrained[0] / "encoder1.json").read_text())
+    change(about)
+    (tmp_path / "encoder1.json").write_text(json.dumps(about))
+    if words is None:
+        assert pretrain.read_pretraining(tmp_path / "encoder1.pth") == ({}, [])
+    else:
+        is_refused(words, pretrain.read_pretraining, tmp_path / "encoder1.pth")
+
+
+def test_a_checkpoint_that_lacks_settings_is_weights_without_a_record(pretrained, tmp_path):
+    checkpoint = torch.load(pretrained[0] / "checkpoint.pt", weights_only=True)
+    del checkpoint["settings"]["no_intra"]
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert pretrain.read_pretraining(tmp_path / "checkpoint.pt") == ({}, [])
 
 
 @pytest.mark.parametrize("seen, differs", [
