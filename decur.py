@@ -116,7 +116,7 @@ def decur_loss_gram(z11, z12, z21, z22, Kc,
     of all dimensions is the sum of two: that of the common and that of the unique dimensions.
 
     The time is O(N^2 K) instead of O(N K^2).  The memory is O(NK) instead of O(K^2).  On one CPU
-    core, with K 8192, this form is about 20 times as fast for N 256, 1.6 times as fast for N = K/2,
+    core, with K 8192, this form is 20 to 27 times as fast for N 256, 1.6 times as fast for N = K/2,
     and 0.9 times as fast for N = 3/4 K."""
     N, K = z11.shape
     if not 0 <= Kc <= K:
@@ -196,8 +196,8 @@ def bounds(N, K, Kc, intra=True):
 # ---- Tables 1-3: the methods that DeCUR is compared with ----
 # Each function takes embeddings of the global batch, NxK, not normalised, float32 or float64, and
 # returns a scalar.  Call these functions outside autocast.  zA and zB are z11 and z21.  For Barlow
-# Twins within one modality, zA and zB are z11 and z12.  Barlow Twins and VICReg have DeCUR's
-# projector; SimCLR and CLIP have smaller projectors.
+# Twins within modality 1, they are z11 and z12; within modality 2, z21 and z22.  Barlow Twins and
+# VICReg have DeCUR's projector; SimCLR and CLIP have smaller projectors.
 
 def barlow_twins_loss(zA, zB, lmb=0.0051):
     """Computes Barlow Twins' loss (Zbontar et al., 2021), Eq. 1-2, with DeCUR's lambda.  Table 4
@@ -278,7 +278,8 @@ class ResNet(torchvision.models.ResNet):
             kernel = 3 if name == "resnet-toy" else 7
             self.conv1 = nn.Conv2d(channels, width, kernel, 2, padding=kernel // 2, bias=False)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):   # as in torchvision; replaced layers need it, too
+            # as in torchvision; the layers that were replaced above need this, too
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.channels = channels
         self.dims = [width * block.expansion << s for s in range(4)]
@@ -457,8 +458,8 @@ class DeCUR(nn.Module):
     E and a projector P.
 
     views    which of x11 x12 x21 x22 are encoded.  DeCUR needs all four views, the other methods
-             need two.  For a view that is not encoded, z is None.  A modality without such views
-             has no branch."""
+             need two.  For a view that is not encoded, z is None.  A modality of which no view is
+             encoded has no branch."""
 
     def __init__(self, backbone, channels1, channels2, widths, views=(True, True, True, True)):
         super().__init__()
@@ -581,8 +582,8 @@ def load_encoder(E, state, bgr=False):
 # ---- python decur.py: both forms of the loss, side by side ----
 
 def time_loss(loss, z, Kc):
-    """Returns the seconds of a forward and a backward pass, the best of three times, and the loss.
-    """
+    """Returns two values: the seconds of a forward and a backward pass (the best of three), and the
+    loss."""
     times = []
     for _ in range(3):
         start = time.perf_counter()

@@ -102,7 +102,7 @@ def compute_loss(args, Kc, z11, z12, z21, z22):
     z11, z12, z21, z22    NxK, or None for a view that is not encoded
 
     With the paper's sizes (N 256, K 8192) `decur_loss_gram` computes DeCUR's loss.  It equals
-    `decur_loss` and costs a twentieth, because it makes no cross-correlation matrix."""
+    `decur_loss` and costs a twentieth or less, because it makes no cross-correlation matrix."""
     if args.method == "decur":
         N, K = z11.shape
         form = decur_loss_gram if 3 * N <= 2 * K else decur_loss    # the cheaper of two equal forms
@@ -263,26 +263,27 @@ def make_loader(args, data, indices, step, steps, process):
 
     Reads the first batch before --out is made, so that a run that cannot read leaves no folder."""
     rank, world, device = process
-    share = choose_share(args.batch_size, rank, world)
+    rows = choose_rows(args.batch_size, rank, world)
     loader = iter(DataLoader(
         Samples(data, keep=args.workers == 0), num_workers=args.workers,
-        batch_sampler=order_batches(indices, args.batch_size, args.seed, share, step, steps),
+        batch_sampler=order_batches(indices, args.batch_size, args.seed, rows, step, steps),
         worker_init_fn=leave_group, pin_memory=device.type == "cuda"))
     first = next(loader, None)                  # None if all steps are done
-    return chain(iter([first]), loader)         # chain would keep a list (and the batch) in memory
+    # chain([first], loader) would keep the first batch in memory until the end
+    return chain(iter([first]), loader)
 
 
-def choose_share(N, rank, world):
+def choose_rows(N, rank, world):
     """Returns the slice of a global batch of N samples that process `rank` takes."""
     return slice(rank * N // world, (rank + 1) * N // world)
 
 
-def order_batches(indices, N, seed, share, step, steps):
-    """Yields a list of (epoch, index) for each batch from `step` on.  share: the slice of a global
+def order_batches(indices, N, seed, rows, step, steps):
+    """Yields a list of (epoch, index) for each batch from `step` on.  rows: the slice of a global
     batch that this process takes."""
     while step < steps:
         epoch, done = divmod(step, len(indices) // N)
-        batches = epoch_batches(len(indices), N, seed, epoch)[done:done + steps - step, share]
+        batches = epoch_batches(len(indices), N, seed, epoch)[done:done + steps - step, rows]
         for batch in batches:
             yield [(epoch, i) for i in indices[batch].tolist()]
         step += len(batches)
@@ -308,7 +309,7 @@ def restore(checkpoint, out, net, optimizer, settings, hint=""):
 def check_equal(settings, others, names, flag, where):
     """Raises BadInput if one of the named settings differs from `others`.
 
-    where    the place of the other settings, and what to do: the end of the message"""
+    where    the end of the message: where the other settings are, and what to do"""
     for name in names:
         need(others.get(name) == settings[name],
              f"{flag}: {name} is {settings[name]}, but {others.get(name)} in {where}")
@@ -365,9 +366,10 @@ class Run:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         self.draws = Draws(args.seed, args.batch_size,
-                           choose_share(args.batch_size, self.rank, self.world))
+                           choose_rows(args.batch_size, self.rank, self.world))
         self.signalled = 0                      # the number of a signal that has arrived, or 0
-        self.stopped = 0                        # that number, once all processes know of the signal
+        self.stopped = 0                        # signalled, once all processes know it; then all of
+                                                # them stop
         self.waited = 0.0                       # seconds of waiting for batches since the last line
 
     def print_start(self, sources, lines, warnings):
@@ -417,14 +419,16 @@ class Run:
                        f"the same command with --resume")
 
     def log(self, loss, terms=None, measure=dict):
-        """Logs every 50th step.  A run of fewer than 2,500 steps logs about 50 steps in all.
+        """Logs every 50th step.  A run of fewer than 2,500 steps logs 50 to 100 steps; a run of
+        fewer than 50 steps logs every step.
 
         terms        the scalars whose sum is the loss
         measure()    returns further values by name
 
         Values are copied from the GPU only for lines that are logged.  If a logged loss is not
-        finite, the run ends.  A loss between two lines is not looked at: if it is not finite, its
-        step makes the weights not finite, and so the next logged loss."""
+        finite, the run ends.  A loss between two logged steps is not checked.  This is enough,
+        because a loss that is not finite makes the weights not finite, and then the next logged
+        loss is not finite either."""
         step, every = self.step + 1, min(50, max(1, self.steps // 50))
         if step % every and step not in (1, self.steps):
             return
@@ -762,7 +766,8 @@ def describe_input(row):
 
 
 def describe_scale(row):
-    """Returns as text what x in [0, 1] stands for, and the mean and std that x is normalised by."""
+    """Returns a text: which values of the files become x = 0 and x = 1, and the mean and std of the
+    normaliser."""
     scale = row["range"]
     if row.get("raw_mean"):                     # these were measured on own images, for each band
         scale = f"{join_numbers(row['raw_mean'])} -+ 3 x {join_numbers(row['raw_std'])}, clipped"
@@ -776,8 +781,7 @@ def join_numbers(values):
 @torch.no_grad()
 def measure_statistics(net, batches):
     """Measures the statistics of the batch norms in a random network: their average over batches.
-    Batch norms start with mean 0 and variance 1.  With these, the features of a ResNet-50 would be
-    in the thousands.
+    With mean 0 and variance 1, the features of a random ResNet-50 would be in the thousands.
 
     batches    an iterable of lists; a list holds the inputs of one call of net"""
     for module in net.modules():
@@ -883,9 +887,8 @@ def list_defaults(scenario, method, backbone, toy):
 
 
 def fill_in(args, tables):
-    """Sets each setting that was not given to its default: that of the first table that has it.
-
-    Returns {name: source} of all settings."""
+    """Gives each setting that the command line lacks its default: the value in the first table that
+    has this setting.  Returns {name: source} of all settings."""
     sources = {}
     for table, source in tables:
         for name, value in table.items():
