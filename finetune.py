@@ -20,6 +20,7 @@ The metrics are measured on the whole test split after the last step, never at t
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import math
 import re
@@ -44,10 +45,9 @@ from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, add_flags, check
                   resize, run_main, show_progress, to_unit_range, write_text)
 from decur import MITS, branch, mit, start_as_segformer
 from pretrain import (FLAGS, Run, check_batch, check_equal, collect_settings, describe_input,
-                      distribute, fill_in, find_checkpoint, hash_file, join, leave,
-                      load_checkpoint, make_loader, make_run_folder, measure_statistics,
-                      mixed_precision, read_environment, read_pretraining, restore, start_from,
-                      sum_over_processes)
+                      distribute, fill_in, find_checkpoint, join, leave, load_checkpoint,
+                      make_loader, make_run_folder, measure_statistics, mixed_precision,
+                      read_environment, read_pretraining, restore, start_from)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -177,6 +177,13 @@ def test(net, data, train_counts, args, device, rank=0, world=1):
             save_prediction(args, data, first + k, images, target[k], scores[k])
         first += len(scores)
     return summarise(data, sum_over_processes(total).cpu(), train_counts)
+
+
+def sum_over_processes(t):
+    """Sums a tensor over the processes, in place, and returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
 
 
 def compute_scores(net, x, scales):
@@ -914,6 +921,11 @@ def move_net(net, device):
         net.to(device, memory_format=torch.channels_last, non_blocking=True)
     else:
         net.to(device)
+
+
+def hash_file(path):
+    """Returns the sha256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def count_classes(data, indices, workers):

@@ -15,7 +15,6 @@ Writes into --out:
     args.json                       the settings, the command line, the machine
 """
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -624,13 +623,6 @@ def max_over_processes(value, device):
     return int(value)
 
 
-def sum_over_processes(t):
-    """Sums a tensor over the processes, in place, and returns it."""
-    if dist.is_initialized():
-        dist.all_reduce(t)
-    return t
-
-
 def check_batch(N, n, world, least=1):
     """Raises BadInput unless N, the --batch-size of all processes, divides evenly among them, gives
     each at least `least` samples, and is at most n, the number of samples."""
@@ -671,11 +663,6 @@ def export(path, E, row, settings):
     write_atomically(path, partial(torch.save, state))
     about = dict(input="values in [0, 1], then (x - mean) / std", sees=row, settings=settings)
     write_text(path.with_suffix(".json"), json.dumps(about, indent=1))
-
-
-def hash_file(path):
-    """Returns the sha256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def start_from(files, encoders, args, inputs):
