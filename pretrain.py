@@ -726,15 +726,20 @@ def read_pretraining(file):
         m = settings["modality"]                # of a pretraining of one modality, or None
         rows = settings["inputs"][m - 1:m] if m else settings["inputs"]
         return check_pretraining(settings, rows)
-    except (BadInput, KeyError, TypeError):     # if it is damaged, `read_weights` says so later
-        return {}, []
+    except (BadInput, KeyError, TypeError, ValueError):
+        return {}, []                           # if it is damaged, `read_weights` says so later
 
 
 def check_pretraining(settings, rows):
-    """Returns the arguments.  Raises KeyError or TypeError if they lack what is read from them."""
-    describe_pretraining(settings)
+    """Returns the arguments.  Raises ValueError if an entry is missing that is read later, here or
+    in finetune.py."""
+    names = ("method", "scenario", "common", "no_intra", "epochs", "seed", "backbone", "size",
+             "depth_unit", "modalities", "inputs")
+    missing = [name for name in names if name not in settings]
     for row in rows:
-        describe_input(row)
+        missing += [name for name in ("name", "bands", "range", "mean", "std") if name not in row]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
     return settings, rows
 
 
