@@ -488,7 +488,7 @@ def main(argv=None):
     e.embedded = embed(net, e.batches("embeddings"))
     square = args.value == "square"
     e.values = (TwoValues(net.f1, e.embedded["z1"], e.Kc, layer1, square),
-              TwoValues(net.f2, e.embedded["z2"], e.Kc, layer2, square))
+                TwoValues(net.f2, e.embedded["z2"], e.Kc, layer2, square))
     e.compared = embed(other, e.batches("embeddings of --compare")) if args.compare else None
     stopped = settings["stopped"] or f"at step {settings['step']}"  # "at step 100 of 200"
     caption = f"{args.checkpoint.resolve().parent.name} {stopped}"

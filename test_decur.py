@@ -71,7 +71,8 @@ def is_refused(words, function, *args, error=BadInput, **settings):
 
 
 def watched(monkeypatch, owner, name, n=0, action=None):
-    """A list that gets the arguments of each call of owner.name, before whose n-th is action()."""
+    """Patches owner.name.  Returns a list of the arguments of its calls.  Before the n-th call,
+    action() runs."""
     calls, function = [], getattr(owner, name)
 
     def counted(*args, **settings):
@@ -108,7 +109,8 @@ def slow_loss(zA, zB, lmb, target=1):
 
 
 def test_algorithm_1_is_equations_1_to_6():
-    """Only by BN's biased variance is C a correlation.  Common-by-unique blocks stand nowhere."""
+    """C is a correlation only because BN's variance is biased.  Common-by-unique blocks are in no
+    term."""
     z11, z12, z21, z22 = plain_views(16, 6, scale=1000)
     loss, terms = decur_loss(z11, z12, z21, z22, 4, 0.01, 0.02, 0.03, 0.04)
     expected = dict(L1=slow_loss(z11, z12, 0.01), L2=slow_loss(z21, z22, 0.02),
@@ -600,7 +602,8 @@ def pretrained(scenes, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(pretrained, scenes):
-    """The folder of that run, of one without unique dimensions and intra terms, of own pairs."""
+    """The folder of three runs: `pretrained`, one without unique dimensions and intra terms, one on
+    own pairs."""
     folder = pretrained[0].parent
     flags = "--seed 1 --common 1 --no-intra"
     call(pretrain, flags_of(scenes, folder / "nodecoup-1", flags))
@@ -695,7 +698,8 @@ def test_resuming_ones_own_pairs_keeps_what_was_measured(runs, scenes, tmp_path,
 
 
 def test_the_order_of_batches_goes_on_where_it_stood_and_ranks_share_it():
-    """Of seed and epoch alone; every index at most once an epoch, whole batches only."""
+    """The order depends only on seed and epoch.  An epoch has each index once or never, in whole
+    batches."""
     order = partial(pretrain.order_batches, np.arange(10, 20), 4)
     whole = list(order(0, slice(0, 4), 0, 5))
     assert [epoch for batch in whole for epoch, _ in batch] == [0] * 8 + [1] * 8 + [2] * 4
@@ -1254,7 +1258,8 @@ def bands_of(date, S=12):
 
 
 def write_ssl4eo(root, ids=("0000000", "000001", "0000007"), S=12):
-    """Four seasons each, out of the order of S1's names, with a six-digit folder and void ids."""
+    """Four seasons per location.  S1's names do not sort by date; one folder has six digits; some
+    ids are void."""
     for name in ids:
         for date, satellite in ((3, "B"), (6, "A"), (9, "B"), (12, "A")):
             stamp = f"2020{date:02d}20T001515"
@@ -2531,7 +2536,7 @@ def test_a_stopped_transfer_goes_on_as_if_nothing_had_been(head, scenes, tmp_pat
 
 
 def test_two_processes_transfer_as_one(scenes, tmp_path):
-    """Of a frozen probe, though 2 do not divide the 15 test samples: each counts once."""
+    """15 test samples do not divide by 2 processes, but each sample counts once."""
     folder = shutil.copytree(scenes, tmp_path / "scenes")
     tests = (folder / "test.txt").read_text().splitlines()
     (folder / "test.txt").write_text("\n".join(tests[:15]))
@@ -3072,9 +3077,9 @@ def write_stripes(root, n=256, S=16):
 
 
 def test_decur_keeps_what_one_sensor_alone_sees_and_barlow_twins_loses_it(tmp_path):
-    """The paper's point, by the command lines.  Over four seeds, the mean share was 0.17 to 0.27 with
-    DeCUR, 0.03 or less with Barlow Twins and without intra-modal terms.  DeCUR's unique dimensions
-    had 2.2 to 9.4 times the share of its common ones."""
+    """The paper's point, by the command lines.  Over four seeds, the mean share was 0.17 to 0.27
+    with DeCUR, and 0.03 or less with Barlow Twins and without intra-modal terms.  DeCUR's unique
+    dimensions had 2 to 10 times the share of its common ones."""
     textures, kept = write_stripes(tmp_path), {}
     for method, flags in (("decur", "--common 0.5"), ("barlowtwins", "")):
         out = tmp_path / method
