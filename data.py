@@ -2345,6 +2345,9 @@ def prepare_tiles(where, args):
         n = min(max(1, round(share * len(scenes))), len(scenes) - 1)
         order = np.random.default_rng((seed, len(scenes))).permutation(len(scenes))
         write_lists(part, tiles, {scenes[k] for k in order[:n]})
+    if n == 0:
+        print("warning: there is only one scene, so test.txt is empty. Cut the scene into two "
+              "images to test on one of them")
     print(f"tiles: {len(tiles)}, of {len(scenes)} scenes; scenes in test.txt: {n}; tiles that are "
           f"left out, because more than half of their values are missing: {left_out}")
 
