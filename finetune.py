@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -837,8 +837,11 @@ def save_prediction(args, data, i, x, target, scores):
     """Draws inputs, label and prediction side by side.  Below stand the names of the classes, each
     in its colour."""
     names = ["no label", *data.classes]
-    colours = np.random.default_rng(0).integers(100, 256, (len(names), 3), np.uint8)
-    colours[0] = 80
+    # Steps of the golden angle keep the hues of any number of classes apart.
+    colours = [ImageColor.getrgb(f"hsv({222 * k % 360}, 75%, {95 if k % 2 else 75}%)")
+               for k in range(len(names))]
+    colours[0] = (80, 80, 80)
+    colours = np.array(colours, np.uint8)
     labels = [target.cpu().numpy() + 1, scores.argmax(0).cpu().numpy() + 1]  # HxW each
     panels = []
     for image, m in zip(x, select_modalities(args)):
@@ -847,7 +850,8 @@ def save_prediction(args, data, i, x, target, scores):
     panels += [colours[label] for label in labels]
     wide = Image.fromarray(np.concatenate(panels, 1))
     wide = ImageOps.scale(wide, max(1, 256 // wide.height), Image.Resampling.NEAREST)
-    legend = [(f"{data.ids[i]}: {len(x)} inputs, label, prediction", (255, 255, 255))]
+    inputs = "input" if len(x) == 1 else f"{len(x)} inputs"
+    legend = [(f"{data.ids[i]}: {inputs}, label, prediction", (255, 255, 255))]
     legend += [(names[k], tuple(colours[k].tolist())) for k in np.unique(labels)]
     sheet = ImageOps.expand(wide, (0, 0, 0, 20 * len(legend)))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
