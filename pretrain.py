@@ -587,6 +587,10 @@ def choose_backend(device):
 def leave():
     """Disconnects the processes."""
     if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            # Without a barrier, torch 2.6 can wait forever in the next line: gloo's thread needs
+            # Python's lock to free the last tensor, and the thread with the lock waits for it.
+            dist.barrier()
         dist.destroy_process_group()
 
 
