@@ -4,7 +4,7 @@ This file is the method itself.  Read it beside Sec. 3 and Algorithm 1 of the pa
 (arXiv:2309.05300, v1).  It does not depend on data sets, arguments or processes.
 
     Eq. 1-6, Algorithm 1      on_diag off_diag BN loss_c loss_u decur_loss  (they need only torch)
-    the same loss, no KxK     decur_loss_gram                               (cheaper if N << K)
+    the same loss, no KxK     decur_loss_gram                               (cheaper if 3 N <= 2 K)
     numbers for the log       diagonals bounds
     methods of Tables 1-3     barlow_twins_loss vicreg_loss simclr_loss clip_loss
     networks, Fig. 2          resnet mit projector DeCUR                    (E1, P1, E2, P2)
@@ -170,8 +170,8 @@ def diagonals(z11, z12, z21, z22, Kc):
 
 
 def chance_and_floor(N, k, lmb=0.0051, unique=False):
-    """Returns two values of `loss_c` (or, if unique, of `loss_u`) for k dimensions: the chance, the
-    mean loss of independent embeddings; and the floor, below which no batch of size N can be.
+    """Returns two values of `loss_c` (or, if unique, of `loss_u`) for k dimensions.  Chance is the
+    mean loss of independent embeddings.  No batch of size N has a loss below the floor.
 
     Chance: C_ij of independent embeddings has mean 0 and variance 1 / (N-1), so the diagonal gives
     k + k / (N-1).  Floor: the rank of C is at most N-1, so by Cauchy-Schwarz sum_ij C_ij^2 >=
@@ -457,9 +457,9 @@ class DeCUR(nn.Module):
     """Holds two branches that share no parameter, Fig. 2.  f1, f2: NxCxHxW -> NxK, each an encoder
     E and a projector P.
 
-    views    which of x11 x12 x21 x22 are encoded.  DeCUR needs all four views, the other methods
-             need two.  For a view that is not encoded, z is None.  A modality of which no view is
-             encoded has no branch."""
+    views    which of x11 x12 x21 x22 are encoded.  DeCUR needs all four views.  DeCUR without its
+             intra-modal terms and the other methods need two.  For a view that is not encoded, z is
+             None.  A modality of which no view is encoded has no branch."""
 
     def __init__(self, backbone, channels1, channels2, widths, views=(True, True, True, True)):
         super().__init__()
@@ -525,8 +525,8 @@ def read_weights(file, backbone):
 
 
 def strip_prefix(state):
-    """Removes the names with which all keys begin, because DDP, compile and other wrappers add such
-    names.  f1. and f2. stay, because they name a branch of `DeCUR`."""
+    """Removes the prefix that all keys share, such as "module.", because DDP, compile and other
+    wrappers add one.  f1. and f2. stay, because they name a branch of `DeCUR`."""
     prefix = os.path.commonprefix(list(state)).rpartition(".")[0]
     if not prefix or prefix.startswith(("f1", "f2")):
         return state

@@ -219,8 +219,9 @@ def gradcam_stat(net1, net2, x1, x2):
     scores in [0, 1].
 
     Paper: Algorithm 2 does not define "norm"; Sec. 7 says multiply, take the logarithm, normalize
-    each patch.  Here, as in the authors' code: each map is cut at 0 (ReLU) and upsampled, then its
-    logarithm is scaled to 0..1.  A score is the mean of the product of two maps."""
+    each patch.  Here, as in the authors' code: the negative values of each map become 0 (ReLU), the
+    map is upsampled, and its logarithm is scaled to 0..1.  A score is the mean of the product of
+    two maps."""
     att1_c, att1_u = gradcam_vis(net1, x1, relu=True)                   # NxHxW
     att2_c, att2_u = gradcam_vis(net2, x2, relu=True)                   # NxHxW
     mul_c = (norm(att1_c) * norm(att2_c)).mean((1, 2))                  # N
@@ -540,29 +541,30 @@ def measure_densities(e):
     return {key: torch.cat(batches).numpy() for key, batches in densities.items()}
 
 
-def compare_objects(title, found, modalities):
-    """Prints a table of mean and deviation, with a line for each label and kind and a column for
-    each modality and object.  Returns a claim for each label that has both kinds of dimensions.
+def compare_objects(title, found, modalities, limit):
+    """Prints a table of mean and deviation: one line for each name (such as that of a run) and kind
+    of dimensions, one column for each modality and object.  Returns one claim for each name that
+    has both kinds.
 
-    found   {(label, m, kind): Sx3}   S measurements of the three objects
+    found   {(name, m, kind): Sx3}   S measurements of the three objects
     An object that both sensors see belongs in common dimensions.  An object that only one sensor
     sees belongs in the unique dimensions of that sensor.  The claim has ratios: the mean in the
-    dimensions where the object belongs, divided by the mean in the other dimensions.  So each ratio
-    should be above 1."""
+    dimensions where the object belongs, divided by the mean in the other dimensions.  Each ratio
+    should be above the limit."""
     objects = [f"{modality}: {name}" for modality in modalities
                for name in name_objects(modalities)]
     print(f"{title}\n| | {' | '.join(objects)} |\n{'|---' * 7}|")
     claims, means = [], {}
-    for label, kind in dict.fromkeys((label, kind) for label, _, kind in found):
-        a = np.concatenate((found[label, 0, kind], found[label, 1, kind]), 1)  # Sx6
-        print(f"| {label}, {kind} | {' | '.join(map(format_mean, a.T))} |")
-        means[label, kind] = a.mean(0).clip(0.001)                      # 6; below 0.001 is noise
-        if kind == "unique" and (label, "common") in means:
-            both = means[label, "common"] / means[label, "unique"]
+    for name, kind in dict.fromkeys((name, kind) for name, _, kind in found):
+        a = np.concatenate((found[name, 0, kind], found[name, 1, kind]), 1)  # Sx6
+        print(f"| {name}, {kind} | {' | '.join(map(format_mean, a.T))} |")
+        means[name, kind] = a.mean(0).clip(0.001)                      # 6; below 0.001 is noise
+        if kind == "unique" and (name, "common") in means:
+            both = means[name, "common"] / means[name, "unique"]
             ratios = {objects[0]: both[0], objects[1]: 1 / both[1],
-                      objects[3]: both[3], objects[5]: 1 / both[5], "limit": 1}
-            claims.append(claim(f"{label}: the ratios common / unique (objects that both see) and "
-                                f"unique / common (objects that only one sees) are above 1",
+                      objects[3]: both[3], objects[5]: 1 / both[5], "limit": limit}
+            claims.append(claim(f"{name}: the ratios common / unique (objects that both see) and "
+                                f"unique / common (objects that only one sees) are above {limit}",
                                 ratios, "limit"))
     return claims
 
@@ -834,8 +836,9 @@ def picture_gradcam(e):
         densities = measure_densities(e)
         numbers |= {f"modality{m + 1}_{kind}_density": a for (_, m, kind), a in densities.items()}
         means = {key: np.nanmean(a, 0, keepdims=True) for key, a in densities.items()}
-        lines += compare_objects(f"Density of the GradCAM maps on objects (1: as in the whole "
-                                 f"image), mean of {len(e.samples)} scenes", means, e.modalities)
+        title = (f"Density of the GradCAM maps on objects (1: as in the whole image), mean of "
+                 f"{len(e.samples)} scenes")
+        lines += compare_objects(title, means, e.modalities, limit=1)
     return image, numbers, "\n  ".join(lines)
 
 
@@ -846,8 +849,8 @@ def picture_spatial(e):
     scores = e.keep_nonempty(mul_c, mul_u)
     means = {kind: a.mean() for kind, a in scores.items()}
     image, pen, boxes = start_page(
-        len(scores), 1, 528, 220, f"Fig. 5a: overlap of both modalities' GradCAM maps of the "
-        f"{VALUES[e.args.value]}", [(kind, KIND_COLOURS[kind]) for kind in scores])
+        len(scores), 1, 528, 220, f"Fig. 5a: overlap of the GradCAM maps of both modalities "
+        f"(value: {VALUES[e.args.value]})", [(kind, KIND_COLOURS[kind]) for kind in scores])
     for box, (kind, a) in zip(boxes, scores.items()):
         counts, edges = np.histogram(a, 40, (0, 1))
         highest = 1.05 * counts.max()
@@ -910,8 +913,8 @@ def picture_measured(found, modalities):
     """Draws the means over runs of what `measure_factors` returns, two panels for each name."""
     run_names = list(dict.fromkeys(run_name for run_name, _, _ in found))  # the last one is RANDOM
     image, pen, boxes = start_page(
-        2 * len(run_names) - 2, 2, 448, 200, f"Share of variance of dimensions between the shapes "
-        f"of an object; accuracy of a linear probe on the backbone (chance {1 / len(SHAPES):g})",
+        2 * len(run_names) - 2, 2, 448, 200, "Share of each dimension's variance that lies between "
+        f"the shapes of an object; accuracy of a linear probe (chance {1 / len(SHAPES):g})",
         list(KIND_COLOURS.items()))
     for i, box in enumerate(boxes):
         run_name, m = run_names[i // 2], i % 2
@@ -920,9 +923,9 @@ def picture_measured(found, modalities):
         bars[RANDOM] = found[RANDOM, m, "backbone"].mean(0)
         draw_grouped_bars(pen, box, bars, name_objects(modalities),
                           f"{run_name}: {modalities[m]}", "share, accuracy")
-    claims = compare_objects(f"Share of the variance of dimensions, and accuracy of a linear probe "
-                             f"on the backbone (chance {1 / len(SHAPES):g}), on unseen scenes",
-                             found, modalities)
+    claims = compare_objects(f"Share of each dimension's variance that lies between the shapes of "
+                             f"an object, and accuracy of a linear probe on the backbone (chance "
+                             f"{1 / len(SHAPES):g}), on unseen scenes", found, modalities, limit=2)
     numbers = {f"{run_name} {modalities[m]} {kind}": a
                for (run_name, m, kind), a in found.items()}
     return image, numbers, "\n  ".join(claims or ["No run has both common and unique dimensions"])
@@ -977,7 +980,7 @@ def start_page(n, columns, width, height, title, legend=()):
     """Returns a blank image, a pen for it, and the box (left, top, right, bottom) of each of the n
     panels, row by row.  Each entry of the legend is a text, a colour and possibly a shape."""
     rows = math.ceil(n / columns)
-    below = TOP + rows * (height + MARGIN)      # where the caption stands
+    below = TOP + rows * (height + MARGIN)      # where the caption is
     size = MARGIN + columns * (width + MARGIN), below + LINE
     image = Image.new("RGB", size, WHITE)
     pen, x, boxes = ImageDraw.Draw(image), MARGIN, []

@@ -214,7 +214,7 @@ def scale_rate(name, step, steps):
         return 0.1 ** sum(10 * step >= tenths * steps for tenths in (6, 8))
     if name == "constant":
         return 1.0
-    warm = steps // 50 if name == "warm poly" else 0  # CMX: 10 of 500 epochs rise from 0
+    warm = steps // 50 if name == "warm poly" else 0  # CMX: the rate rises for 10 of 500 epochs
     return step / warm if step < warm else (1 - step / steps) ** 0.9
 
 
@@ -244,7 +244,7 @@ class LateFusion(nn.Module):
         super().__init__()
         self.encoders, self.part = nn.ModuleList(encoders), part
         self.fc = nn.Linear(sum(dims), num_classes)
-        nn.init.normal_(self.fc.weight, std=0.01)  # the paper has none; the authors' code does
+        nn.init.normal_(self.fc.weight, std=0.01)  # as in the authors' code
         nn.init.zeros_(self.fc.bias)
 
     def encode(self, *images):
@@ -255,8 +255,9 @@ class LateFusion(nn.Module):
 
 
 class FCN(nn.Module):
-    """Segments as in App. B, RGB-DEM: the last three stages of all encoders are concatenated,
-    upsampled to the input's size, convolved (1x1), and added.
+    """Segments as in App. B, RGB-DEM.  For each of the last three stages, the maps of all encoders
+    are concatenated, upsampled to the input's size and convolved (1x1).  The three results are
+    added.
 
     Call: NxCxHxW for each encoder -> NxCxHxW logits.
     Paper: maps are upsampled, then convolved, which needs 7168 channels of 224x224.
@@ -454,7 +455,8 @@ def iou_and_accuracy(pred, gt, num_classes, ignore):
 
 def summarise(data, total, train_counts):
     """Returns the results as a dict: `metrics`; `yardstick`, the same metrics of a guess that never
-    looks at the image; `classes`, the score of each class; its numbers of training and test labels.
+    looks at the image; `classes`, the score of each class; `train_labels` and `test_labels`, the
+    number of labels of each class.
 
     total           scores and labels of a multi-label task (2xNxC), or confusions (CxC)
     train_counts    the number of training samples of each class; of its pixels, if labels are masks
@@ -715,8 +717,8 @@ def open_custom_task(args):
     if args.model == "late":
         named, describe = read_label_table(args.target), describe_labels
     else:
-        need(not Path(args.target).is_file(), f"--target {args.target} is no csv. Give a file "
-             f"NAME.csv with {CSV_FORM}, or a folder or a pattern of masks")
+        need(not Path(args.target).is_file(), f"--target {args.target} is not a csv. Give a folder "
+             f"or a pattern of masks, or a file NAME.csv with {CSV_FORM}")
         named = find_images(args.target, (".png", ".tif", ".tiff", ".npy"))
         describe = describe_masks
     names = dict.fromkeys(pairs.ids)
@@ -730,8 +732,9 @@ def open_custom_task(args):
     remedy = "Give labels of two classes or more"
     if kind == "segmentation" and args.ignore >= 0:
         remedy += f". If {args.ignore} is the value of a class in these masks, give --ignore -1"
-    need(len(classes) > 1, f"--target {args.target} has fewer than two classes: "
-         f"{', '.join(classes) or 'none'}. {remedy}")
+    need(classes, f"--target {args.target} has no class. {remedy}")
+    need(len(classes) > 1, f"--target {args.target} has only the class {''.join(classes)!r}. "
+         f"{remedy}")
     both = []
     for part in split_names(args, pairs.ids, named):
         data = copy.copy(pairs)
@@ -834,8 +837,8 @@ def split_names(args, ids, named):
 # ---- pictures ----
 
 def save_prediction(args, data, i, x, target, scores):
-    """Draws inputs, label and prediction side by side.  Below stand the names of the classes, each
-    in its colour."""
+    """Draws inputs, label and prediction side by side.  The names of the classes are below, each in
+    its colour."""
     names = ["no label", *data.classes]
     # Steps of the golden angle keep the hues of any number of classes apart.
     colours = [ImageColor.getrgb(f"hsv({222 * k % 360}, 75%, {95 if k % 2 else 75}%)")
@@ -995,7 +998,7 @@ def finish(run, result, ids):
     if args.linear:
         run.print("the weights of the frozen encoders have not changed")
     run.print(f"{format_scores([result])}  test samples: {result['test_samples']}",
-              "a guess: the score of always predicting what is most frequent in training",
+              "a guess: the score of a prediction from the classes' frequencies in training alone",
               f"wrote {args.out}/results.json")
 
 
@@ -1045,10 +1048,10 @@ def name_file(path):
 
 
 def print_table(folders):
-    """Prints one line for all runs that differ only by their seeds.
+    """Prints one line for each group of runs that differ only by their seeds.
 
-    A line begins with TITLE.  If lines have the same title, the settings follow in which they
-    differ.  Then follow the scores."""
+    A line begins with the values of TITLE.  If other lines have the same title, the settings follow
+    in which these lines differ.  Then the scores follow."""
     groups, values = {}, {}
     for file in [Path(folder) / "results.json" for folder in folders]:
         need(file.parent.exists(), f"--table: there is no folder {file.parent}. Give the --out of "
@@ -1120,6 +1123,7 @@ TRANSFER_FLAGS = FLAGS | {
                                        "file for each, imagenet, or none (random)"),
     "part": dict(choices=("common", "unique", "all"), help="with --linear and late fusion: "
                  "dimensions of the embedding to classify; default: the encoder's features"),
+    "backbone": FLAGS["backbone"] | dict(help=f"network of the encoders; {BY_TASK}"),
     "linear": dict(action="store_true", help="freeze the encoders; default: fine-tune them"),
     "cached": dict(action="store_true", help="with --linear and late fusion: compute the features "
                    "once, without augmentation, which is fast; default: augment"),
@@ -1151,7 +1155,7 @@ def get_args(argv=None):
     if args.table:
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         given.remove("table")
-        need(not given, f"--table works without other flags. Leave "
+        need(not given, f"--table does not work with other flags. Leave "
              f"--{' '.join(given[:1]).replace('_', '-')} out")
         return args, {}
     need(args.task and args.weights, "--task or --weights is missing. Give --task and --weights (a "

@@ -63,10 +63,10 @@ METHODS = {
     "clip": dict(common=1.0, projector="1024"),  # CLIP, Sec. 2.3 and Table 19
 }
 # --toy is small enough for two CPU cores.  LARS moves a weight by about lr / 100 of its norm per
-# step, because eta / (1 - momentum) is 1 / 100.  A toy run has about 1,000 steps, the paper's runs
-# have tens of thousands, so a toy run needs a higher rate.  As in the paper, K is above N.  But K
-# is not far above N, because both modalities of a scene share few features.  If k dimensions agree
-# on only r features, the diagonal ends at 1 / (1 + lambda (k / r - 1)).
+# step, because eta / (1 - momentum) is 1 / 100.  A toy run has 480 to 960 steps, but the paper's
+# runs have tens of thousands.  So a toy run needs a higher rate.  As in the paper, K is above N.
+# But K is not far above N, because both modalities of a scene share few features.  If k dimensions
+# agree on only r features, the diagonal ends at 1 / (1 + lambda (k / r - 1)).
 TOY = dict(size=32, backbone="resnet-toy", projector="256-256-512", batch_size=128, lr=2.0,
            split="train")
 # After fewer epochs, linear probes miss some of the factors of the scenes.
@@ -82,7 +82,7 @@ def pretrain(run, model, augment1, augment2, Kc):
         # two augmented views for each modality
         x11, x12 = augment1(x1[0]), augment1(x1[1])                 # nxC1xSxS, n of this process
         x21, x22 = augment2(x2[0]), augment2(x2[1])                 # nxC2xSxS
-        # compute embeddings and normalize (the losses begin with BN)
+        # compute embeddings and normalize (DeCUR's loss begins with BN)
         with mixed_precision(run.device):
             z11, z12, z21, z22 = model(x11, x12, x21, x22)          # nxK
         z11, z12, z21, z22 = map(gather, (z11, z12, z21, z22))      # NxK, the global batch, float32
@@ -366,9 +366,10 @@ class Run:
                 group["initial_lr"] = group["lr"]
         self.draws = Draws(args.seed, args.batch_size,
                            choose_rows(args.batch_size, self.rank, self.world))
-        self.signalled = 0                      # the number of a signal that has arrived, or 0
-        self.stopped = 0                        # signalled, once all processes know it; then all of
-                                                # them stop
+        # Two numbers of a signal, or 0.  `signalled`: a signal has reached this process.
+        # `stopped`: a signal has reached any process.  It is set in all processes at the same step,
+        # and makes them stop.
+        self.signalled = self.stopped = 0
         self.waited = 0.0                       # seconds of waiting for batches since the last line
 
     def print_start(self, sources, lines, warnings):
@@ -405,7 +406,8 @@ class Run:
             self.step += 1
             self.bar.update()
             # All processes stop after the same step.  On CPUs they ask each other at every step,
-            # because torchrun kills them 30 s after SIGTERM.  On GPUs the answer takes time.
+            # because torchrun kills them 30 s after SIGTERM.  On GPUs they ask at every tenth step,
+            # because waiting for the answer takes time.
             if self.world == 1 or self.device.type == "cpu" or self.step % 10 == 0:
                 self.stopped = max_over_processes(self.signalled, self.device)
             minutes = (time.time() - self.saved) / 60
@@ -447,7 +449,7 @@ class Run:
         self.logged, self.logged_step, self.waited = time.time(), step, 0.0
         self.print(f"epoch {line['epoch']:03d} step {step:06d}/{self.steps:06d}  "
                    f"{format_losses(line)}  lr {line['lr']:.4g}  "
-                   f"{line['pairs_per_s']:.0f} pairs/s  data {line['data']:.0%}")
+                   f"{line['pairs_per_s']:.0f} pairs/s  waiting for data {line['data']:.0%}")
         with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -776,8 +778,9 @@ def join_numbers(values):
 
 @torch.no_grad()
 def measure_statistics(net, batches):
-    """Measures the statistics of the batch norms in a random network: their average over batches.
-    With mean 0 and variance 1, the features of a random ResNet-50 would be in the thousands.
+    """Measures the statistics of the batch norms in a random network, as averages over batches.
+    With the initial statistics (mean 0, variance 1), the features of a random ResNet-50 would be in
+    the thousands.
 
     batches    an iterable of lists; a list holds the inputs of one call of net"""
     for module in net.modules():
@@ -797,7 +800,7 @@ FLAGS = DATA_FLAGS | {
     "scenario": dict(required=True, choices=SCENARIOS, help="the two modalities, with the paper's "
                      "settings for them; custom: your own images"),
     "toy": dict(action="store_true", help="use made-up scenes, which are written into --data, and "
-                "settings that suit a CPU; default: real data"),
+                "small settings instead of the defaults below; default: real data"),
     "workers": DATA_FLAGS["workers"] | dict(default=choose_workers()),
     "method": dict(choices=METHODS, default="decur", help="a method of Tables 1-3; default: decur"),
     "modality": dict(type=int, choices=(1, 2), help="with barlowtwins: take two views of this "
@@ -808,9 +811,10 @@ FLAGS = DATA_FLAGS | {
     "bgr": dict(action="store_true", help="say that --weights were trained on BGR images, like the "
                 "weights of the DeCUR authors; default: RGB"),
     "projector": dict(metavar="WIDTHS", help="widths of the projector's layers, joined by -, or "
-                      "none for no projector; default: 8192-8192-8192"),
+                      "none for no projector; default: 8192-8192-8192, simclr 2048-128, clip "
+                      "1024"),
     "common": dict(type=number(float, 0, 1), help="share of the dimensions that are common, 0 to "
-                   "1; default: 0.75, sar-optical 0.875, custom 0.8"),
+                   "1; default: 0.75, sar-optical 0.875, custom 0.8, other methods than decur 1"),
     "no-intra": dict(action="store_true", help="leave the terms L1 and L2 out of the loss (Table "
                      "4, w/o intra); default: keep them"),
     "epochs": dict(type=number(int, 1), help="number of passes over the data; default: 100, rgbd "

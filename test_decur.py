@@ -2705,7 +2705,7 @@ def test_declared_images_are_normalised_as_in_pretraining_and_others_are_told(ow
 @pytest.mark.parametrize("target, text, more, words", [
     ("unknown.csv", "nobody,disk\n0000,ring\n", "", "unknown.csv .*nobody"),
     ("one.csv", "0000,disk\n0001,disk\n", "", "one.csv .*disk"),
-    ("binary", None, "", "binary has fewer than two classes: 0.* give --ignore -1"),
+    ("binary", None, "", "binary has only the class '0'.* give --ignore -1"),
     ("split.csv", "0000,disk,train\n", "", "split.csv .*name,label"),
     ("head.csv", "file,class\n0000,disk\n", "", "head.csv .*'file'.*header"),
     ("half.csv", "0000,disk\n0001,ring\n", "--split train --test-split test",
@@ -2951,6 +2951,17 @@ def test_a_share_of_variance_is_what_lies_between_classes_less_chance():
     z = torch.tensor([[0.0, 0, 1, 1], [0, 1, 0, 1], [0, 2, 2, 4], [5, 5, 5, 5]]).T
     shares = explain.variance_shares(z, torch.tensor([3, 3, 7, 7]))
     assert torch.allclose(shares, torch.tensor([2 / 3, 0, 1 / 2 - 1 / 3, 0]).double())
+
+
+@pytest.mark.parametrize("share, agrees", [(0.2, "yes"), (0.003, "no"), (np.nan, "no")])
+def test_an_object_that_no_dimension_holds_is_not_said_to_be_held(share, agrees, capsys):
+    # both see, only rgb sees, only depth sees
+    common, unique = np.array([0.3, 0.002, 0.002]), np.array([0.01, share, 0.002])
+    found = {("run", 0, "common"): common[None], ("run", 1, "common"): common[None],
+             ("run", 0, "unique"): unique[None], ("run", 1, "unique"): unique[[0, 2, 1]][None]}
+    line, = explain.compare_objects("shares", found, ("rgb", "depth"), limit=2)
+    assert line.endswith(f"Agrees: {agrees}.")
+    assert "| run, unique | 0.010 |" in capsys.readouterr().out
 
 
 def test_retrieval_counts_the_partners_among_the_1_and_5_nearest():
