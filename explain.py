@@ -477,8 +477,10 @@ def main(argv=None):
     if args.sweep:
         return sweep(args, device)
     net, settings = open_net(args.checkpoint, device)
-    root = args.data or settings["data"]
-    data = open_explained_data(settings, root, args.split or settings["split"])
+    root, split = args.data or settings["data"], args.split or settings["split"]
+    if args.data and not args.split and settings["scenario"] == "custom":
+        split = "all"                           # the list of the training names other images
+    data = open_explained_data(settings, root, split)
     e = Explained(args, device, net, settings, root, data)
     layer1, layer2 = choose_layer(net, args.layer)
     if args.compare:
@@ -895,8 +897,9 @@ def picture_spectral(e):
         overall = {kind: a.mean() for kind, a in means.items()}
         bands = [band.removeprefix("channel ") for band in e.data.inputs[m]["bands"]]
         draw_grouped_bars(pen, box, means, bands, modality, "mean magnitude of the score")
-        lines.append(claim(f"{modality}: bands move common dimensions less than unique dimensions; "
-                           f"the paper found this for optical images (means)", overall, "common"))
+        if modality == "ms":                    # the paper found this for optical images
+            lines.append(claim(f"{modality}: bands move common dimensions less than unique "
+                               f"dimensions (means)", overall, "common"))
     return image, numbers, "\n  ".join(lines)
 
 
@@ -1087,8 +1090,8 @@ def get_args(argv=None):
         help="the folder to write; default: explain/ in the run's folder, for --sweep explain/")
     add("--data", type=expand_path, nargs="+", metavar="DIR",
         help="the folder of the data; for custom two folders or patterns; default: as in training")
-    add("--split", type=expand_path, help="the split of the data, such as test; default: as in "
-        "training")
+    add("--split", type=expand_path, help="the split of the data, such as test, with custom the "
+        "file of a list; default: as in training, but all if custom --data are given")
     add("--samples", type=number(int, 8),
         help="the number of random pairs; default: 512, or 4 batches if that is more; all pairs "
         "with --only embeddings")

@@ -737,11 +737,17 @@ def open_custom_task(args):
          f"{remedy}")
     both = []
     for part in split_names(args, pairs.ids, named):
+        need(part, f"--target {args.target} labels none of the pairs of one split. Add labels, or "
+             f"give other --split and --test-split")
         data = copy.copy(pairs)
         data.ids = part
         both.append(Labelled(data, classes, kind, read_label))
     lines.append(f"pairs with a label: {len(named)} of {len(pairs)}; the task is {kind} with "
                  f"{len(classes)} classes")
+    if not args.split:
+        lines.append("the test split is a random fifth. If tiles of one scene, or frames of one "
+                     "place, are in both splits, the scores are too high. Then give --split and "
+                     "--test-split")
     return both, lines + more
 
 
@@ -819,7 +825,8 @@ def describe_masks(args, files):
 
 def split_names(args, ids, named):
     """Returns names to train on and names to test on, from the lists --split and --test-split.
-    Without lists, --seed draws a random fifth of the names to test on.
+    Without lists, --seed draws a random fifth of the names to test on.  Names without a label are
+    left out.
 
     ids, named    the names of the pairs, and {name: label}"""
     if not args.split:
@@ -827,11 +834,7 @@ def split_names(args, ids, named):
         test = [ids[i] for i in sorted(choose_subset(len(ids), 0.2, args.seed))]
         return sorted(set(ids) - set(test)), test
     both = [read_list(Path(file), dict.fromkeys(ids)) for file in (args.split, args.test_split)]
-    unlabelled = [name for name in both[0] + both[1] if name not in named]
-    need(not unlabelled, f"{len(unlabelled)} names in {args.split} and {args.test_split} have no "
-         f"label in --target, such as {' '.join(unlabelled[:1])}. Add their labels, or remove them "
-         f"from the lists")
-    return both
+    return [[name for name in names if name in named] for names in both]
 
 
 # ---- pictures ----
@@ -1066,18 +1069,20 @@ def print_table(folders):
             title = "  ".join(run[name] for name in TITLE)
             seeds = [source.get("seed") for source in [result, *result["pretraining"]]]
             format_scores([result])
+        result["folder"] = str(file.parent)
         # a run that was repeated with the same seeds counts once
         groups.setdefault((title, str(sorted(run.items()))), {})[str(seeds)] = result
         for name, value in run.items():
             values.setdefault((title, name), set()).add(value)
     need(groups, f"--table {' '.join(folders)}: none of these folders has a results.json. Give the "
          f"--out of runs of finetune.py that have ended")
-    for (title, _), runs in sorted(groups.items()):
-        results = list(runs.values())
+    for (title, _), by_seeds in sorted(groups.items()):
+        results = list(by_seeds.values())
+        folders = ", ".join(result["folder"] for result in results)
         differences = [f"{name} {value}" for name, value in results[0]["run"].items()
                        if len(values[title, name]) > 1]
         print(title, *differences, format_scores(results), f"seeds: {len(results)}",
-              f"test samples: {results[0]['test_samples']}", sep="  ")
+              f"test samples: {results[0]['test_samples']}", f"in {folders}", sep="  ")
 
 
 def format_scores(results):
@@ -1158,8 +1163,10 @@ def get_args(argv=None):
         need(not given, f"--table does not work with other flags. Leave "
              f"--{' '.join(given[:1]).replace('_', '-')} out")
         return args, {}
-    need(args.task and args.weights, "--task or --weights is missing. Give --task and --weights (a "
-         "file, imagenet or none) to train, or --table to list runs")
+    need(args.task, "--task is missing. Give --task and --weights to train, or --table to list "
+         "runs")
+    need(args.weights, "--weights is missing. Give the checkpoint.pt of a pretraining, the files "
+         "of encoders, imagenet or none")
     args.pretraining = read_sources(args.weights)
     choose_data_and_model(args)
     sources = fill_in(args, list_settings(args))

@@ -35,9 +35,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import (AUGMENTATIONS, DATA_FLAGS, BadInput, Draws, Samples, add_flags, augment,
-                  choose_workers, epoch_batches, expand_path, find_warnings, leave_group, make_toy,
-                  mix_seeds, move_views, need, number, open_dataset, read_json, reading, run_main,
-                  write_atomically, write_text)
+                  choose_workers, describe_error, epoch_batches, expand_path, find_warnings,
+                  leave_group, make_toy, mix_seeds, move_views, need, number, open_dataset,
+                  read_json, reading, run_main, write_atomically, write_text)
 from decur import (MITS, RESNETS, DeCUR, barlow_twins_loss, bounds, clip_loss, decur_loss,
                    decur_loss_gram, diagonals, load_encoder, read_weights, simclr_loss, vicreg_loss)
 
@@ -395,7 +395,7 @@ class Run:
         self.listen(self.stop)
         while self.step < self.steps and not self.stopped:
             start = time.time()
-            batch = next(self.loader)
+            batch = self.load_batch()
             self.waited += time.time() - start
             self.draws.restart(self.step)       # seeds the augmentations
             # seeds drop path and dropout
@@ -418,6 +418,20 @@ class Run:
         if self.stopped:
             self.print(f"stopped after step {self.step} of {self.steps} and saved. To go on, give "
                        f"the same command with --resume")
+
+    def load_batch(self):
+        """Returns the next batch.  If that is impossible, the run saves and ends."""
+        try:
+            return next(self.loader)
+        except Exception as error:              # such as a damaged file, or a worker was killed
+            reason, saved = describe_error(error), ""
+            if reason is None:                  # the cause is an error in the code
+                raise
+            if self.rank == 0:
+                self.save()
+                saved = f" Step {self.step} is saved."
+            raise BadInput(f"{reason}.{saved} Mend the cause (`data.py check` lists damaged "
+                           f"files), then give the same command with --resume") from None
 
     def log(self, loss, terms=None, measure=dict):
         """Logs every 50th step.  A run of fewer than 2,500 steps logs 50 to 100 steps; a run of
@@ -645,10 +659,13 @@ def check_batch(N, n, world, least=1):
 
 def load_checkpoint(path):
     """Loads a checkpoint.pt.  Raises BadInput if the file is damaged or not of this project."""
+    need(not Path(path).is_dir(), f"{path} is a folder. Give its file checkpoint.pt")
     with reading(path, "a checkpoint.pt of this project",
                  "give another file, or with --resume a new --out"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         wanted = "model", "optimizer", "step", "settings", "data"
+        need(set(wanted) <= set(checkpoint), f"{path} is not a checkpoint.pt of this project, "
+             f"because it lacks {', '.join(set(wanted) - set(checkpoint))}. Give another file")
         return {name: checkpoint[name] for name in wanted}
 
 

@@ -749,14 +749,21 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(pretrained, scenes, tmp_pa
     assert (tmp_path / "checkpoint.pt").read_bytes() == half
 
 
-def test_bad_input_exits_with_code_2_and_one_line(scenes, tmp_path):
+@pytest.mark.parametrize("batch, workers", [(0, 1), (2, 0), (2, 1)])
+def test_a_damaged_file_ends_the_run_in_one_line_and_loses_nothing(batch, workers, scenes,
+                                                                   pretrained, tmp_path):
     """Also from a loader's worker, which wraps the message in its traceback."""
     root, out = shutil.copytree(scenes, tmp_path / "scenes"), tmp_path / "out"
-    (root / "Depth" / "0007.png").write_bytes(b"not a picture")
-    result = subprocess.run(**command(flags_of(root, out, "--split all --workers 1")))
+    name = f"{data.epoch_batches(48, 16, 0, 0)[batch][0]:04d}.png"
+    (root / "Depth" / name).write_bytes(b"not a picture")
+    flags = flags_of(root, out, f"--epochs 16 --workers {workers}")
+    result = subprocess.run(**command(flags))
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert re.fullmatch(r"error: .*0007\.png .*", result.stderr.splitlines()[-1])
-    assert not list(out.glob("checkpoint*"))
+    assert re.fullmatch(rf"error: .*{name} .*", result.stderr.splitlines()[-1])
+    assert out.exists() == (batch > 0)          # the first batch is read before --out is made
+    shutil.copy(scenes / "Depth" / name, root / "Depth")
+    call(pretrain, f"{flags} --resume")
+    assert log_of(out) == log_of(pretrained[0])
 
 
 def test_of_two_runs_that_begin_at_once_in_a_folder_one_is_refused(tmp_path):
@@ -2684,6 +2691,16 @@ def test_classes_that_are_not_trained_on_are_told(own):
     assert "tree" in missing and sum(counts) == 2 and lines[1].endswith(", ".join(missing))
 
 
+def test_names_in_lists_without_a_label_are_left_out(own):
+    """So that tiles of scenes without a mask can be in train.txt, for pretraining."""
+    table = [line.split(",") for line in (own / "single.csv").read_text().splitlines()]
+    labelled = [name for name, _ in table[::2]]
+    (own / "few.csv").write_text("".join(f"{name},{label}\n" for name, label in table[::2]))
+    _, samples, _ = own_task("few.csv", "--split train --test-split test")
+    train = (own / "train").read_text().split()
+    assert samples.ids == [name for name in train if name in labelled] != train
+
+
 def test_a_pretraining_of_ones_own_pairs_knows_how_to_normalise(own, runs):
     weights = runs / "own" / "checkpoint.pt"
     args, samples, _ = own_task("single.csv", weights=weights)
@@ -2709,7 +2726,7 @@ def test_declared_images_are_normalised_as_in_pretraining_and_others_are_told(ow
     ("split.csv", "0000,disk,train\n", "", "split.csv .*name,label"),
     ("head.csv", "file,class\n0000,disk\n", "", "head.csv .*'file'.*header"),
     ("half.csv", "0000,disk\n0001,ring\n", "--split train --test-split test",
-     "no label in --target, such as 0002"),
+     "half.csv labels none of the pairs of one split"),
     ("labels.tsv", "0000\tdisk\n", "", "labels.tsv"), ("nowhere.csv", None, "", "nowhere.csv"),
     ("masks", None, "--split train", "--test-split")])
 def test_own_labels_that_cannot_be_used_are_named(target, text, more, words, own, tmp_path):
