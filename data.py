@@ -670,11 +670,15 @@ def read_input(path, row):
     C, stored = len(a), stored_type(path, a)
     if name in COLOUR_KINDS:
         fits, expected = stored == np.uint8 and C in (1, 3), "3 channels of uint8, or 1 if grey"
+        if C == 1:
+            a = np.repeat(a, 3, 0)
     elif name == "depth":
         fits = stored.kind in "ui" and stored.itemsize > 1 and C == 1
         expected = "1 channel of uint16, in --depth-unit steps per metre"
-    elif name == "dem":
+        a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
+    elif name == "dem":                         # no land is below -500 m or above 9000 m
         fits, expected = C == 1, "1 channel, heights in metres"
+        a = np.where((a > -500) & (a < 9000), a, np.array([np.nan], np.float32))
     else:
         fits = C == len(row["bands"]) and row.get("dtype", str(stored)) == str(stored)
         expected = f"{len(row['bands'])} channels of {row.get('dtype', 'any type')}"
@@ -682,12 +686,6 @@ def read_input(path, row):
             expected += ", like the other images"
     need(fits, f"{path} has {C} channels of {stored}, but {name} needs {expected}. If --data1 and "
          f"--data2 are swapped, swap them again; otherwise give another --as1 or --as2")
-    if name in COLOUR_KINDS and C == 1:
-        a = np.repeat(a, 3, 0)
-    elif name == "depth":
-        a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
-    elif name == "dem":                         # no land is below -500 m or above 9000 m
-        a = np.where((a > -500) & (a < 9000), a, np.array([np.nan], np.float32))
     need(a.dtype.kind != "f" or np.isfinite(a).any(),
          f"{path} has no valid value for {name}. Remove this sample")
     return a
