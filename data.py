@@ -933,27 +933,22 @@ def hha(depth_m, raw_m, camera):
 
     depth_m   HxW   metres, holes filled
     raw_m     HxW   the measured depth, with holes: a pixel of 0 or NaN is not used in the fits
-    camera          3x3 camera matrix, or (fx, fy, cx, cy), in pixels
+    camera    3x3   camera matrix, in pixels
 
     Returns HxWx3 uint8: the disparity (31000 / cm, saturates below 1.2 m), the height above the
     lowest point (cm, saturates at 2.55 m) and the angle between the surface's normal and gravity
-    (38..218 for 0..180 degrees).  Raises ValueError if the depth cannot be in metres, or if no
-    pixel has a depth."""
+    (38..218 for 0..180 degrees).  Raises BadInput if the depth cannot be in metres, or if no pixel
+    has a depth."""
     z = 100 * np.nan_to_num(np.asarray(depth_m, float))                # HxW, cm from here on
-    if not 0 <= z.min() <= z.max() < 1e4:
-        raise ValueError(f"the depth runs from {z.min() / 100:g} to {z.max() / 100:g} m, but must "
-                         f"be within 0 and 100 m. Set --depth-unit to the steps per metre of the "
-                         f"file (1000 if the file has millimetres)")
-    camera = np.asarray(camera, float)
-    if camera.size == 9:
-        camera = camera[[0, 1, 0, 1], [0, 1, 2, 2]]
-    fx, fy, cx, cy = camera
+    need(0 <= z.min() <= z.max() < 1e4, f"the depth runs from {z.min() / 100:g} to "
+         f"{z.max() / 100:g} m, but must be within 0 and 100 m. Set --depth-unit to the steps per "
+         f"metre of the file (1000 if the file has millimetres)")
+    fx, fy, cx, cy = np.asarray(camera, float)[[0, 1, 0, 1], [0, 1, 2, 2]]
     H, W = z.shape
     u = (np.arange(1, W + 1)[None] - cx) / fx                          # 1xW, X/Z; 1-based pixels
     v = (np.arange(1, H + 1)[:, None] - cy) / fy                       # Hx1, Y/Z
     m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)              # HxW, 1: used in the fits
-    if not m.any():
-        raise ValueError("no pixel has both depth_m and raw_m above 0. Remove this frame")
+    need(m.any(), "no pixel has both depth_m and raw_m above 0. Remove this frame")
     q = m / np.where(m > 0, z, 1)                                      # HxW, 1/Z
     # These are the integral images of the nine products in the plane fits, padded for windows of 21
     # pixels.
