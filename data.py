@@ -804,10 +804,8 @@ def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
     declared   the values of --as1 and --as2.  Without `inputs`, they say what the modalities are;
                None: the first image of a modality shows what it is"""
     where = [os.path.normpath(path) for path in where]
-    stars = [max(1, pattern.count("*")) for pattern in where]
-    need(where[0] != where[1] and stars[0] == stars[1], f"--data1 {where[0]} and --data2 "
-         f"{where[1]} do not form pairs. Give two folders, or two patterns with the same number "
-         f"of stars")
+    need(where[0] != where[1], f"--data1 and --data2 are both {where[0]}. Give the images of two "
+         f"modalities")
     files, ids, unpaired = find_samples(where, names, strict)
     rows, notes, canvases = [], [], []
     for m, (pattern, side) in enumerate(zip(where, files)):
@@ -1045,7 +1043,8 @@ def find_images(where, suffixes=IMAGES):
              f"one of these two files")
         files[name] = path
     need(files, f"no image ({', '.join(suffixes)}) under {where}. {list_contents(where)}. Give a "
-         f"folder with images, or a pattern in quotes; {TREE}")
+         f"folder with images, or a pattern in quotes. A data set that was downloaded needs "
+         f"`python data.py prepare` first; {TREE}")
     return dict(sorted(files.items()))
 
 
@@ -1301,9 +1300,6 @@ def list_folders(folder):
 NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # the classes of each task
 # These tasks use the data folder of a scenario.
 SHARED_ROOTS = dict(geonrw="data/rgb-dem", sunrgbd="data/rgbd")
-# If data are prepared, they have this folder.
-PREPARED = {"rgb-dem": "cropped", "geonrw": "cropped", "rgbd": "RGB", "sunrgbd": "RGB",
-            "nyuv2": "RGB", "bigearthnet": "packed"}
 
 
 def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True,
@@ -1328,11 +1324,6 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
     root, classes = Path(root), classes or NUM_CLASSES.get(name)
     need(root.is_dir(), f"no folder {root}. Give the folder of the data with --data, or try "
          f"--toy; {TREE}")
-    if name in PREPARED:
-        flag = "task" if name in NUM_CLASSES else "scenario"
-        need((root / PREPARED[name]).is_dir(), f"no folder {root / PREPARED[name]}. "
-             f"{list_contents(root)}. Run `python data.py prepare --{flag} {name} --data {root}` "
-             f"first; {TREE}")
     if name == "sar-optical":
         return open_ssl4eo(root, names, seed, strict)
     if name == "bigearthnet":
@@ -2242,8 +2233,6 @@ def prepare_geonrw(root, out, args):
 def cut_geonrw(part, stem):
     """Cuts one tile of GeoNRW into its 16 patches."""
     images = {"rgb": read_image(f"{stem}_rgb.jp2"), "dem": read_band(f"{stem}_dem.tif")}
-    need(len(images["rgb"]) == 3, f"{stem}_rgb.jp2 has {len(images['rgb'])} channels instead of 3."
-         f"  Download it again")
     if os.path.isfile(f"{stem}_seg.tif"):
         images["seg"] = read_small_mask(f"{stem}_seg.tif")
     name = f"{stem.parent.name}_{stem.name}"
@@ -2494,7 +2483,6 @@ def prepare(args):
          f"beside RGB/. Do not give --out")
     if name == "custom":
         return prepare_tiles(root, args)
-    need(root.is_dir(), f"no folder {root}. Give the folder of the data with --data; {TREE}")
     function, folder = PREPARERS[name]
     function(root, Path(args.out or root / folder), args)
 

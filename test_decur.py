@@ -1703,7 +1703,7 @@ def test_stars_also_stand_for_folders_and_names_may_be_written_in_two_ways(tmp_p
 
 
 @pytest.mark.parametrize("where, words", [
-    ("a/ b/../a", "/a .*/a"), ("a/*.png b/*_*.png", "b/.*png"), ("a nowhere", "nowhere"),
+    ("a/ b/../a", "both .*/a"), ("a/*.png b/*_*.png", "b/.*png"), ("a nowhere", "nowhere"),
     ("twice a", "1.png .*1.jpg"), ("a b", "a .*1.*b .*1_x.*--data1"), ("flat two", "flat/1.npy")])
 def test_folders_that_do_not_pair_or_hold_images_of_two_forms_are_refused(where, words, tmp_path):
     write_pairs(tmp_path, "a/1 a/2 a/3 b/1_x twice/1 two/0 two/1")
