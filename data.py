@@ -846,12 +846,11 @@ def describe_own(kind, first, a, paths):
     C, stored = len(a), stored_type(first, a)
     if kind is None:
         kind = "aerial" if C == 3 and stored == np.uint8 else "overhead"
+    bands = [f"channel {c + 1}" for c in range(C)]
     if kind == "ms" and C != len(S2):
-        bands = [f"band {c + 1}" for c in range(C)]
         return MODALITIES["ms"] | dict(bands=bands, mean=(0.0,) * C, std=(1.0,) * C)
     if kind in MODALITIES:
         return MODALITIES[kind]
-    bands = [f"channel {c + 1}" for c in range(C)]
     return measure_inputs(dict(name=kind, bands=bands, dtype=str(stored)), paths)
 
 
@@ -1083,10 +1082,6 @@ def find_samples(where, names=None, strict=True, skipped=frozenset()):
 
 # ---- readers ----
 
-IMAGE_TIFFS = ("MINISBLACK", "RGB", "YCBCR")    # the photometric kinds that an image may have
-INDEX_TIFFS = ("MINISBLACK", "PALETTE")         # the photometric kinds that a mask may have
-
-
 @contextlib.contextmanager
 def reading(path, kind, remedy="copy or download it again, or remove it"):
     """Turns every error inside the `with` block into a BadInput, which names the file, the reason
@@ -1125,7 +1120,7 @@ def read_image(path, indices=False):
     indices    True for masks: an image with a palette then gives its indices, not its colours"""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in (".tif", ".tiff"):
-        a = read_tiff(path, INDEX_TIFFS if indices else IMAGE_TIFFS)
+        a = read_tiff(path, indices)
     elif suffix == ".npy":
         with reading(path, "a numpy array"), open(path, "rb") as file:
             a = np.lib.format.read_array(file, allow_pickle=False)
@@ -1147,11 +1142,10 @@ def read_image(path, indices=False):
     return a.reshape(-1, *a.shape[-2:])
 
 
-def read_tiff(path, kinds):
+def read_tiff(path, indices):
     """Reads a TIFF as HxW or CxHxW in the type of the file, and skips overviews.  Pixels with the
-    no-data value of the header become NaN, so the array is then float.
-
-    kinds    the photometric kinds that are allowed"""
+    no-data value of the header become NaN, so the array is then float."""
+    kinds = ("MINISBLACK", "PALETTE") if indices else ("MINISBLACK", "RGB", "YCBCR")
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
         image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
         page, axes, shape = image.keyframe, image.axes, image.shape
@@ -1176,8 +1170,8 @@ def read_tiff(path, kinds):
 def read_band(path, indices=False):
     """Reads an image that has one channel, as 1xHxW."""
     a = read_image(path, indices)
-    form = "class indices instead of colours" if indices else "each band in its own file"
-    need(len(a) == 1, f"{path} has {len(a)} channels, but must have one. Save {form}")
+    need(len(a) == 1, f"{path} has {len(a)} channels, but must have one. Save each band in its own "
+         f"file, and a mask as class indices instead of colours")
     return a
 
 
@@ -1401,7 +1395,7 @@ def name_composite(row):
     channels = choose_visible(row)
     if len(channels) == len(row["bands"]):
         return ""
-    return ": " + " ".join(row["bands"][c].replace("channel ", "band ") for c in channels)
+    return ": " + " ".join(row["bands"][c] for c in channels)
 
 
 def make_visible(x, row):

@@ -3100,7 +3100,7 @@ def test_decur_keeps_what_one_sensor_alone_sees_and_barlow_twins_loses_it(tmp_pa
 
 def test_a_caption_names_the_bands_of_a_composite():
     own = dict(name="photo", bands=[f"channel {c}" for c in (1, 2, 3, 4)])
-    composites = [(MODALITIES["ms"], "B4 B3 B2"), (own, "band 1 band 2 band 3")]
+    composites = [(MODALITIES["ms"], "B4 B3 B2"), (own, "channel 1 channel 2 channel 3")]
     assert all(bands in data.name_composite(row) for row, bands in composites)
     assert data.name_composite(MODALITIES["rgb"]) == ""
 
