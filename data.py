@@ -1084,9 +1084,9 @@ def find_samples(where, list_file=None, strict=True, skipped=frozenset()):
 # ---- readers ----
 
 @contextlib.contextmanager
-def reading(path, kind, remedy="copy or download it again, or remove it"):
+def reading(path, what, remedy="copy or download it again, or remove it"):
     """Turns every error inside the `with` block into a BadInput, which names the file, the reason
-    and the remedy.  kind: what the file should hold."""
+    and the remedy.  what: what the file should hold."""
     try:
         yield
     except BadInput:
@@ -1097,7 +1097,7 @@ def reading(path, kind, remedy="copy or download it again, or remove it"):
             raise BadInput(f"no file {path}. {list_contents(Path(path).parent)}") from None
         if "imagecodecs" in reason:             # the TIFF has LZW, zstd, JPEG or predictor 3
             remedy = "pip install imagecodecs, or save the file without compression"
-        raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
+        raise BadInput(f"{path} cannot be read as {what} ({reason}); {remedy}") from None
 
 
 def open_image(path):
@@ -1146,20 +1146,20 @@ def read_image(path, indices=False):
 def read_tiff(path, indices):
     """Reads a TIFF as HxW or CxHxW in the type of the file, and skips overviews.  Pixels with the
     no-data value of the header become NaN, so the array is then float."""
-    kinds = ("MINISBLACK", "PALETTE") if indices else ("MINISBLACK", "RGB", "YCBCR")
+    allowed = ("MINISBLACK", "PALETTE") if indices else ("MINISBLACK", "RGB", "YCBCR")
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
         image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
         page, axes, shape = image.keyframe, image.axes, image.shape
-        kind = page.photometric.name
+        photometric = page.photometric.name
         need(not others, f"{path} holds {1 + len(others)} images. Save each image in its own file")
-        need(kind in kinds, f"{path} is of the photometric kind {kind}. Convert the file to "
-             f"{' or '.join(kinds)}")
+        need(photometric in allowed, f"{path} is of the photometric kind {photometric}. Convert "
+             f"the file to {' or '.join(allowed)}")
         # If HxWxC was written by tifffile.imwrite, it can look like many bands with few rows.
         need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]), f"{path} has the "
              f"shape {shape}, which could be HxWxC or CxHxW. Save it as CxHxW")
         a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
-        if kind == "RGB" and set(page.extrasamples) & {1, 2}:
+        if photometric == "RGB" and set(page.extrasamples) & {1, 2}:
             a = a[:3]                           # the alpha channel is left out, as in a png
         if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
@@ -1626,16 +1626,16 @@ def read_json(path, what):
         return value
 
 
-def number(kind, low, high=math.inf):
+def number(convert, low, high=math.inf):
     """Returns a function for argparse's type=, which reads a finite int or float from low to high.
     """
     def parse(text):
         with contextlib.suppress(ValueError):
-            value = kind(text)
+            value = convert(text)
             if low <= value <= high and value != math.inf:
                 return value
         limits = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
-        noun = "a whole number" if kind is int else "a number"
+        noun = "a whole number" if convert is int else "a number"
         raise argparse.ArgumentTypeError(f"{text} cannot be used. Give {noun} {limits}")
     return parse
 
@@ -1777,10 +1777,10 @@ def scatter_three(rng, S):
     masks = np.zeros((3, S, S))
     classes = [int(shape) for shape in rng.integers(len(SHAPES), size=3)]
     square = np.add.outer(rng.permutation(3), rng.permutation(3)) % 3   # 3x3, a Latin square
-    for kind, cells in enumerate((0, *rng.integers(1, 3, size=2))):
+    for which, cells in enumerate((0, *rng.integers(1, 3, size=2))):
         for cell in np.argwhere(square == cells):
             ranges = [(i / 3 + 0.147, i / 3 + 0.187) for i in cell]
-            masks[kind] += draw_object(rng, S, S, *ranges, classes[kind], (0.095, 0.115))[1]
+            masks[which] += draw_object(rng, S, S, *ranges, classes[which], (0.095, 0.115))[1]
     return make_label(classes, np.roll(masks, rng.integers(S, size=2), (1, 2)).clip(0, 1))
 
 
@@ -1970,19 +1970,19 @@ def attempt(work, job):
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or "requested and" in str(error):
             raise OSError(errno.ENOSPC, f"the disk is full, or a quota is used up ({error})")
-        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return None, kind + " ".join(str(error).split())
+        prefix = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+        return None, prefix + " ".join(str(error).split())
 
 
 def report_bad(bad, file):
     """Writes {name: reason} to a file.  Prints each kind of reason once, with the number of its
     samples and an example."""
     write_text(file, "".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
-    kinds = {}                                  # reason without names and numbers -> its lines
+    similar = {}                                # reason without names and numbers -> its lines
     for name, reason in bad.items():
-        kind = re.sub(r"\S*[/\d]\S*", "", reason)
-        kinds.setdefault(kind, []).append(f"{name}: {reason}")
-    for lines in kinds.values():
+        pattern = re.sub(r"\S*[/\d]\S*", "", reason)
+        similar.setdefault(pattern, []).append(f"{name}: {reason}")
+    for lines in similar.values():
         print(f"{len(lines):6d} such as {lines[0]}")
 
 
@@ -2097,9 +2097,9 @@ def work_through(part, jobs, work, args):
 
     Returns {name: result} of all jobs that are done.  Raises BadInput if a job fails, unless
     --skip-bad is given."""
-    log, text, bad = part / "done.jsonl", "", {}
-    if log.is_file():
-        text = log.read_text("utf-8")
+    log, bad_file, bad = part / "done.jsonl", part / "bad-ids.txt", {}
+    log.touch()
+    text = log.read_text("utf-8")
     text = text[:text.rfind("\n") + 1]          # a killed run may leave half a line at the end
     write_text(log, text)
     done = dict(map(json.loads, text.splitlines()))
@@ -2113,13 +2113,12 @@ def work_through(part, jobs, work, args):
             else:
                 done[name] = result
                 file.write(f"{json.dumps((name, result))}\n")
-    file = part / "bad-ids.txt"
-    file.unlink(missing_ok=True)
+    bad_file.unlink(missing_ok=True)
     if bad:
-        report_bad(bad, file)
-        need(args.skip_bad and done, f"samples that cannot be prepared: {len(bad)}. {file} lists "
-             f"these samples with the reasons. Repair the files and give the same command again, "
-             f"or leave these samples out with --skip-bad")
+        report_bad(bad, bad_file)
+        need(args.skip_bad and done, f"samples that cannot be prepared: {len(bad)}. {bad_file} "
+             f"lists these samples with the reasons. Repair the files and give the same command "
+             f"again, or leave these samples out with --skip-bad")
     return done
 
 
@@ -2385,8 +2384,8 @@ def write_sunrgbd_hha(part, job):
     """Writes the HHA image of one frame of SUN RGB-D's raw tree.  Raises BadInput if the image or
     another file of the frame is damaged."""
     name, folder = job
-    image, depth, raw = (find_only_file(f"{folder}/{kind}")
-                         for kind in ("image", "depth_bfx", "depth"))
+    image, depth, raw = (find_only_file(f"{folder}/{subfolder}")
+                         for subfolder in ("image", "depth_bfx", "depth"))
     open_image(image)                           # raises BadInput if the image is damaged
     write_hha(part, (name, depth, raw, None, read_intrinsics(f"{folder}/intrinsics.txt")))
 
