@@ -1058,6 +1058,7 @@ def write_frames(root, n=4):
         depth = np.full((36, 48), 2000 + 100 * i, np.uint16)
         depth[0, 0], depth[0, 1] = 0, 65535
         save(root / "Depth" / f"{i}.png", depth)
+    (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     return root
 
 
@@ -1176,20 +1177,22 @@ def test_depth_of_sun_rgbd_is_metres_whatever_pillow_gives():
         assert data.decode_sunrgbd_depth(raw.astype(dtype)).tolist() == [2.378, 0.0, 8.0, 8.0]
 
 
-def test_prepare_of_sun_rgbd_gives_folders_of_equal_names(tmp_path):
-    root = write_sunrgbd(tmp_path)
-    prepare(f"--scenario rgbd --data {root}")
+@pytest.fixture
+def sunrgbd(tmp_path):
+    prepare(f"--scenario rgbd --data {write_sunrgbd(tmp_path)}")
+    return tmp_path
+
+
+def test_prepare_of_sun_rgbd_gives_folders_of_equal_names(sunrgbd):
     for folder, suffix in (("RGB", ".JPG"), ("HHA", ".png"), ("Label", ".png")):
-        assert sorted(os.listdir(root / folder)) == [name + suffix for name in SUNRGBD_NAMES]
-    image = root / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "image" / "a.JPG"
-    assert os.path.samefile(image, root / "RGB" / f"{SUNRGBD_NAMES[0]}.JPG")  # takes no disk
-    assert open_dataset("rgbd", root, 16).ids == SUNRGBD_NAMES
+        assert sorted(os.listdir(sunrgbd / folder)) == [name + suffix for name in SUNRGBD_NAMES]
+    image = sunrgbd / "SUNRGBD" / "kv1" / "b3dodata" / "img_0063" / "image" / "a.JPG"
+    assert os.path.samefile(image, sunrgbd / "RGB" / f"{SUNRGBD_NAMES[0]}.JPG")  # takes no disk
+    assert open_dataset("rgbd", sunrgbd, 16).ids == SUNRGBD_NAMES
 
 
-def test_prepare_of_sun_rgbd_encodes_the_filled_depth_by_what_the_sensor_saw(tmp_path):
-    root = write_sunrgbd(tmp_path)
-    prepare(f"--scenario rgbd --data {root}")
-    _, encoded = open_dataset("rgbd", root, 16).read_raw(0)
+def test_prepare_of_sun_rgbd_encodes_the_filled_depth_by_what_the_sensor_saw(sunrgbd):
+    _, encoded = open_dataset("rgbd", sunrgbd, 16).read_raw(0)
     mm = 2000 + 5 * np.mgrid[:42, :56].sum(0)
     seen = np.where(np.arange(42)[:, None] < 4, 0, mm)
     camera = [[60, 0, 28], [0, 60, 21], [0, 0, 1]]
@@ -1197,10 +1200,9 @@ def test_prepare_of_sun_rgbd_encodes_the_filled_depth_by_what_the_sensor_saw(tmp
 
 
 @pytest.mark.parametrize("split, label", [("test", 1), ("train", 2)])
-def test_lists_and_masks_of_sun_rgbd_keep_working_once_it_is_prepared(split, label, tmp_path):
+def test_lists_and_masks_of_sun_rgbd_keep_working_once_it_is_prepared(split, label, sunrgbd):
     """Lists name frames by their SUNRGBD paths; masks are numbered through test.txt, then train."""
-    prepare(f"--scenario rgbd --data {write_sunrgbd(tmp_path)}")
-    (_, _, target), = open_dataset("sunrgbd", tmp_path, 16, split)
+    (_, _, target), = open_dataset("sunrgbd", sunrgbd, 16, split)
     assert (target == label).all() and target.shape == (24, 32)
 
 
@@ -1212,7 +1214,6 @@ def test_holes_are_filled_from_the_background():
 
 def test_frames_that_prepare_left_out_are_left_out_of_lists_and_folders(tmp_path):
     root = write_frames(tmp_path, 3)
-    (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     (root / "train.txt").write_text("0\n1\n2\n")
     save(root / "Depth" / "1.png", np.full((36, 48), 7, np.uint8))
     prepare(f"--scenario rgbd --data {root} --skip-bad")
@@ -1222,7 +1223,6 @@ def test_frames_that_prepare_left_out_are_left_out_of_lists_and_folders(tmp_path
 
 def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     root = write_frames(tmp_path, 3)
-    (root / "intrinsics.txt").write_text("48 0 24 0 48 18 0 0 1")
     save(root / "Depth" / "2.png", np.full((36, 48), 7, np.uint8))
     is_refused("bad-ids.txt", prepare, f"--scenario rgbd --data {root}")
     assert open_dataset("rgbd", root, 16).modalities == ("rgb", "depth")
@@ -1232,18 +1232,14 @@ def test_prepare_makes_hha_beside_depth_once_all_frames_are_fine(tmp_path):
     assert sorted(os.listdir(root)) == ["Depth", "HHA", "RGB", "intrinsics.txt"]
 
 
-@pytest.mark.parametrize("write, name", [
-    (lambda root: write_sunrgbd(root), "rgbd"), (lambda root: write_geonrw(root), "rgb-dem"),
-    (lambda root: write_bigearthnet(root), "bigearthnet")])
-def test_a_tree_that_is_not_prepared_is_refused_with_the_command(write, name, tmp_path):
+@pytest.mark.parametrize("write, name, words", [
+    (lambda root: write_sunrgbd(root), "rgbd", "/RGB.* has .*SUNRGBD.* prepare"),
+    (lambda root: write_geonrw(root), "rgb-dem", "/cropped/.* has aachen.* prepare"),
+    (lambda root: write_bigearthnet(root), "bigearthnet", "/packed/.* prepare"),
+    (lambda root: (write_frames(root) / "RGB").rename(root / "rgb"), "rgbd", "/RGB.* has .*rgb")])
+def test_a_tree_that_is_not_prepared_is_refused_with_what_is_there(write, name, words, tmp_path):
     write(tmp_path)
-    is_refused("data.py prepare", open_dataset, name, tmp_path, 16, "train")
-
-
-def test_folders_in_small_letters_are_refused_with_what_is_there(tmp_path):
-    write_frames(tmp_path, 1)
-    (tmp_path / "RGB").rename(tmp_path / "rgb")
-    is_refused(f"{tmp_path}/RGB.* has .*rgb", open_dataset, "rgbd", tmp_path, 16)
+    is_refused(words, open_dataset, name, tmp_path, 16, "train")
 
 
 # ---- Sentinel-1 and Sentinel-2 ----
@@ -1524,17 +1520,14 @@ def declared(x, nodata):
     return tiff(x, extratags=[(42113, "s", 0, str(nodata), True)])
 
 
-@pytest.mark.parametrize("x", [np.array([[1, -9999], [3, 4]], np.float32),
-                               np.array([[1, 0], [3, 4]], np.uint16)])
-def test_what_a_tiff_declares_as_no_data_is_nan(x, tmp_path):
-    declared(x, x[0, 1])(tmp_path / "a.tif")
+@pytest.mark.parametrize("dtype, value, nodata, is_nan", [
+    (np.float32, -9999, "-9999", True), (np.uint16, 0, "0", True),
+    (np.float32, 7, "-1.7976931348623157e+308", False)])
+def test_what_a_tiff_declares_as_no_data_is_nan(dtype, value, nodata, is_nan, tmp_path):
+    """A value that the type cannot hold marks nothing."""
+    declared(np.array([[1, value], [3, 4]], dtype), nodata)(tmp_path / "a.tif")
     y = read_image(tmp_path / "a.tif")
-    assert y.dtype == np.float32 and np.isnan(y[0]).tolist() == [[False, True], [False, False]]
-
-
-def test_a_no_data_value_that_the_type_cannot_hold_marks_nothing(tmp_path):
-    declared(np.ones((2, 3), np.float32), "-1.7976931348623157e+308")(tmp_path / "a.tif")
-    assert np.isfinite(read_image(tmp_path / "a.tif")).all()
+    assert y.dtype == np.float32 and np.isnan(y[0]).tolist() == [[False, is_nan], [False, False]]
 
 
 def png_header(W, H, bits=8):
