@@ -739,9 +739,6 @@ def resize_array(a, canvas, stored=None):
         y, x = (((np.arange(n) + 0.5) * old / n).astype(int)
                 for n, old in zip(canvas, a.shape[1:]))
         return a[:, y[:, None], x]
-    if a.dtype == np.uint8 and len(a) == 3:     # one image is faster than three
-        image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))
-        return np.moveaxis(np.array(image.resize(canvas[::-1], Image.Resampling.BILINEAR)), -1, 0)
     if a.dtype == np.uint8:
         return resize_channels(a, canvas)
     valid = np.isfinite(a)

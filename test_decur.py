@@ -1574,12 +1574,6 @@ def test_a_jpeg_that_says_it_lies_on_its_side_is_turned_upright(tmp_path):
     assert read_image(tmp_path / "a.jpg").shape == (3, 8, 4)
 
 
-def test_grey_of_16_bits_is_no_colour(tmp_path):
-    root = write_frames(tmp_path, 1)
-    save(root / "RGB" / "0.png", np.full((36, 48), 8000, np.uint16))
-    is_refused("0.png", open_dataset("rgbd", root, 16).__getitem__, 0)
-
-
 # ---- masks ----
 
 INDICES = np.array([[0, 1], [5, 255]])
