@@ -2177,11 +2177,10 @@ def prepare_bigearthnet(root, out, args):
         if (out / split).exists():
             print(f"{out / split} exists, so it is prepared already")
             continue
-        lines, jobs = read_lines(root / f"{split}.csv"), {}
+        lines = read_lines(root / f"{split}.csv")  # `S2 name,S1 name`, or only the S2 name
         partners = partners or find_partners(folders[0])
-        for line in lines:                      # `S2 name,S1 name`, or only the S2 name
-            s2 = line.split(",")[0].strip()
-            jobs[s2] = s2, partners.get(s2)
+        s2_names = [line.split(",")[0].strip() for line in lines]
+        jobs = {s2: (s2, partners.get(s2)) for s2 in s2_names}
         read = functools.partial(read_patch, folders)
         try:
             pack(out / split, jobs, read, ["season0.npy", "labels.npy"], args)
@@ -2351,8 +2350,6 @@ def prepare_rgbd(root, out, args):
         jobs = {name: (name, path, raw.get(name), unit, camera) for name, path in depth.items()}
         settings, work = f"{unit} {camera.tolist()}", write_hha
     else:
-        need(args.depth_unit is None, f"--depth-unit works only with a folder Depth/, but {root} "
-             f"has none, and SUN RGB-D has its own unit. Leave --depth-unit out")
         frames = find_frames(root)
         need(frames, f"{root} has no Depth/ and no frame of SUN RGB-D in SUNRGBD/. "
              f"{list_contents(root)}; {TREE}")
@@ -2401,7 +2398,7 @@ def link(source, folder, name):
 def find_frames(root):
     """Finds the frames of SUN RGB-D's raw tree.  Returns {name: folder}, with names such as
     kv1-b3dodata-img_0063."""
-    tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
+    tree, frames = root / "SUNRGBD", {}
     for folder, subfolders, _ in os.walk(tree, followlinks=True):
         if "image" in subfolders:
             subfolders.clear()
@@ -2458,14 +2455,14 @@ PREPARERS = {
 def prepare(args):
     """Turns what was downloaded into the one form that the other scripts read."""
     name, root = choose_source(args)
-    of_frames = name in ("rgbd", "sunrgbd", "nyuv2")
-    need(of_frames or args.depth_unit is None, "prepare: --depth-unit works only with rgbd, "
-         "sunrgbd and nyuv2. Leave --depth-unit out")
-    need(not (of_frames and args.out), f"--out does not work with {name}, because HHA/ must be "
-         f"beside RGB/. Do not give --out")
+    has_depth = name != "custom" and (root / "Depth").is_dir()
+    need(has_depth or args.depth_unit is None, "prepare: --depth-unit works only with a folder "
+         "Depth/, because SUN RGB-D has its own unit. Leave --depth-unit out")
     if name == "custom":
         return prepare_tiles(root, args)
     function, folder = PREPARERS[name]
+    need(folder != "HHA" or not args.out, f"--out does not work with {name}, because HHA/ must be "
+         f"beside RGB/. Do not give --out")
     function(root, Path(args.out or root / folder), args)
 
 
