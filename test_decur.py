@@ -2996,18 +2996,13 @@ def test_what_explain_measures_is_the_same_whatever_the_batch_size(explanation, 
         assert all(np.allclose(a[key], b[key], atol=1e-3, equal_nan=True) for key in b)
 
 
-def test_a_checkpoint_that_was_moved_alone_knows_its_data(runs, tmp_path, capsys):
-    explained(altered(runs, tmp_path), "--only curves alignment")
+@pytest.mark.parametrize("N, batches", [(4, 4), (16, 3)])
+def test_by_default_there_are_four_batches_if_the_data_allow(N, batches, runs, tmp_path, capsys):
+    """Fig. 8 and 9 have four: of 48 pairs with N 4, with N 16 there are but three.  A checkpoint
+    that was moved alone knows its data, and lacks its log."""
+    explained(altered(runs, tmp_path, batch_size=N), "--only curves alignment")
     assert "curves.png is left out" in capsys.readouterr().out
-    assert len(np.load(tmp_path / "explain" / "alignment.npz")["common"]) == 3
-
-
-def test_by_default_there_are_four_batches_if_the_data_allow(runs, tmp_path):
-    """Fig. 8 and 9 have four: of 48 pairs with N 4, with N 16 there are but three."""
-    for N, batches in ((4, 4), (16, 3)):
-        explained(altered(runs, tmp_path, batch_size=N), "--only alignment")
-        numbers = np.load(tmp_path / "explain" / "alignment.npz")
-        assert numbers["common"].shape == (batches, 24)
+    assert np.load(tmp_path / "explain" / "alignment.npz")["common"].shape == (batches, 24)
 
 
 def test_embeddings_are_for_programs_of_ones_own(runs, scenes, tmp_path, capsys):
