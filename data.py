@@ -6,8 +6,8 @@
 
 The other scripts read that form:
 
-    data/sar-optical/packed/ids.txt season0.npy .. season3.npy      one row of bytes per location
-    data/bigearthnet/packed/<split>/ids.txt season0.npy labels.npy  one row of bytes per patch
+    data/sar-optical/packed/ids.txt season0.npy .. season3.npy      one record per location
+    data/bigearthnet/packed/<split>/ids.txt season0.npy labels.npy  one record per patch
     data/rgb-dem/cropped/rgb/ dem/ seg/ train.txt test.txt  equal names; masks: 0 unlabelled, 1..10
     data/rgbd/RGB/ HHA/ Label/ train.txt test.txt           equal names; masks: 0 unlabelled, 1..37
     data/rgbd/RGB/ Depth/                   if there is no HHA/; 16 bits, --depth-unit steps a metre
@@ -73,11 +73,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:                             # Windows has no fcntl: prepare then takes no lock
-    fcntl = None
 
 Image.MAX_IMAGE_PIXELS = 10 ** 9                # scenes may be large
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # tifffile logs errors that it raises, too
@@ -187,21 +182,21 @@ AUGMENTATIONS = {
 
 class Draws:
     """Draws uniform random numbers for all images of the global batch, and returns the numbers of
-    the images of this process, which are its `rows`.
+    the images of this process, which `own` selects.
 
     One CPU generator is seeded anew at each step.  So the augmentation of an image depends only on
     the seed, the step and the image's place in the global batch.  It does not depend on the number
     of processes or workers, on the device, or on a restart."""
 
-    def __init__(self, seed, batch_size, rows):
-        self.seed, self.batch_size, self.rows = seed, batch_size, rows
+    def __init__(self, seed, batch_size, own):
+        self.seed, self.batch_size, self.own = seed, batch_size, own
 
     def restart(self, step):
         self.generator = torch.Generator().manual_seed(mix_seeds(self.seed, step))
 
     def __call__(self, n):
         """Returns n numbers in [0, 1) for each image of this process, Bxn."""
-        return torch.rand(self.batch_size, n, generator=self.generator)[self.rows]
+        return torch.rand(self.batch_size, n, generator=self.generator)[self.own]
 
 
 def mix_seeds(*numbers):
@@ -291,9 +286,9 @@ def crop_at_once(x, size, boxes):
     return filter_separably(to_unit_range(x), Wy, Wx)                   # BxCxSxS
 
 
-def resize(x, size):
-    """Returns x, BxCxHxW, resized to `size` = (height, width), bilinear and antialiased."""
-    return F.interpolate(x, size, mode="bilinear", antialias=True)
+def resize(x, canvas):
+    """Returns x, BxCxHxW, resized to `canvas` = (height, width), bilinear and antialiased."""
+    return F.interpolate(x, canvas, mode="bilinear", antialias=True)
 
 
 def make_triangle_filter(start, length, n_in, n_out):
@@ -409,11 +404,11 @@ def upsample(x, r):
     return x.add_(0.501).byte().numpy()
 
 
-def stack_bands(row):
-    """Splits a packed row into its bands.  Returns S1 2xSxS and S2 13xSxS, uint8, all bands
+def stack_bands(record):
+    """Splits a packed record into its bands.  Returns S1 2xSxS and S2 13xSxS, uint8, all bands
     resampled to 10 m."""
-    S = round((len(row) * 12 / 91) ** 0.5)      # a row has S^2 (6 + 6/4 + 3/36) bytes
-    parts = np.split(row, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
+    S = round((len(record) * 12 / 91) ** 0.5)   # a record has S^2 (6 + 6/4 + 3/36) bytes
+    parts = np.split(record, (6 * S ** 2, 6 * S ** 2 + 6 * (S // 2) ** 2))
     at10, at20, at60 = (part.reshape(-1, S // r, S // r) for part, r in zip(parts, BLOCKS))
     ms = np.empty((13, S, S), np.uint8)
     ms[[1, 2, 3, 7]] = at10[2:]
@@ -423,11 +418,11 @@ def stack_bands(row):
 
 
 def pack_bands(bands, name, s1):
-    """Packs {band: 1xHxW with the values of its file} into a row of bytes: first the bands with
+    """Packs {band: 1xHxW with the values of its file} into a record of bytes: first the bands with
     pixels of 10 m, then those of 20 m, then those of 60 m."""
     S, parts = bands["VV"].shape[1], []
-    for r, names in BLOCKS.items():
-        for band in names:
+    for r, group in BLOCKS.items():
+        for band in group:
             shape, expected = bands[band].shape[1:], (S // r, S // r)
             need(shape == expected, f"{name}: {band} has {shape} pixels, but {expected} are "
                  f"expected. Download the file again")
@@ -441,8 +436,8 @@ class Packed:
     13xSxS, 19 float32).
 
     ids        the names of the samples
-    read       a function of (name, season 0 to 3) that returns a row of bytes.  It reads a packed
-               file, or it reads SSL4EO-S12's raw tree and packs the bands as `prepare` does
+    read       a function of (name, season 0 to 3) that returns a record of bytes.  It reads a
+               packed file, or it reads SSL4EO-S12's raw tree and packs the bands as `prepare` does
     s1         {band: its mean and standard deviation in dB}, as for `to_8bit`
     unpaired   the names that only one of the two sensors has
     labels     {name: 19 zeros and ones}, or None"""
@@ -476,19 +471,19 @@ class Packed:
         return mean + (4 * sar - 2) * std, ms * 10000
 
 
-def open_ssl4eo(root, names, seed, strict):
+def open_ssl4eo(root, list_file, seed, strict):
     """Opens SSL4EO-S12: the files that `prepare` packed or, if there are none, the raw tree."""
     packed = root if (root / "ids.txt").is_file() else root / "packed"
     if (packed / "ids.txt").is_file():
-        rows, unpaired = find_rows(packed, [f"season{season}.npy" for season in range(4)]), []
-        read = functools.partial(read_packed, packed, rows)
+        found, unpaired = find_records(packed, [f"season{season}.npy" for season in range(4)]), []
+        read = functools.partial(read_packed, packed, found)
     else:
-        rows, unpaired = find_locations(root)
+        found, unpaired = find_locations(root)
         need(not (strict and unpaired), f"locations without a partner, in only one of s1/ and s2c/ "
              f"under {root}: {join_names(unpaired)}. Complete the download, or remove these "
              f"locations. `data.py check` lists them")
         read = functools.partial(read_season, root)
-    ids = read_list(root / names, rows, read_skipped(packed)) if names else list(rows)
+    ids = read_list(root / list_file, found, read_skipped(packed)) if list_file else list(found)
     return Packed(ids, read, SSL4EO_S1, unpaired, seed)
 
 
@@ -498,28 +493,29 @@ def open_bigearthnet(root, split):
     need((packed / "ids.txt").is_file(), f"no {packed}/ids.txt. Give --split train, val or "
          f"test. If {root}/{split}.csv exists, run `python data.py prepare --task bigearthnet "
          f"--data {root}` first")
-    rows, labels = find_rows(packed, ["season0.npy", "labels.npy"]), np.load(packed / "labels.npy")
-    labels = {name: labels[row] for name, row in rows.items()}
-    read = functools.partial(read_packed, packed, rows)
-    return Packed(list(rows), read, BIGEARTHNET_S1, labels=labels)
+    found = find_records(packed, ["season0.npy", "labels.npy"])
+    array = np.load(packed / "labels.npy")
+    labels = {name: array[k] for name, k in found.items()}
+    read = functools.partial(read_packed, packed, found)
+    return Packed(list(found), read, BIGEARTHNET_S1, labels=labels)
 
 
-def find_rows(packed, files):
-    """Reads ids.txt.  Returns {name: the number of its row}.  Lines that begin with # are damaged
-    samples, and are left out."""
+def find_records(packed, files):
+    """Reads ids.txt.  Returns {name: the number of its record}.  Lines that begin with # are
+    damaged samples, and are left out."""
     lines = read_lines(packed / "ids.txt")
     for path in [packed / file for file in files]:
         with reading(path, "packed bytes", f"delete {packed} and prepare it again"):
             n = len(np.load(path, mmap_mode="r"))
-        need(n == len(lines), f"{path} has {n} rows, but ids.txt has {len(lines)} lines. Delete "
+        need(n == len(lines), f"{path} has {n} records, but ids.txt has {len(lines)} lines. Delete "
              f"{packed} and prepare it again")
-    return {name: row for row, name in enumerate(lines) if not name.startswith("# ")}
+    return {name: k for k, name in enumerate(lines) if not name.startswith("# ")}
 
 
-def read_packed(packed, rows, name, season):
-    """Reads a row of S^2 91/12 bytes.  The file is opened for each row, because a memory map that
-    stays open would be copied whole into each worker."""
-    return np.load(packed / f"season{season}.npy", mmap_mode="r")[rows[name]]
+def read_packed(packed, numbers, name, season):
+    """Reads a record of S^2 91/12 bytes.  The file is opened for each record, because a memory map
+    that stays open would be copied whole into each worker.  numbers: from `find_records`"""
+    return np.load(packed / f"season{season}.npy", mmap_mode="r")[numbers[name]]
 
 
 def find_locations(root):
@@ -534,23 +530,23 @@ def find_locations(root):
 
 
 def read_season(root, name, season):
-    """Reads a season of a location of SSL4EO-S12 from the raw tree.  Returns a row of bytes.
+    """Reads a season of a location of SSL4EO-S12 from the raw tree.  Returns a record of bytes.
 
     season    0 to 3, in the order of the dates"""
     bands = {}
-    for folder, names in (("s1", S1), ("s2c", S2)):
+    for folder, group in (("s1", S1), ("s2c", S2)):
         where = root / folder / name
         # The dates are the key, because the names of S1 folders begin with the satellite.
         dates = sorted(list_folders(where), key=lambda name: re.search(r"\d{8}T\d{6}|$", name)[0])
         need(len(dates) == 4, f"{where} holds {len(dates)} seasons instead of 4. Download "
              f"this location again")
-        for band in names:
+        for band in group:
             bands[band] = read_band(where / dates[season] / f"{band}.tif")
     return pack_bands(bands, name, SSL4EO_S1)
 
 
 def read_seasons(root, name):
-    """Reads the four seasons of a location of SSL4EO-S12.  Returns four rows of bytes."""
+    """Reads the four seasons of a location of SSL4EO-S12.  Returns four records of bytes."""
     return [read_season(root, name, season) for season in range(4)]
 
 
@@ -576,8 +572,8 @@ CLASSES19 = {
     "Marine waters": ("Coastal lagoons", "Estuaries", "Sea and ocean"),
 }
 CLASSES43 = {}                                  # class of the json -> index of its class of 19
-for k, (same, names) in enumerate(CLASSES19.items()):
-    CLASSES43 |= dict.fromkeys(names or (same,), k)
+for k, (name, united) in enumerate(CLASSES19.items()):
+    CLASSES43 |= dict.fromkeys(united or (name,), k)
 # These classes of the json belong to none of the 19 classes.
 DROPPED43 = ("Road and rail networks and associated land", "Port areas", "Airports",
              "Mineral extraction sites", "Dump sites", "Construction sites", "Green urban areas",
@@ -595,7 +591,7 @@ def find_partners(folder):
 
 
 def read_patch(folders, pair):
-    """Reads a patch of BigEarthNet-MM.  Returns a row of bytes, and 19 labels, each 0 or 1."""
+    """Reads a patch of BigEarthNet-MM.  Returns a record of bytes, and 19 labels, each 0 or 1."""
     (s2, s1), bands = pair, {}
     need(s1, f"no json under {folders[0]} names {s2} as its S2 patch")
     for band in S1:
@@ -670,11 +666,15 @@ def read_input(path, row):
     C, stored = len(a), stored_type(path, a)
     if name in COLOUR_KINDS:
         fits, expected = stored == np.uint8 and C in (1, 3), "3 channels of uint8, or 1 if grey"
+        if C == 1:
+            a = np.repeat(a, 3, 0)
     elif name == "depth":
         fits = stored.kind in "ui" and stored.itemsize > 1 and C == 1
         expected = "1 channel of uint16, in --depth-unit steps per metre"
-    elif name == "dem":
+        a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
+    elif name == "dem":                         # no land is below -500 m or above 9000 m
         fits, expected = C == 1, "1 channel, heights in metres"
+        a = np.where((a > -500) & (a < 9000), a, np.array([np.nan], np.float32))
     else:
         fits = C == len(row["bands"]) and row.get("dtype", str(stored)) == str(stored)
         expected = f"{len(row['bands'])} channels of {row.get('dtype', 'any type')}"
@@ -682,12 +682,6 @@ def read_input(path, row):
             expected += ", like the other images"
     need(fits, f"{path} has {C} channels of {stored}, but {name} needs {expected}. If --data1 and "
          f"--data2 are swapped, swap them again; otherwise give another --as1 or --as2")
-    if name in COLOUR_KINDS and C == 1:
-        a = np.repeat(a, 3, 0)
-    elif name == "depth":
-        a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
-    elif name == "dem":                         # no land is below -500 m or above 9000 m
-        a = np.where((a > -500) & (a < 9000), a, np.array([np.nan], np.float32))
     need(a.dtype.kind != "f" or np.isfinite(a).any(),
          f"{path} has no valid value for {name}. Remove this sample")
     return a
@@ -733,7 +727,7 @@ def encode(a, row, canvas, depth_unit):
     return torch.from_numpy(np.ascontiguousarray(a))
 
 
-def resize_array(a, size, stored=None):
+def resize_array(a, canvas, stored=None):
     """Resizes CxHxW, which may be NaN where values are missing.
 
     stored    the type of the file; default: the type of the array
@@ -742,23 +736,20 @@ def resize_array(a, size, stored=None):
     because a value between two classes, or between two steps of depth, may mean nothing."""
     stored = stored or a.dtype
     if stored.kind != "f" and stored != np.uint8:
-        rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int)
-                         for n, old in zip(size, a.shape[1:]))
-        return a[:, rows[:, None], columns]
-    if a.dtype == np.uint8 and len(a) == 3:     # one image is faster than three
-        image = Image.fromarray(np.ascontiguousarray(np.moveaxis(a, 0, -1)))
-        return np.moveaxis(np.array(image.resize(size[::-1], Image.Resampling.BILINEAR)), -1, 0)
+        y, x = (((np.arange(n) + 0.5) * old / n).astype(int)
+                for n, old in zip(canvas, a.shape[1:]))
+        return a[:, y[:, None], x]
     if a.dtype == np.uint8:
-        return resize_channels(a, size)
+        return resize_channels(a, canvas)
     valid = np.isfinite(a)
-    weight = resize_channels(valid.astype(np.float32), size)
-    a = resize_channels(np.where(valid, a, 0).astype(np.float32), size)
+    weight = resize_channels(valid.astype(np.float32), canvas)
+    a = resize_channels(np.where(valid, a, 0).astype(np.float32), canvas)
     a = np.where(weight > 0, a / np.maximum(weight, 1e-6), np.nan)
     return np.floor(a + 0.5) if stored == np.uint8 else a
 
 
-def resize_channels(a, size):
-    return np.stack([Image.fromarray(x).resize(size[::-1], Image.Resampling.BILINEAR) for x in a])
+def resize_channels(a, canvas):
+    return np.stack([Image.fromarray(x).resize(canvas[::-1], Image.Resampling.BILINEAR) for x in a])
 
 
 def stretch(dem):
@@ -770,18 +761,18 @@ def stretch(dem):
     return np.where(valid, x, x[valid].mean()).astype(np.float32)
 
 
-def open_geonrw(root, names, classes, strict):
+def open_geonrw(root, list_file, classes, strict):
     """Opens GeoNRW, which `prepare` has cut into patches of 250x250 pixels, 16 per tile.
 
     Paper: trains on 6,942 scenes.  Here: trains on the 40 training cities of the data set's makers,
     because the paper does not list its scenes."""
     cropped = root / "cropped"
     where = [cropped / "rgb", cropped / "dem", cropped / "seg"]
-    found = find_samples(where if classes else where[:2], names and cropped / names, strict)
+    found = find_samples(where if classes else where[:2], list_file and cropped / list_file, strict)
     return Folders(*found, (MODALITIES["aerial"], MODALITIES["dem"]), classes=classes)
 
 
-def open_rgbd(root, names, size, depth_unit, classes, strict):
+def open_rgbd(root, list_file, size, depth_unit, classes, strict):
     """Opens RGB-depth frames: RGB/, then HHA/ or, if there is no HHA/, Depth/; Label/ for a task.
 
     Frames of any size are resized to one canvas of 3/2 S x 2 S pixels for crops of S pixels (336 x
@@ -791,26 +782,24 @@ def open_rgbd(root, names, size, depth_unit, classes, strict):
     plain = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
     second = "Depth" if plain else "HHA"
     where = [root / "RGB", root / second, root / "Label"]
-    found = find_samples(where if classes else where[:2], names and root / names, strict,
+    found = find_samples(where if classes else where[:2], list_file and root / list_file, strict,
                          read_skipped(root / second))
     inputs, canvas = (MODALITIES["rgb"], MODALITIES[second.lower()]), (size * 3 // 2, size * 2)
     return Folders(*found, inputs, (canvas, canvas), classes, depth_unit)
 
 
-def open_own(where, names, inputs, declared, size, depth_unit, strict, reduce):
+def open_own(where, list_file, inputs, declared, size, depth_unit, strict, reduce):
     """Opens your own pairs of images in two folders, or in two patterns with stars.
 
     where      the two folders or patterns
-    names      the file of a list, or None for all pairs
+    list_file  the file of a list, or None for all pairs
     inputs     the two rows that a checkpoint keeps, or None.  They say what the modalities are
     declared   the values of --as1 and --as2.  Without `inputs`, they say what the modalities are;
                None: the first image of a modality shows what it is"""
     where = [os.path.normpath(path) for path in where]
-    stars = [max(1, pattern.count("*")) for pattern in where]
-    need(where[0] != where[1] and stars[0] == stars[1], f"--data1 {where[0]} and --data2 "
-         f"{where[1]} do not form pairs. Give two folders, or two patterns with the same number "
-         f"of stars")
-    files, ids, unpaired = find_samples(where, names, strict)
+    need(where[0] != where[1], f"--data1 and --data2 are both {where[0]}. Give the images of two "
+         f"modalities")
+    files, ids, unpaired = find_samples(where, list_file, strict)
     rows, notes, canvases = [], [], []
     for m, (pattern, side) in enumerate(zip(where, files)):
         paths, given = [side[name] for name in ids], declared[m]
@@ -855,12 +844,11 @@ def describe_own(kind, first, a, paths):
     C, stored = len(a), stored_type(first, a)
     if kind is None:
         kind = "aerial" if C == 3 and stored == np.uint8 else "overhead"
+    bands = [f"channel {c + 1}" for c in range(C)]
     if kind == "ms" and C != len(S2):
-        bands = [f"band {c + 1}" for c in range(C)]
         return MODALITIES["ms"] | dict(bands=bands, mean=(0.0,) * C, std=(1.0,) * C)
     if kind in MODALITIES:
         return MODALITIES[kind]
-    bands = [f"channel {c + 1}" for c in range(C)]
     return measure_inputs(dict(name=kind, bands=bands, dtype=str(stored)), paths)
 
 
@@ -935,27 +923,22 @@ def hha(depth_m, raw_m, camera):
 
     depth_m   HxW   metres, holes filled
     raw_m     HxW   the measured depth, with holes: a pixel of 0 or NaN is not used in the fits
-    camera          3x3 camera matrix, or (fx, fy, cx, cy), in pixels
+    camera    3x3   camera matrix, in pixels
 
     Returns HxWx3 uint8: the disparity (31000 / cm, saturates below 1.2 m), the height above the
     lowest point (cm, saturates at 2.55 m) and the angle between the surface's normal and gravity
-    (38..218 for 0..180 degrees).  Raises ValueError if the depth cannot be in metres, or if no
-    pixel has a depth."""
+    (38..218 for 0..180 degrees).  Raises BadInput if the depth cannot be in metres, or if no pixel
+    has a depth."""
     z = 100 * np.nan_to_num(np.asarray(depth_m, float))                # HxW, cm from here on
-    if not 0 <= z.min() <= z.max() < 1e4:
-        raise ValueError(f"the depth runs from {z.min() / 100:g} to {z.max() / 100:g} m, but must "
-                         f"be within 0 and 100 m. Set --depth-unit to the steps per metre of the "
-                         f"file (1000 if the file has millimetres)")
-    camera = np.asarray(camera, float)
-    if camera.size == 9:
-        camera = camera[[0, 1, 0, 1], [0, 1, 2, 2]]
-    fx, fy, cx, cy = camera
+    need(0 <= z.min() <= z.max() < 1e4, f"the depth runs from {z.min() / 100:g} to "
+         f"{z.max() / 100:g} m, but must be within 0 and 100 m. Set --depth-unit to the steps per "
+         f"metre of the file (1000 if the file has millimetres)")
+    fx, fy, cx, cy = np.asarray(camera, float)[[0, 1, 0, 1], [0, 1, 2, 2]]
     H, W = z.shape
     u = (np.arange(1, W + 1)[None] - cx) / fx                          # 1xW, X/Z; 1-based pixels
     v = (np.arange(1, H + 1)[:, None] - cy) / fy                       # Hx1, Y/Z
     m = ((np.asarray(raw_m) > 0) & (z > 0)).astype(float)              # HxW, 1: used in the fits
-    if not m.any():
-        raise ValueError("no pixel has both depth_m and raw_m above 0. Remove this frame")
+    need(m.any(), "no pixel has both depth_m and raw_m above 0. Remove this frame")
     q = m / np.where(m > 0, z, 1)                                      # HxW, 1/Z
     # These are the integral images of the nine products in the plane fits, padded for windows of 21
     # pixels.
@@ -984,8 +967,8 @@ def sum_windows(integral, radius):
     integral image with the padding of `hha`."""
     lo, hi = 10 - radius, 11 + radius
     H, W = integral.shape[0] - 21, integral.shape[1] - 21
-    rows = integral[hi:hi + H] - integral[lo:lo + H]
-    return rows[:, hi:hi + W] - rows[:, lo:lo + W]
+    strips = integral[hi:hi + H] - integral[lo:lo + H]
+    return strips[:, hi:hi + W] - strips[:, lo:lo + W]
 
 
 def fit_normals(sums, u, v, z, radius):
@@ -1052,7 +1035,8 @@ def find_images(where, suffixes=IMAGES):
              f"one of these two files")
         files[name] = path
     need(files, f"no image ({', '.join(suffixes)}) under {where}. {list_contents(where)}. Give a "
-         f"folder with images, or a pattern in quotes; {TREE}")
+         f"folder with images, or a pattern in quotes. A data set that was downloaded needs "
+         f"`python data.py prepare` first; {TREE}")
     return dict(sorted(files.items()))
 
 
@@ -1065,19 +1049,19 @@ def list_contents(path):
     return f"{folder} has {', '.join(sorted(os.listdir(folder))[:4]) or 'nothing'}"
 
 
-def find_samples(where, names=None, strict=True, skipped=frozenset()):
+def find_samples(where, list_file=None, strict=True, skipped=frozenset()):
     """Finds images with equal names in two folders or patterns, and in a third folder of masks.
 
     where      the two or three folders or patterns
-    names      the file of a list: only the names in this list count
+    list_file  the file of a list: only the names in this list count
     strict     True: raise BadInput if a file is missing for any name.  False: raise BadInput only
                if no name has all files
     Returns a list of {name: path} for each of `where`, the names for which no file is missing, and
     the other names."""
     files = [find_images(folder) for folder in where]
     found = sorted(set().union(*files) - skipped)
-    if names:
-        found = read_list(names, dict.fromkeys(found), skipped)
+    if list_file:
+        found = read_list(list_file, dict.fromkeys(found), skipped)
     whole = set.intersection(*map(set, files))
     ids = [name for name in found if name in whole]
     unpaired = [name for name in found if name not in whole]
@@ -1096,14 +1080,10 @@ def find_samples(where, names=None, strict=True, skipped=frozenset()):
 
 # ---- readers ----
 
-IMAGE_TIFFS = ("MINISBLACK", "RGB", "YCBCR")    # the photometric kinds that an image may have
-INDEX_TIFFS = ("MINISBLACK", "PALETTE")         # the photometric kinds that a mask may have
-
-
 @contextlib.contextmanager
-def reading(path, kind, remedy="copy or download it again, or remove it"):
+def reading(path, what, remedy="copy or download it again, or remove it"):
     """Turns every error inside the `with` block into a BadInput, which names the file, the reason
-    and the remedy.  kind: what the file should hold."""
+    and the remedy.  what: what the file should hold."""
     try:
         yield
     except BadInput:
@@ -1114,7 +1094,7 @@ def reading(path, kind, remedy="copy or download it again, or remove it"):
             raise BadInput(f"no file {path}. {list_contents(Path(path).parent)}") from None
         if "imagecodecs" in reason:             # the TIFF has LZW, zstd, JPEG or predictor 3
             remedy = "pip install imagecodecs, or save the file without compression"
-        raise BadInput(f"{path} cannot be read as {kind} ({reason}); {remedy}") from None
+        raise BadInput(f"{path} cannot be read as {what} ({reason}); {remedy}") from None
 
 
 def open_image(path):
@@ -1138,7 +1118,7 @@ def read_image(path, indices=False):
     indices    True for masks: an image with a palette then gives its indices, not its colours"""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in (".tif", ".tiff"):
-        a = read_tiff(path, INDEX_TIFFS if indices else IMAGE_TIFFS)
+        a = read_tiff(path, indices)
     elif suffix == ".npy":
         with reading(path, "a numpy array"), open(path, "rb") as file:
             a = np.lib.format.read_array(file, allow_pickle=False)
@@ -1160,24 +1140,23 @@ def read_image(path, indices=False):
     return a.reshape(-1, *a.shape[-2:])
 
 
-def read_tiff(path, kinds):
+def read_tiff(path, indices):
     """Reads a TIFF as HxW or CxHxW in the type of the file, and skips overviews.  Pixels with the
-    no-data value of the header become NaN, so the array is then float.
-
-    kinds    the photometric kinds that are allowed"""
+    no-data value of the header become NaN, so the array is then float."""
+    allowed = ("MINISBLACK", "PALETTE") if indices else ("MINISBLACK", "RGB", "YCBCR")
     with reading(path, "a TIFF"), tifffile.TiffFile(path) as tif:
         image, *others = [series for series in tif.series if not series.keyframe.is_reduced]
         page, axes, shape = image.keyframe, image.axes, image.shape
-        kind = page.photometric.name
+        photometric = page.photometric.name
         need(not others, f"{path} holds {1 + len(others)} images. Save each image in its own file")
-        need(kind in kinds, f"{path} is of the photometric kind {kind}. Convert the file to "
-             f"{' or '.join(kinds)}")
+        need(photometric in allowed, f"{path} is of the photometric kind {photometric}. Convert "
+             f"the file to {' or '.join(allowed)}")
         # If HxWxC was written by tifffile.imwrite, it can look like many bands with few rows.
         need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]), f"{path} has the "
              f"shape {shape}, which could be HxWxC or CxHxW. Save it as CxHxW")
         a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
-        if kind == "RGB" and set(page.extrasamples) & {1, 2}:
+        if photometric == "RGB" and set(page.extrasamples) & {1, 2}:
             a = a[:3]                           # the alpha channel is left out, as in a png
         if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
@@ -1189,8 +1168,8 @@ def read_tiff(path, kinds):
 def read_band(path, indices=False):
     """Reads an image that has one channel, as 1xHxW."""
     a = read_image(path, indices)
-    form = "class indices instead of colours" if indices else "each band in its own file"
-    need(len(a) == 1, f"{path} has {len(a)} channels, but must have one. Save {form}")
+    need(len(a) == 1, f"{path} has {len(a)} channels, but must have one. Save each band in its own "
+         f"file, and a mask as class indices instead of colours")
     return a
 
 
@@ -1308,9 +1287,6 @@ def list_folders(folder):
 NUM_CLASSES = dict(bigearthnet=19, geonrw=10, sunrgbd=37, nyuv2=40)  # the classes of each task
 # These tasks use the data folder of a scenario.
 SHARED_ROOTS = dict(geonrw="data/rgb-dem", sunrgbd="data/rgbd")
-# If data are prepared, they have this folder.
-PREPARED = {"rgb-dem": "cropped", "geonrw": "cropped", "rgbd": "RGB", "sunrgbd": "RGB",
-            "nyuv2": "RGB", "bigearthnet": "packed"}
 
 
 def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, strict=True,
@@ -1327,26 +1303,21 @@ def open_dataset(name, root, size, split="all", depth_unit=1000.0, seed=0, stric
     inputs     the two rows of MODALITIES that a checkpoint keeps
     declared   the values of --as1 and --as2
     reduce     True: photos that are much larger than the crop become smaller, as for rgbd"""
-    depth_unit, names = depth_unit or 1000.0, None
+    depth_unit, list_file = depth_unit or 1000.0, None
     if split != "all":
-        names = Path(split) if name == "custom" else f"{split}.txt"
+        list_file = Path(split) if name == "custom" else f"{split}.txt"
     if name == "custom":
-        return open_own(root, names, inputs, declared, size, depth_unit, strict, reduce)
+        return open_own(root, list_file, inputs, declared, size, depth_unit, strict, reduce)
     root, classes = Path(root), classes or NUM_CLASSES.get(name)
     need(root.is_dir(), f"no folder {root}. Give the folder of the data with --data, or try "
          f"--toy; {TREE}")
-    if name in PREPARED:
-        flag = "task" if name in NUM_CLASSES else "scenario"
-        need((root / PREPARED[name]).is_dir(), f"no folder {root / PREPARED[name]}. "
-             f"{list_contents(root)}. Run `python data.py prepare --{flag} {name} --data {root}` "
-             f"first; {TREE}")
     if name == "sar-optical":
-        return open_ssl4eo(root, names, seed, strict)
+        return open_ssl4eo(root, list_file, seed, strict)
     if name == "bigearthnet":
         return open_bigearthnet(root, split)
     if name in ("rgb-dem", "geonrw"):
-        return open_geonrw(root, names, classes, strict)
-    return open_rgbd(root, names, size, depth_unit, classes, strict)
+        return open_geonrw(root, list_file, classes, strict)
+    return open_rgbd(root, list_file, size, depth_unit, classes, strict)
 
 
 class Samples:
@@ -1398,9 +1369,9 @@ def check_mask(path, mask, image_size, num_classes):
 
     Some data sets have a class 0, and 255 for no label.  The remedy is in two steps, because class
     0 would be lost if 255 simply became 0."""
-    size, low, high = tuple(mask.shape[-2:]), int(mask.min()), int(mask.max())
-    need(size == tuple(image_size), f"{path} is a mask of {size} pixels, but its image has "
-         f"{tuple(image_size)} pixels. Make the mask again for this image")
+    mask_size, low, high = tuple(mask.shape[-2:]), int(mask.min()), int(mask.max())
+    need(mask_size == tuple(image_size), f"{path} is a mask of {mask_size} pixels, but its image "
+         f"has {tuple(image_size)} pixels. Make the mask again for this image")
     need(0 <= low <= high <= num_classes, f"{path} has the label {low if low < 0 else high}, but "
          f"labels must be 1 to {num_classes}, or 0 for no label. If classes begin at 0 here, add "
          f"1 to each class. Then write 0 for every value that is no class, such as 255")
@@ -1422,7 +1393,7 @@ def name_composite(row):
     channels = choose_visible(row)
     if len(channels) == len(row["bands"]):
         return ""
-    return ": " + " ".join(row["bands"][c].replace("channel ", "band ") for c in channels)
+    return ": " + " ".join(row["bands"][c] for c in channels)
 
 
 def make_visible(x, row):
@@ -1652,16 +1623,16 @@ def read_json(path, what):
         return value
 
 
-def number(kind, low, high=math.inf):
+def number(convert, low, high=math.inf):
     """Returns a function for argparse's type=, which reads a finite int or float from low to high.
     """
     def parse(text):
         with contextlib.suppress(ValueError):
-            value = kind(text)
+            value = convert(text)
             if low <= value <= high and value != math.inf:
                 return value
         limits = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
-        noun = "a whole number" if kind is int else "a number"
+        noun = "a whole number" if convert is int else "a number"
         raise argparse.ArgumentTypeError(f"{text} cannot be used. Give {noun} {limits}")
     return parse
 
@@ -1769,14 +1740,14 @@ def draw_shape(shape, u, v):
             "triangle": (v < 0.877) & (3 ** 0.5 * a - v < 2 * 0.877)}[shape]  # equilateral
 
 
-def draw_object(rng, H, W, rows, columns, shape=None, radii=(0.15, 0.19)):
+def draw_object(rng, H, W, y_range, x_range, shape=None, radii=(0.15, 0.19)):
     """Draws an object.  Returns the index of its shape and its mask, HxW in [0, 1].
 
-    rows, columns    two limits each for the centre, as shares of H and of W
-    shape            an index of SHAPES; default: random
-    radii            two limits for the scale: the pixels per unit of draw_shape, divided by H"""
+    y_range, x_range    two limits each for the centre, as shares of H and of W
+    shape               an index of SHAPES; default: random
+    radii               two limits for the scale: the pixels per unit of draw_shape, divided by H"""
     shape = int(rng.integers(len(SHAPES))) if shape is None else shape
-    y, x = rng.uniform(*rows) * H, rng.uniform(*columns) * W
+    y, x = rng.uniform(*y_range) * H, rng.uniform(*x_range) * W
     r, turn = rng.uniform(*radii) * H, rng.uniform(0, 2 * np.pi)
     fine = (np.mgrid[0:2 * H, 0:2 * W] + 0.5) / 2  # 2x2 samples per pixel make smooth edges
     dy, dx = (fine[0] - y) / r, (fine[1] - x) / r
@@ -1803,10 +1774,10 @@ def scatter_three(rng, S):
     masks = np.zeros((3, S, S))
     classes = [int(shape) for shape in rng.integers(len(SHAPES), size=3)]
     square = np.add.outer(rng.permutation(3), rng.permutation(3)) % 3   # 3x3, a Latin square
-    for kind, cells in enumerate((0, *rng.integers(1, 3, size=2))):
+    for which, cells in enumerate((0, *rng.integers(1, 3, size=2))):
         for cell in np.argwhere(square == cells):
-            rows, columns = ((i / 3 + 0.147, i / 3 + 0.187) for i in cell)
-            masks[kind] += draw_object(rng, S, S, rows, columns, classes[kind], (0.095, 0.115))[1]
+            ranges = [(i / 3 + 0.147, i / 3 + 0.187) for i in cell]
+            masks[which] += draw_object(rng, S, S, *ranges, classes[which], (0.095, 0.115))[1]
     return make_label(classes, np.roll(masks, rng.integers(S, size=2), (1, 2)).clip(0, 1))
 
 
@@ -1864,7 +1835,7 @@ def draw_satellite_scene(rng, S=48):
             speckle = 10 * np.log10(rng.gamma(8, 1 / 8, (S, S)))  # eight looks
             bands[band] = (level + clutter1 + 6 * (m_common - m_slick) + speckle).astype(np.float32)
         for band, level in zip(S2, levels):
-            r = next(r for r, names in BLOCKS.items() if band in names)
+            r = next(r for r, group in BLOCKS.items() if band in group)
             clutter2 = optical if band in ("B1", "B2", "B3", "B4") else infrared
             x = level * light * (1 + 0.02 * clutter2) * (1 + 0.8 * m_common) * (1 - 0.9 * m_bloom)
             x = x.reshape(S // r, r, S // r, r).mean((1, 3))
@@ -1954,8 +1925,8 @@ def make_toy(scenario, root, scenes=None, held_out=None, rank=0):
         written = list(show_progress(write(part, rngs, scenes), f"making {root}", len(rngs)))
         for split, these in (("train", written[:scenes]), ("test", written[scenes:])):
             (part / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in these))
-        rows = "".join(f"{name},{a},{b},{c}\n" for name, (a, b, c) in written)
-        (part / "factors.csv").write_text(f"id,common,unique1,unique2\n{rows}")
+        lines = "".join(f"{name},{a},{b},{c}\n" for name, (a, b, c) in written)
+        (part / "factors.csv").write_text(f"id,common,unique1,unique2\n{lines}")
         args = argparse.Namespace(workers=1, skip_bad=False)
         with contextlib.redirect_stdout(None):  # prepare prints how much disk it needs
             if scenario == "sar-optical":
@@ -1996,19 +1967,19 @@ def attempt(work, job):
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or "requested and" in str(error):
             raise OSError(errno.ENOSPC, f"the disk is full, or a quota is used up ({error})")
-        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-        return None, kind + " ".join(str(error).split())
+        prefix = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+        return None, prefix + " ".join(str(error).split())
 
 
 def report_bad(bad, file):
     """Writes {name: reason} to a file.  Prints each kind of reason once, with the number of its
     samples and an example."""
     write_text(file, "".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
-    kinds = {}                                  # reason without names and numbers -> its lines
+    similar = {}                                # reason without names and numbers -> its lines
     for name, reason in bad.items():
-        kind = re.sub(r"\S*[/\d]\S*", "", reason)
-        kinds.setdefault(kind, []).append(f"{name}: {reason}")
-    for lines in kinds.values():
+        pattern = re.sub(r"\S*[/\d]\S*", "", reason)
+        similar.setdefault(pattern, []).append(f"{name}: {reason}")
+    for lines in similar.values():
         print(f"{len(lines):6d} such as {lines[0]}")
 
 
@@ -2093,33 +2064,27 @@ def draw_contact_sheet(dataset, indices, path, size):
 # ---- prepare: turns what was downloaded into the one form that the other scripts read ----
 
 @contextlib.contextmanager
-def fill_folder(out, settings, size):
+def fill_folder(out, settings, n_bytes):
     """Yields the folder OUT.part for the caller to fill.  When the caller is done, the folder is
     renamed to `out`.  If a run was stopped, a later run with the same settings goes on with the
-    same folder.
+    same folder.  Two runs at once write the same bytes: the first to end renames the folder, and
+    the other ends with an error, because the folder is gone.
 
     settings   a text that holds every setting on which the content of the files depends
-    size       about how many bytes will be written"""
+    n_bytes    about how many bytes will be written"""
     out = Path(out)                             # without a slash at the end
-    part, record = Path(f"{out}.part"), Path(f"{out}.part/settings.txt")
+    part, settings_file = Path(f"{out}.part"), Path(f"{out}.part/settings.txt")
     need(not out.exists(), f"{out} exists, so it is prepared already. Delete it to prepare "
          f"it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
-    with open(part / "lock", "w") as lock:
-        if fcntl:                               # the lock ends with this process in any case
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise BadInput(f"another `data.py prepare` is writing {part}. Wait until it "
-                               f"ends") from None
-        need(not record.is_file() or record.read_text("utf-8") == settings, f"{part} was begun "
-             f"with other samples or settings. Give the settings of that run, or delete {part}")
-        write_text(record, settings)
-        free = shutil.disk_usage(part).free
-        print(f"{out} needs about {size / 1e9:.3f} GB of disk; {free / 1e9:.1f} GB are free")
-        yield part
+    need(not settings_file.is_file() or settings_file.read_text("utf-8") == settings, f"{part} was "
+         f"begun with other samples or settings. Give the settings of that run, or delete {part}")
+    write_text(settings_file, settings)
+    free = shutil.disk_usage(part).free
+    print(f"{out} needs about {n_bytes / 1e9:.3f} GB of disk; {free / 1e9:.1f} GB are free")
+    yield part
     os.replace(part, out)
-    for name in ("lock", "settings.txt", "done.jsonl"):
+    for name in ("settings.txt", "done.jsonl"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -2129,9 +2094,9 @@ def work_through(part, jobs, work, args):
 
     Returns {name: result} of all jobs that are done.  Raises BadInput if a job fails, unless
     --skip-bad is given."""
-    log, text, bad = part / "done.jsonl", "", {}
-    if log.is_file():
-        text = log.read_text("utf-8")
+    log, bad_file, bad = part / "done.jsonl", part / "bad-ids.txt", {}
+    log.touch()
+    text = log.read_text("utf-8")
     text = text[:text.rfind("\n") + 1]          # a killed run may leave half a line at the end
     write_text(log, text)
     done = dict(map(json.loads, text.splitlines()))
@@ -2145,53 +2110,54 @@ def work_through(part, jobs, work, args):
             else:
                 done[name] = result
                 file.write(f"{json.dumps((name, result))}\n")
-    file = part / "bad-ids.txt"
-    file.unlink(missing_ok=True)
+    bad_file.unlink(missing_ok=True)
     if bad:
-        report_bad(bad, file)
-        need(args.skip_bad and done, f"samples that cannot be prepared: {len(bad)}. {file} lists "
-             f"these samples with the reasons. Repair the files and give the same command again, "
-             f"or leave these samples out with --skip-bad")
+        report_bad(bad, bad_file)
+        need(args.skip_bad and done, f"samples that cannot be prepared: {len(bad)}. {bad_file} "
+             f"lists these samples with the reasons. Repair the files and give the same command "
+             f"again, or leave these samples out with --skip-bad")
     return done
 
 
 def pack(out, jobs, read, files, args):
-    """Packs samples into `files`, arrays of bytes with one row per sample, and writes ids.txt.
-    read(job) returns one row for each file.  If a sample is damaged, its row is 0, and its line in
-    ids.txt begins with `# `."""
-    rows, reason = None, f"nothing to prepare; {TREE}"
+    """Packs samples into `files`, arrays of bytes with one record per sample, and writes ids.txt.
+    read(job) returns one record for each file.  If a sample is damaged, its record is 0, and its
+    line in ids.txt begins with `# `."""
+    records, reason = None, f"nothing to prepare; {TREE}"
     for job in jobs.values():
-        rows, reason = attempt(read, job)
-        if rows:                                # these rows show the size of all rows
+        records, reason = attempt(read, job)
+        if records:                             # they show the size of all records
             break
-    need(rows, f"none of {len(jobs)} samples for {out} can be read. The last reason: "
+    need(records, f"none of {len(jobs)} samples for {out} can be read. The last reason: "
          f"{reason}")
-    with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(map(len, rows))) as part:
-        for file, row in zip(files, rows):
+    with fill_folder(out, "\n".join(jobs) + "\n", len(jobs) * sum(map(len, records))) as part:
+        for file, record in zip(files, records):
             if not (part / file).is_file():
-                np.lib.format.open_memmap(part / file, "w+", np.uint8, (len(jobs), len(row)))
+                np.lib.format.open_memmap(part / file, "w+", np.uint8, (len(jobs), len(record)))
         numbered = {name: (k, job) for k, (name, job) in enumerate(jobs.items())}
-        done = work_through(part, numbered, functools.partial(write_rows, part, files, read), args)
+        write = functools.partial(write_records, part, files, read)
+        done = work_through(part, numbered, write, args)
         write_text(part / "ids.txt", "".join(f"{name}\n" if name in done else f"# {name}\n"
                                              for name in jobs))
 
 
-def write_rows(part, files, read, job):
-    """Reads a sample and writes its rows.  job: the number of the rows, and the job for read."""
+def write_records(part, files, read, job):
+    """Reads a sample and writes its records.  job: the number of the records, and the job for
+    read."""
     k, sample = job
-    for name, row in zip(files, read(sample)):
+    for name, record in zip(files, read(sample)):
         array = np.load(part / name, mmap_mode="r")
-        need(len(row) == array.shape[1], f"its images have another size than those of the first "
-             f"sample: {len(row)} bytes in {name} instead of {array.shape[1]}")
+        need(len(record) == array.shape[1], f"its images have another size than those of the first "
+             f"sample: {len(record)} bytes in {name} instead of {array.shape[1]}")
         # A write to a memory map would be a bus error if the disk is full.
         with open(part / name, "rb+") as file:
-            file.seek(array.offset + k * len(row))
-            file.write(row)
+            file.seek(array.offset + k * len(record))
+            file.write(record)
 
 
 def prepare_ssl4eo(root, out, args):
-    """Packs SSL4EO-S12 into season0.npy to season3.npy.  A location has 60 files; its four rows
-    have 0.5 MB each."""
+    """Packs SSL4EO-S12 into season0.npy to season3.npy.  A location has 60 files; its four
+    records have 0.5 MB each."""
     paired, unpaired = find_locations(root)
     jobs = {name: name for name in sorted([*paired, *unpaired])}    # unpaired names fail in `read`
     files = [f"season{k}.npy" for k in range(4)]
@@ -2211,11 +2177,10 @@ def prepare_bigearthnet(root, out, args):
         if (out / split).exists():
             print(f"{out / split} exists, so it is prepared already")
             continue
-        lines, jobs = read_lines(root / f"{split}.csv"), {}
+        lines = read_lines(root / f"{split}.csv")  # `S2 name,S1 name`, or only the S2 name
         partners = partners or find_partners(folders[0])
-        for line in lines:                      # `S2 name,S1 name`, or only the S2 name
-            s2 = line.split(",")[0].strip()
-            jobs[s2] = s2, partners.get(s2)
+        s2_names = [line.split(",")[0].strip() for line in lines]
+        jobs = {s2: (s2, partners.get(s2)) for s2 in s2_names}
         read = functools.partial(read_patch, folders)
         try:
             pack(out / split, jobs, read, ["season0.npy", "labels.npy"], args)
@@ -2249,8 +2214,6 @@ def prepare_geonrw(root, out, args):
 def cut_geonrw(part, stem):
     """Cuts one tile of GeoNRW into its 16 patches."""
     images = {"rgb": read_image(f"{stem}_rgb.jp2"), "dem": read_band(f"{stem}_dem.tif")}
-    need(len(images["rgb"]) == 3, f"{stem}_rgb.jp2 has {len(images['rgb'])} channels instead of 3."
-         f"  Download it again")
     if os.path.isfile(f"{stem}_seg.tif"):
         images["seg"] = read_small_mask(f"{stem}_seg.tif")
     name = f"{stem.parent.name}_{stem.name}"
@@ -2287,13 +2250,13 @@ def write_tiles(part, scene, images, types, size):
     digits, left_out = len(str(max(H, W) // size - 1)), 0
     for folder in images:
         (part / folder).mkdir(exist_ok=True)
-    for row in range(H // size):
-        for column in range(W // size):
-            box = np.s_[:, row * size:(row + 1) * size, column * size:(column + 1) * size]
+    for i in range(H // size):
+        for j in range(W // size):
+            box = np.s_[:, i * size:(i + 1) * size, j * size:(j + 1) * size]
             if any(np.isnan(a[box]).mean() > 0.5 for a in images.values()):
                 left_out += 1
                 continue
-            name = f"{scene}_{row:0{digits}d}_{column:0{digits}d}"
+            name = f"{scene}_{i:0{digits}d}_{j:0{digits}d}"
             for folder, a in images.items():
                 write_tile(part / folder / name, a[box], types.get(folder, a.dtype))
     return left_out
@@ -2331,11 +2294,11 @@ def prepare_tiles(where, args):
              f"depth and dem have values that mean no reading. Leave {flag} out")
     seed, share = args.seed or 0, args.test_share or 0.2
     patterns = [*where, args.target] if args.target else where
-    files, names, unpaired = find_samples(patterns, strict=False)
-    jobs = {name: (name, [side.get(name) for side in files]) for name in sorted(names + unpaired)}
+    files, ids, unpaired = find_samples(patterns, strict=False)
+    jobs = {name: (name, [side.get(name) for side in files]) for name in sorted(ids + unpaired)}
     settings = json.dumps([*patterns, args.size, nodata, declared, seed, share, *jobs])
-    size = sum(read_first([side[name] for name in names])[1].nbytes for side in files)
-    with fill_folder(args.out, settings, len(jobs) * size) as part:
+    scene_bytes = sum(read_first([side[name] for name in ids])[1].nbytes for side in files)
+    with fill_folder(args.out, settings, len(jobs) * scene_bytes) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
         left_out = sum(work_through(part, jobs, cut, args).values())
         tiles = sorted(path.stem for path in (part / "1").iterdir())
@@ -2387,8 +2350,6 @@ def prepare_rgbd(root, out, args):
         jobs = {name: (name, path, raw.get(name), unit, camera) for name, path in depth.items()}
         settings, work = f"{unit} {camera.tolist()}", write_hha
     else:
-        need(args.depth_unit is None, f"--depth-unit works only with a folder Depth/, but {root} "
-             f"has none, and SUN RGB-D has its own unit. Leave --depth-unit out")
         frames = find_frames(root)
         need(frames, f"{root} has no Depth/ and no frame of SUN RGB-D in SUNRGBD/. "
              f"{list_contents(root)}; {TREE}")
@@ -2417,8 +2378,8 @@ def write_sunrgbd_hha(part, job):
     """Writes the HHA image of one frame of SUN RGB-D's raw tree.  Raises BadInput if the image or
     another file of the frame is damaged."""
     name, folder = job
-    image, depth, raw = (find_only_file(f"{folder}/{kind}")
-                         for kind in ("image", "depth_bfx", "depth"))
+    image, depth, raw = (find_only_file(f"{folder}/{subfolder}")
+                         for subfolder in ("image", "depth_bfx", "depth"))
     open_image(image)                           # raises BadInput if the image is damaged
     write_hha(part, (name, depth, raw, None, read_intrinsics(f"{folder}/intrinsics.txt")))
 
@@ -2437,7 +2398,7 @@ def link(source, folder, name):
 def find_frames(root):
     """Finds the frames of SUN RGB-D's raw tree.  Returns {name: folder}, with names such as
     kv1-b3dodata-img_0063."""
-    tree, frames = root / "SUNRGBD" if (root / "SUNRGBD").is_dir() else root, {}
+    tree, frames = root / "SUNRGBD", {}
     for folder, subfolders, _ in os.walk(tree, followlinks=True):
         if "image" in subfolders:
             subfolders.clear()
@@ -2494,15 +2455,14 @@ PREPARERS = {
 def prepare(args):
     """Turns what was downloaded into the one form that the other scripts read."""
     name, root = choose_source(args)
-    of_frames = name in ("rgbd", "sunrgbd", "nyuv2")
-    need(of_frames or args.depth_unit is None, "prepare: --depth-unit works only with rgbd, "
-         "sunrgbd and nyuv2. Leave --depth-unit out")
-    need(not (of_frames and args.out), f"--out does not work with {name}, because HHA/ must be "
-         f"beside RGB/. Do not give --out")
+    has_depth = name != "custom" and (root / "Depth").is_dir()
+    need(has_depth or args.depth_unit is None, "prepare: --depth-unit works only with a folder "
+         "Depth/, because SUN RGB-D has its own unit. Leave --depth-unit out")
     if name == "custom":
         return prepare_tiles(root, args)
-    need(root.is_dir(), f"no folder {root}. Give the folder of the data with --data; {TREE}")
     function, folder = PREPARERS[name]
+    need(folder != "HHA" or not args.out, f"--out does not work with {name}, because HHA/ must be "
+         f"beside RGB/. Do not give --out")
     function(root, Path(args.out or root / folder), args)
 
 
@@ -2532,10 +2492,10 @@ DATA_FLAGS = {
 }
 
 
-def add_flags(group, flags, names):
-    """Adds flags to a parser or to a group of it.  names: the names of the flags, with spaces
+def add_flags(group, flags, chosen):
+    """Adds flags to a parser or to a group of it.  chosen: the names of the flags, with spaces
     between them."""
-    for name in names.split():
+    for name in chosen.split():
         group.add_argument(f"--{name}", **flags[name])
 
 
@@ -2586,9 +2546,9 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description="Prepares, checks and makes data sets.",
                                      allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, (names, custom, text) in COMMANDS.items():
+    for command, (usual, custom, text) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        add_flags(sub, COMMAND_FLAGS, f"{names} {custom}")
+        add_flags(sub, COMMAND_FLAGS, f"{usual} {custom}")
     return parser.parse_args(argv)
 
 

@@ -812,7 +812,7 @@ def picture_gradcam(e):
     for x in load_batches(e.data, e.samples[:e.args.pairs], size, 1, 0, e.device, "pairs"):
         for m, two_values in enumerate(e.values):
             picture = make_visible(x[m][0], e.data.inputs[m])
-            bands = name_composite(e.data.inputs[m]).replace("band ", "")
+            bands = name_composite(e.data.inputs[m]).replace("channel ", "")
             tiles.append((e.modalities[m] + bands, picture))
             for kind, att in e.keep_nonempty(*gradcam_vis(two_values, x[m])).items():
                 colours = to_viridis(scale_maps(att.relu())[0].cpu().numpy()) / 255

@@ -326,9 +326,9 @@ def make_run_folder(args, settings, process):
         raise BadInput(f"--out {args.out}: another run has just begun in this folder. Give a new "
                        f"--out") from None
     _, world, device = process
-    record = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
-                  torch=str(torch.__version__))
-    write_text(args.out / "args.json", json.dumps(record, indent=1) + "\n")
+    started = dict(settings, data=args.data, argv=sys.argv, processes=world, device=str(device),
+                   torch=str(torch.__version__))
+    write_text(args.out / "args.json", json.dumps(started, indent=1) + "\n")
 
 
 def make_folder(out):
@@ -534,15 +534,15 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
         n = len(z)
-        ctx.rows = slice(dist.get_rank() * n, (dist.get_rank() + 1) * n)
+        ctx.own = slice(dist.get_rank() * n, (dist.get_rank() + 1) * n)
         joint = z.new_zeros(dist.get_world_size() * n, *z.shape[1:])  # NxK
-        joint[ctx.rows] = z
+        joint[ctx.own] = z
         dist.all_reduce(joint)
         return joint
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient[ctx.rows] * dist.get_world_size()
+        return gradient[ctx.own] * dist.get_world_size()
 
 
 def gather(z):
