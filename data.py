@@ -74,6 +74,11 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                             # Windows has no fcntl: prepare then takes no lock
+    fcntl = None
+
 Image.MAX_IMAGE_PIXELS = 10 ** 9                # scenes may be large
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # tifffile logs errors that it raises, too
 
@@ -2067,8 +2072,7 @@ def draw_contact_sheet(dataset, indices, path, size):
 def fill_folder(out, settings, n_bytes):
     """Yields the folder OUT.part for the caller to fill.  When the caller is done, the folder is
     renamed to `out`.  If a run was stopped, a later run with the same settings goes on with the
-    same folder.  Two runs at once write the same bytes: the first to end renames the folder, and
-    the other ends with an error, because the folder is gone.
+    same folder.
 
     settings   a text that holds every setting on which the content of the files depends
     n_bytes    about how many bytes will be written"""
@@ -2077,14 +2081,22 @@ def fill_folder(out, settings, n_bytes):
     need(not out.exists(), f"{out} exists, so it is prepared already. Delete it to prepare "
          f"it again, or give another --out")
     part.mkdir(parents=True, exist_ok=True)
-    need(not settings_file.is_file() or settings_file.read_text("utf-8") == settings, f"{part} was "
-         f"begun with other samples or settings. Give the settings of that run, or delete {part}")
-    write_text(settings_file, settings)
-    free = shutil.disk_usage(part).free
-    print(f"{out} needs about {n_bytes / 1e9:.3f} GB of disk; {free / 1e9:.1f} GB are free")
-    yield part
+    with open(part / "lock", "w") as lock:
+        if fcntl:                               # the lock ends with this process in any case
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise BadInput(f"another `data.py prepare` is writing {part}. Wait until it "
+                               f"ends") from None
+        need(not settings_file.is_file() or settings_file.read_text("utf-8") == settings, f"{part} "
+             f"was begun with other samples or settings. Give the settings of that run, or delete "
+             f"{part}")
+        write_text(settings_file, settings)
+        free = shutil.disk_usage(part).free
+        print(f"{out} needs about {n_bytes / 1e9:.3f} GB of disk; {free / 1e9:.1f} GB are free")
+        yield part
     os.replace(part, out)
-    for name in ("settings.txt", "done.jsonl"):
+    for name in ("lock", "settings.txt", "done.jsonl"):
         (out / name).unlink(missing_ok=True)
 
 

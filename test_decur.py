@@ -1350,34 +1350,28 @@ def packed_bytes(root):
     return {path.name: path.read_bytes() for path in (root / "packed").iterdir()}
 
 
-@pytest.mark.parametrize("killed", [True, False])
-def test_prepare_goes_on_where_another_was_killed_or_still_works_with_the_same_bytes(killed,
-                                                                                     tmp_path):
-    """SIGKILL, as soon as a part of the locations is noted as done.  Of two prepares at once, the
-    second to end says so."""
-    whole, begun = write_satellites(tmp_path / "a", 24), tmp_path / "b"
-    shutil.copytree(whole, begun)
+def test_prepare_goes_on_where_it_was_killed_and_gives_the_same_bytes(tmp_path):
+    """SIGKILL, as soon as a part of the locations is noted as done."""
+    whole, killed = write_satellites(tmp_path / "a", 24), tmp_path / "b"
+    shutil.copytree(whole, killed)
     flags = "prepare --workers 1 --scenario sar-optical --data"
     program = (f"import data, time\nread = data.read_seasons\n"
                f"def slow(*job):\n    time.sleep(0.05)\n    return read(*job)\n"
-               f"data.read_seasons = slow\n"
-               f"data.run_main(lambda: data.main({[*flags.split(), str(begun)]!r}))")
+               f"data.read_seasons = slow\ndata.main({[*flags.split(), str(killed)]!r})")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=HERE)
-    log = begun / "packed.part" / "done.jsonl"
+    log = killed / "packed.part" / "done.jsonl"
     while not (log.is_file() and len(log.read_text().splitlines()) >= 4):
         assert process.poll() is None
         time.sleep(0.01)
-    if killed:
-        process.kill()
-        process.wait()
-        with open(log, "a") as file:
-            file.write('["00000')               # a line that was being written
+    process.kill()
+    process.wait()
+    assert not (killed / "packed").exists()
     noted = len(log.read_text().splitlines())
-    assert 4 <= noted < 24 and not (begun / "packed").exists()
-    call(data, f"{flags} {begun}")
-    assert process.wait() == (-signal.SIGKILL if killed else 2)
+    with open(log, "a") as file:
+        file.write('["00000')                   # a line that was being written
     call(data, f"{flags} {whole}")
-    assert packed_bytes(whole) == packed_bytes(begun)
+    call(data, f"{flags} {killed}")
+    assert 4 <= noted < 24 and packed_bytes(whole) == packed_bytes(killed)
 
 
 def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
@@ -1394,6 +1388,22 @@ def test_skip_bad_leaves_damaged_locations_out_and_lists_them(tmp_path):
     assert sorted(line.split("\t")[0] for line in bad) == ["0000001", "0000002", "0000003"]
     pairs = open_dataset("sar-optical", root, 8)
     assert pairs.ids == ["0000000"] and pairs[0][0][0].shape == (2, 12, 12)
+
+
+def test_of_two_prepares_at_once_the_second_is_refused(tmp_path):
+    """The lock ends with its process, even if this is killed."""
+    pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    program = (f"import data, time\nwith data.fill_folder({str(out)!r}, 'a', 1):\n"
+               f"    time.sleep(100)")
+    first = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE)
+    assert b"out needs about" in first.stdout.readline()
+    is_refused("out.part", data.fill_folder(out, "a", 1).__enter__)
+    first.kill()
+    first.communicate()
+    with data.fill_folder(f"{out}/", "a", 1):   # as a shell completes the name
+        pass
+    assert os.listdir(out) == []
 
 
 def test_prepare_says_how_much_disk_it_will_need(tmp_path, capsys):
@@ -1828,7 +1838,7 @@ def write_large(root, n=4):
         (root / "b").mkdir(exist_ok=True)
         tifffile.imwrite(root / "b" / f"s{k}.tif", heights)
         save(root / "m" / f"s{k}.png", rng.integers(0, 9, (20, 26)).astype(np.uint8))
-    return f"--scenario custom --data1 {root}/a --data2 {root}/b --size 8 --out {root}/tiles/"
+    return f"--scenario custom --data1 {root}/a --data2 {root}/b --size 8 --out {root}/tiles"
 
 
 def test_scenes_of_any_size_become_tiles_of_equal_names(tmp_path):
