@@ -27,8 +27,8 @@ The other scripts read that form:
     GeoNRW:
     data/rgb-dem/<city>/<x>_<y>_rgb.jp2 _dem.tif _seg.tif       uint8; float32, metres; classes
 
-    SUN RGB-D's raw tree.  labels/ is optional; its numbers count the frames of test.txt, then those
-    of train.txt:
+    SUN RGB-D's raw tree.  labels/ is optional.  Its file img-000001.png is the mask of the first
+    frame of test.txt; the frames of train.txt follow those of test.txt:
     data/rgbd/SUNRGBD/<sensor>/.../<frame>/image/ depth/ depth_bfx/ intrinsics.txt
     data/rgbd/labels/img-000001.png ...
     data/rgbd/train.txt test.txt    optional: one frame per line
@@ -108,7 +108,8 @@ S2 = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11",
 MODALITIES = {
     # The authors do not normalise images from above.  Mean 0 and std 1 change nothing.
     "sar": dict(name="sar", bands=S1, mean=(0.0,) * 2, std=(1.0,) * 2,
-                range="dB, 2 % cut in each image and band, mean -+ 2 std of the data set "
+                range="dB, clipped to the 1st and 99th percentile of each image and band, "
+                "then to mean -+ 2 std of the data set "
                 "(-12.55 -+ 2 x 5.26, -20.19 -+ 2 x 5.91; BigEarthNet: -12.59 -+ 2 x 5.04, "
                 "-19.22 -+ 2 x 5.42)"),
     "ms": dict(name="ms", bands=S2, mean=(0.0,) * 13, std=(1.0,) * 13,
@@ -387,8 +388,8 @@ def to_8bit(band, x, s1):
     """Returns the pixels of one band in 8 bits, clipped.
 
     S2   x is reflectance x 10000.  Reflectance 0 to 1 becomes 0 to 255.
-    S1   x is in dB.  The lowest and the highest 1 % of the values are cut.  Then mean -+ 2 standard
-         deviations of the data set, from `s1`, become 0 to 255.
+    S1   x is in dB.  The lowest and the highest 1 % of the values are clipped.  Then mean -+ 2
+         standard deviations of the data set, from `s1`, become 0 to 255.
 
     Paper: SAR images are normalised by mean and standard deviation.  Here: the same, but in 8 bits,
     as in the authors' code."""
@@ -525,9 +526,9 @@ def read_packed(packed, numbers, name, season):
 
 def find_locations(root):
     """Finds the locations of SSL4EO-S12.  Returns {name: name} of the locations that both sensors
-    have, because `pack` and `read_list` need a dict, and a list of the other locations.  Names are
-    not computed from numbers, because 97 of the 251,079 numbers have no folder and some names have
-    fewer digits."""
+    have, and a list of the other locations.  The first is a dict, because `pack` and `read_list`
+    need one.  Names are not computed from numbers, because 97 of the 251,079 numbers have no folder
+    and some names have fewer digits."""
     need((root / "s1").is_dir() or not any(root.glob("**/*.zarr.zip")),
          f"{root} holds SSL4EO-S12 v1.1, which has other values. Download v1.0 instead; {TREE}")
     s1, s2 = set(list_folders(root / "s1")), set(list_folders(root / "s2c"))
@@ -598,7 +599,8 @@ def find_partners(folder):
 def read_patch(folders, pair):
     """Reads a patch of BigEarthNet-MM.  Returns a record of bytes, and 19 labels, each 0 or 1."""
     (s2, s1), bands = pair, {}
-    need(s1, f"no json under {folders[0]} names {s2} as its S2 patch")
+    need(s1, f"no json under {folders[0]} names {s2} as its S2 patch. Complete the download of "
+         f"this folder")
     for band in S1:
         bands[band] = read_band(folders[0] / s1 / f"{s1}_{band}.tif")
     for band in S2:
@@ -674,8 +676,8 @@ def read_input(path, row):
         if C == 1:
             a = np.repeat(a, 3, 0)
     elif name == "depth":
-        fits = stored.kind in "ui" and stored.itemsize > 1 and C == 1
-        expected = "1 channel of uint16, in --depth-unit steps per metre"
+        fits = stored.kind in "uif" and stored.itemsize > 1 and C == 1
+        expected = "1 channel of 16 bits or of floats, in --depth-unit steps per metre"
         a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
     elif name == "dem":                         # no land is below -500 m or above 9000 m
         fits, expected = C == 1, "1 channel, heights in metres"
@@ -685,8 +687,9 @@ def read_input(path, row):
         expected = f"{len(row['bands'])} channels of {row.get('dtype', 'any type')}"
         if "dtype" in row:
             expected += ", like the other images"
-    need(fits, f"{path} has {C} channels of {stored}, but {name} needs {expected}. If --data1 and "
-         f"--data2 are swapped, swap them again; otherwise give another --as1 or --as2")
+    need(fits, f"{path} has {C} channels of {stored}, but {name} needs {expected}. Replace the "
+         f"file. With --scenario custom: if --data1 and --data2 are swapped, swap them; otherwise "
+         f"give another --as1 or --as2")
     need(a.dtype.kind != "f" or np.isfinite(a).any(),
          f"{path} has no valid value for {name}. Remove this sample")
     return a
@@ -782,8 +785,8 @@ def open_rgbd(root, list_file, size, depth_unit, classes, strict):
 
     Frames of any size are resized to one canvas of 3/2 S x 2 S pixels for crops of S pixels (336 x
     448 for 224).  The canvas has the shape 4:3, because the frames of all sensors have this shape
-    within 4 %.  Half of the canvas has more than S x S pixels.  The paper pretrains on all 10,335
-    frames of SUN RGB-D."""
+    within 4 %.  A crop covers at least half of the canvas, which is 1.5 S^2 pixels, so no crop is
+    enlarged.  The paper pretrains on all 10,335 frames of SUN RGB-D."""
     plain = (root / "Depth").is_dir() and not (root / "HHA").is_dir()
     second = "Depth" if plain else "HHA"
     where = [root / "RGB", root / second, root / "Label"]
@@ -924,7 +927,7 @@ def read_intrinsics(path):
 # ---- HHA: depth as disparity, height and angle with gravity ----
 
 def hha(depth_m, raw_m, camera):
-    """Encodes depth as HHA (Gupta et al., 2014).  The result equals the authors' MATLAB code.
+    """Encodes depth as HHA (Gupta et al., 2014).  The result equals that of Gupta's MATLAB code.
 
     depth_m   HxW   metres, holes filled
     raw_m     HxW   the measured depth, with holes: a pixel of 0 or NaN is not used in the fits
@@ -954,7 +957,7 @@ def hha(depth_m, raw_m, camera):
     normals = fit_normals(sums, u, v, z, 10).reshape(3, -1)            # 3xHW, of large windows
     g = find_gravity(normals.compress(~np.isnan(normals[0]), 1))
     if np.degrees(np.arccos(min(g[1], 1))) <= 0.1:
-        up = -z * v                             # the authors' code then uses the camera's y axis
+        up = -z * v                             # as in Gupta's code: the camera's y axis
     else:
         up = -z * (g[0] * u + g[1] * v + g[2])
     lowest = up.min()
@@ -1051,7 +1054,7 @@ def list_contents(path):
     folder = Path(path).absolute()
     while not folder.is_dir():
         folder = folder.parent
-    return f"{folder} has {', '.join(sorted(os.listdir(folder))[:4]) or 'nothing'}"
+    return f"{folder} has {join_names(sorted(os.listdir(folder)), 6) or 'nothing'}"
 
 
 def find_samples(where, list_file=None, strict=True, skipped=frozenset()):
@@ -1187,7 +1190,7 @@ def read_mask(path):
     if a.dtype.kind == "f":
         a = np.where(np.isfinite(a), a, -1)
     odd = a[(np.rint(a) != a) | (a >= 2 ** 31)]
-    need(len(odd) == 0, f"{path} holds {odd[:1]}, which is no index of a class. Make the mask "
+    need(len(odd) == 0, f"{path} holds {odd[:1]}, which is not a class index. Make the mask "
          f"again from its source, with whole numbers")
     return np.maximum(a.astype(np.int64), -1)
 
@@ -1423,7 +1426,8 @@ LIMITS = {
     "ms": ("reflectance x 10000", (1,), 0.05, 0.002, "are the files reflectance x 10000?"),
     "depth": ("m", (1,), 0.05, 0.002, "is --depth-unit right?"),
     "dem": ("m", (), 0, 0.002, "is most of the ground flat, or are most heights missing?"),
-    "8 bits": ("of 255", (), 0, 0.002, "has each image only one colour, or more than 8 bits?"),
+    "8 bits": ("of 255", (), 0, 0.002, "does each image have only one colour, or more than 8 "
+               "bits?"),
     "measured": ("", (0, 1), 0.05, 0.045, "are a few values far from all others?  Remove these "
                  "values, or take the logarithm of all values")}
 
@@ -1533,7 +1537,7 @@ def find_fault(row, c, x, raw):
         return f"more than {normal:.0%} of the values are clipped: {question}"
     # B10 (cirrus) is 0 in products of level 2A, and nearly 0 in products of level 1C.
     if x.min() == x.max() and row["bands"][c] != "B10":
-        return "all values are equal"
+        return f"all values look equal to the network: {question}"
     low, half, high = np.percentile(x, (25, 50, 75))
     if row["name"] == "depth" and half < 0.03:
         return f"half of the values are below {0.03 * MAX_DEPTH:.1f} m: {question}"
@@ -1573,7 +1577,7 @@ def spread_evenly(indices, n):
     return [indices[i] for i in np.linspace(0, len(indices) - 1, min(n, len(indices))).astype(int)]
 
 
-# ---- what all five scripts share: files, processes, the command line ----
+# ---- what the four scripts share: files, processes, the command line ----
 
 def write_atomically(path, write):
     """Calls write(file) with the new binary file PATH.part, then renames this file to PATH.  If the
@@ -2016,8 +2020,8 @@ def check(args):
     usual = statistics.mode([shapes for shapes, _ in results if shapes] or [None])
     for i, (shapes, reason) in enumerate(results):
         if not reason and shapes != usual:
-            reason = (f"has the shapes {shapes}, but most samples have {usual}. Cut all images "
-                      f"into tiles of one size with `data.py prepare --scenario custom`")
+            reason = (f"has the shapes {shapes}, but the most frequent shapes are {usual}. Cut all "
+                      f"images into tiles of one size with `data.py prepare --scenario custom`")
         if reason:
             bad[dataset.ids[i]] = reason
         else:
@@ -2028,10 +2032,13 @@ def check(args):
         print(*table, f"samples in this table: {len(few)} of {len(dataset)}", sep="\n")
         for line in warnings:
             print(f"warning: {line}")
-        draw_contact_sheet(dataset, spread_evenly(good, 8), out / "contact-sheet.png", size)
+        drawn = spread_evenly(good, 8)
+        draw_contact_sheet(dataset, drawn, out / "contact-sheet.png", size)
         shown = [row["name"] + name_composite(row) for row in dataset.inputs]
-        print(f"{out / 'contact-sheet.png'} shows what the network will see. Each row is a pair: "
-              f"two augmented views of {' and two of '.join(shown)}")
+        print(f"{out / 'contact-sheet.png'} shows what the network will see, in crops of {size} "
+              f"pixels (--size). Each row is a pair: two augmented views of "
+              f"{' and two of '.join(shown)}. The contrast of images without three colours is "
+              f"stretched. The rows are {join_names([dataset.ids[i] for i in drawn], 8)}")
     print(f"samples that were read: {len(dataset)}; bad samples: {len(bad)}, of which "
           f"{len(dataset.unpaired)} have no partner. {out / 'bad-ids.txt'} lists the bad samples")
     report_bad(bad, out / "bad-ids.txt")
@@ -2102,7 +2109,7 @@ def fill_folder(out, settings, n_bytes):
 
 def work_through(part, jobs, work, args):
     """Calls work(job) for each job in {name: job} that no earlier run has done.  If a job fails,
-    the other jobs are done nevertheless.  work writes files, and may return a number.
+    the other jobs are done nevertheless.  work writes files, and may return numbers.
 
     Returns {name: result} of all jobs that are done.  Raises BadInput if a job fails, unless
     --skip-bad is given."""
@@ -2312,7 +2319,7 @@ def prepare_tiles(where, args):
     scene_bytes = sum(read_first([side[name] for name in ids])[1].nbytes for side in files)
     with fill_folder(args.out, settings, len(jobs) * scene_bytes) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
-        left_out = sum(work_through(part, jobs, cut, args).values())
+        counts = list(work_through(part, jobs, cut, args).values())
         tiles = sorted(path.stem for path in (part / "1").iterdir())
         need(tiles, f"every tile for {args.out} is left out, because more than half of its values "
              f"are missing. Check --nodata1 and --nodata2")
@@ -2320,18 +2327,30 @@ def prepare_tiles(where, args):
         n = min(max(1, round(share * len(scenes))), len(scenes) - 1)
         order = np.random.default_rng((seed, len(scenes))).permutation(len(scenes))
         write_lists(part, tiles, {scenes[k] for k in order[:n]})
+    left_out, resized, unmasked, uncovered = np.sum(counts, 0)
+    print(f"tiles: {len(tiles)}, of {len(scenes)} scenes; scenes in test.txt: {n}",
+          f"tiles that are left out, because more than half of their values are missing: "
+          f"{left_out:.0f}",
+          f"area at the right and lower borders that no tile covers: {uncovered / len(counts):.0%}",
+          f"scenes whose second image was resized to the size of the first: {resized:.0f}",
+          sep="\n")
+    if unmasked:
+        print(f"scenes without a mask: {unmasked:.0f}. Their tiles have no label, so only "
+              f"pretraining uses them")
     if n == 0:
         print("warning: there is only one scene, so test.txt is empty. Cut the scene into two "
               "images to test on one of them")
-    print(f"tiles: {len(tiles)}, of {len(scenes)} scenes; scenes in test.txt: {n}; tiles that are "
-          f"left out, because more than half of their values are missing: {left_out}")
 
 
 def cut_own(part, size, nodata, declared, job):
     """Reads the images and the mask of a scene, resizes the second image to the size of the first,
-    and cuts all of them into tiles.  job: the name of the scene, and its files."""
+    and cuts all of them into tiles.  A scene may lack a mask.  job: the name of the scene, and its
+    files.
+
+    Returns four numbers: how many tiles are left out; 1 if the second image was resized; 1 if there
+    is no mask; the share of the scene's area that no tile covers."""
     name, paths = job
-    need(all(paths), f"{name} has no partner, or no mask. Add the file, or remove the others")
+    need(paths[0] and paths[1], f"{name} has no partner. Add the file, or remove the others")
     images, types = {}, {}
     for folder, path, value, kind in zip("12", paths, nodata, declared):
         a = read_image(path)
@@ -2344,16 +2363,23 @@ def cut_own(part, size, nodata, declared, job):
         if missing.any():
             a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
         images[folder] = a
-    if images["1"].shape[1:] != images["2"].shape[1:]:
-        images["2"] = resize_array(images["2"], images["1"].shape[1:], types["2"])
-    if len(paths) == 3:
+    (H, W), (H2, W2) = (a.shape[1:] for a in images.values())
+    # The two images have one aspect ratio, except for one pixel of the coarser image.
+    need(abs(H / H2 * W2 - W) <= max(1, H / H2), f"{name}: the images have {H}x{W} and {H2}x{W2} "
+         f"pixels. Images of different shapes cannot show the same area. Crop both images to the "
+         f"same area")
+    if (H, W) != (H2, W2):
+        images["2"] = resize_array(images["2"], (H, W), types["2"])
+    if paths[2:] and paths[2]:
         images["label"] = read_small_mask(paths[2])
-    return write_tiles(part, name, images, types, size)
+    left_out = write_tiles(part, name, images, types, size)
+    covered = (H // size * size) * (W // size * size)
+    return left_out, (H, W) != (H2, W2), None in paths, 1 - covered / (H * W)
 
 
 def prepare_rgbd(root, out, args):
-    """Makes HHA/ from RGB/ and Depth/ or, from SUN RGB-D's raw tree, makes RGB/, HHA/ and Label/.
-    """
+    """Makes HHA/ from Depth/, RawDepth/ (if it exists) and intrinsics.txt or, from SUN RGB-D's raw
+    tree, makes RGB/, HHA/ and Label/."""
     frames, masks = {}, {}
     if (root / "Depth").is_dir():
         unit, camera = args.depth_unit or 1000.0, read_intrinsics(root / "intrinsics.txt")
@@ -2419,8 +2445,8 @@ def find_frames(root):
 
 
 def find_sunrgbd_masks(root, frames):
-    """Returns {frame: path of its mask}.  The numbers of the files in labels/ count the frames of
-    test.txt, then the frames of train.txt."""
+    """Returns {frame: path of its mask}.  The file img-000001.png in labels/ is the mask of the
+    first frame of test.txt.  The frames of train.txt follow those of test.txt."""
     if not (root / "labels").is_dir():
         return {}
     order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)

@@ -1788,6 +1788,9 @@ def test_own_depth_is_read_as_rgbd_reads_it(tmp_path):
     steps = np.load(tmp_path / "depth" / "0.npy")
     assert np.allclose(x[0, 1:], steps[1:] / 500 / 10, atol=1e-6)
     assert x[0, 0, :2].tolist() == pytest.approx([0.238, 0.238])
+    np.save(tmp_path / "depth" / "0.npy", (steps / 500).astype(np.float32))
+    in_metres = open_kinds(tmp_path, "colour", "depth", ("rgb", "depth"), depth_unit=1)
+    assert torch.allclose(in_metres[0][1][0][0, 1:], x[0, 1:], atol=1e-6)
 
 
 def test_own_sentinel_chips_are_those_of_ssl4eo(tmp_path):
@@ -1858,10 +1861,38 @@ def test_scenes_of_any_size_become_tiles_of_equal_names(tmp_path):
 
 
 def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys):
+    """So are borders that no tile covers (26 %) and images that are resized."""
     prepare(f"{write_large(tmp_path)} --nodata2 -9999")
     tiles = tmp_path / "tiles"
     assert not (tiles / "2" / "s0_0_0.tif").exists() and (tiles / "2" / "s0_0_1.tif").exists()
-    assert re.search(r"\b20\b.*\b4\b", capsys.readouterr().out)
+    *_, tiles, left_out, border, resized = capsys.readouterr().out.splitlines()
+    assert "tiles: 20, of 4 scenes" in tiles
+    assert [line.split(": ")[1] for line in (left_out, border, resized)] == ["4", "26%", "4"]
+
+
+@pytest.mark.parametrize("size, fits", [((51, 41), True), ((50, 40), True), ((33, 27), True),
+                                        ((100, 40), False), ((48, 41), False), ((202, 162), True)])
+def test_images_of_different_shapes_are_not_stretched_onto_each_other(size, fits, tmp_path):
+    one = save_arrays(tmp_path / "a", np.random.default_rng(0).random((1, 101, 81)))
+    two = save_arrays(tmp_path / "b", np.random.default_rng(1).random((1, *size)))
+    flags = f"--scenario custom --data1 {one} --data2 {two} --size 8 --out {tmp_path}/t"
+    if fits:
+        prepare(flags)
+    else:
+        is_refused("cannot be prepared", prepare, flags)
+        bad = (tmp_path / "t.part" / "bad-ids.txt").read_text()
+        assert f"101x81 and {size[0]}x{size[1]} pixels" in bad
+
+
+def test_scenes_without_a_mask_become_tiles_without_a_label(tmp_path, capsys):
+    flags = f"{write_large(tmp_path)} --target {tmp_path}/m"
+    (tmp_path / "m" / "s1.png").unlink()
+    prepare(flags)
+    assert "without a mask: 1." in capsys.readouterr().out
+    images, labels = ({path.stem for path in (tmp_path / "tiles" / folder).iterdir()}
+                      for folder in ("1", "label"))
+    assert len(images) == 24 and {name[:2] for name in images - labels} == {"s1"}
+    assert (tmp_path / "tiles" / "train.txt").read_text().count("s1_") in (0, 6)
 
 
 @pytest.mark.parametrize("dtype, C", [(np.float32, 2), (np.uint16, 1), (np.uint8, 3)])
@@ -3159,6 +3190,10 @@ def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path, 
                             f"--out {tmp_path}")
     names = np.load(tmp_path / "embeddings.npz")["names"]
     assert sorted(names) == ["000", "001", "002", "003"]            # of 0001, 0011, 0021, 0031
+    checkpoint = torch.load(runs / "own" / "checkpoint.pt", weights_only=True)
+    checkpoint["settings"]["split"] = "train"   # a list that does not name these images
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    explained(tmp_path, f"--data './*1_rgb.png' './*1_depth.png' --only embeddings")
 
 
 @pytest.mark.parametrize("changes, flags, words", (
