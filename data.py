@@ -1336,7 +1336,8 @@ class Samples:
 
     def __init__(self, data, keep=False):
         self.data, self.decoded = data, {}
-        self.room = 2 ** 30 if keep and not isinstance(data, Packed) else 0
+        changes = isinstance(getattr(data, "data", data), Packed)       # finetune wraps data sets
+        self.room = 2 ** 30 if keep and not changes else 0
 
     def __getitem__(self, index):
         self.data.epoch, i = index

@@ -374,6 +374,8 @@ class Explained:
         n = len(data)
         usual = n if args.only == ["embeddings"] else max(512, 4 * settings["batch_size"])
         count = args.samples or min(n, usual)
+        need(n >= 8 or args.only == ["embeddings"], f"{root[0]} has {n} pairs, too few to explain "
+             f"a run. Give 8 or more")
         need(count <= n, f"--samples {count} is more than the number of pairs in {root[0]}, {n}. "
                          f"Give {n} or less")
         # Paper: Fig. 5 shows the whole data set.  Here: these samples, which --samples can change.
@@ -444,7 +446,7 @@ def open_explained_data(settings, root, split):
     need(len(root) == (2 if custom else 1), f"--data {' '.join(root)} does not fit the run. Give "
          f"two folders or patterns for a run with --scenario custom, otherwise one folder")
     data = open_dataset(settings["scenario"], root if custom else root[0], settings["size"], split,
-                        settings["depth_unit"], settings["seed"], **custom)
+                        settings["depth_unit"], settings["seed"], reduce=True, **custom)
     found = [[name, len(views[0])] for name, views in zip(data.modalities, data[0])]
     expected = [list(pair) for pair in zip(settings["modalities"], settings["channels"])]
     need(found == expected, f"{root[0]} holds {found} (modality, channels), but the checkpoint was "
@@ -515,7 +517,8 @@ def name_objects(modalities):
 
 
 def are_made_up(root):
-    return (Path(root[0]) / "factors.csv").is_file()
+    """Returns whether the data are made-up scenes.  root: one folder, or two of custom pairs."""
+    return len(root) == 1 and (Path(root[0]) / "factors.csv").is_file()
 
 
 def read_masks(scenario, root, name, size):
@@ -648,13 +651,16 @@ def sweep(args, device):
     for folder in args.sweep:
         net, settings = open_net(folder / "checkpoint.pt", device)
         run_name = re.sub(rf"[-_](seed|s)?{settings['seed']}$", "", folder.resolve().name)
+        need(all((name, others["seed"]) != (run_name, settings["seed"])
+                 for name, _, others in runs), f"--sweep {folder}: another of these runs has the "
+             f"same name and seed. Give each run once")
         runs.append((run_name, net, settings))
         check_equal(settings, runs[0][2], ("scenario", "size", "backbone"), f"--sweep {folder}",
                     "the first run. Give runs with the same settings")
         other, others = first.setdefault(run_name, (folder, settings))
-        check_equal(settings, others, ("method", "common", "no_intra", "K", "epochs", "lr"),
-                    f"--sweep {folder}", f"{other}, and the names of these folders differ only in "
-                    f"the seed. Rename one of the two folders")
+        same = [name for name in settings if name not in ("seed", "data", "step")]
+        check_equal(settings, others, same, f"--sweep {folder}", f"{other}, and the names of these "
+                    f"folders differ only in the seed. Rename one of the two folders")
     settings = runs[0][2]
     root = args.data or settings["data"]
     need(are_made_up(root), f"--sweep works only with runs on made-up scenes, but {root[0]} has no "
@@ -830,7 +836,7 @@ def picture_gradcam(e):
             pen.text((left, top - LINE - 2), heading, INK, FONT)
     lines = [f"Each row of the picture is a pair. Common maps should lie on what both modalities "
              f"show, unique maps on what only one shows. Maps without a positive pixel: {empty}"]
-    h, w = gradcam(two_values, two_values.layer, x[1], 0).shape[-2:]    # of modality 2
+    h, w = gradcam(e.values[1], e.values[1].layer, x[1], 0).shape[-2:]  # of modality 2
     if max(h, w) <= 2:
         lines.append(f"warning: GradCAM's maps have only {h}x{w} pixels, too few to show places. "
                      f"Give an earlier --layer, or pretrain with a larger --size")
@@ -1070,6 +1076,11 @@ def to_viridis(value):
     return np.stack([np.interp(value, levels, channel) for channel in VIRIDIS.T], -1)
 
 
+# These flags have an effect only on these pictures.
+USED_BY = dict(compare={"alignment"}, tsne_dims={"tsne"}, steps={"spectral"}, pairs={"gradcam"},
+               layer={"gradcam", "spatial"}, value={"gradcam", "spatial", "spectral"})
+
+
 def expand_to_path(text):
     return Path(expand_path(text))
 
@@ -1112,9 +1123,14 @@ def get_args(argv=None):
         help="the number of pairs in memory at a time, which changes results only by rounding; "
         "default: 64")
     args = parser.parse_args(argv)
-    for name in ("compare", "split", "samples", "layer"):
-        need(not args.sweep or getattr(args, name) is None,
-             f"--{name} has no effect with --sweep. Leave it out")
+    for name, value in vars(args).items():
+        if value == parser.get_default(name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        need(not args.sweep or name in ("sweep", "data", "workers", "out"),
+             f"{flag} has no effect with --sweep. Leave {flag} out")
+        need(name not in USED_BY or USED_BY[name] & set(args.only),
+             f"{flag} has no effect on {' '.join(args.only)}. Leave {flag} out")
     args.out = args.out or (args.checkpoint.parent if args.checkpoint else Path()) / "explain"
     return args
 

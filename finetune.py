@@ -15,6 +15,7 @@ The defaults are the settings of Sec. 5 and App. B.  Writes into --out:
     checkpoint.pt        all that --resume needs
     log.jsonl            one line per logged step
     args.json            the settings, the command line, the machine
+    images/              the pictures of --save-images
 The metrics are measured on the whole test split after the last step, never at the best step.
 """
 import argparse
@@ -42,10 +43,10 @@ from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, add_flags, check
                   find_mask_warnings, find_warnings, in_processes, leave_group, make_toy,
                   make_triangle_filter, make_visible, move_to, need, normalise, number,
                   open_dataset, read_factors, read_json, read_lines, read_list, read_mask, reading,
-                  resize, run_main, show_progress, to_unit_range, write_text)
+                  resize, resize_array, run_main, show_progress, to_unit_range, write_text)
 from decur import MITS, branch, mit, start_as_segformer
 from pretrain import (FLAGS, Run, check_batch, check_equal, collect_settings, describe_input,
-                      distribute, fill_in, find_checkpoint, join, leave, load_checkpoint,
+                      differ, distribute, fill_in, find_checkpoint, join, leave, load_checkpoint,
                       make_loader, make_run_folder, measure_statistics, mixed_precision,
                       read_environment, read_pretraining, restore, start_from)
 
@@ -485,7 +486,8 @@ def build_model(args, data):
     sample, modalities, num_classes = data[0], select_modalities(args), len(data.classes)
     channels = [sample[m].shape[0] for m in modalities]
     if args.part:
-        return build_with_projectors(args, channels, num_classes)
+        rows = [data.inputs[m] for m in modalities]
+        return build_with_projectors(args, channels, num_classes, rows)
     if args.model == "cmx":
         net = CMX(args.backbone, num_classes, channels, args.embed)
     else:
@@ -499,14 +501,18 @@ def build_model(args, data):
     return net, start_from(args.weights, net.encoders, args, [data.inputs[m] for m in modalities])
 
 
-def build_with_projectors(args, channels, num_classes):
-    """Returns late fusion for --part, and a line about it.  The model classifies a part of the
-    embeddings instead of the encoders' features."""
+def build_with_projectors(args, channels, num_classes, rows):
+    """Returns late fusion for --part, and lines about it.  The model classifies a part of the
+    embeddings instead of the encoders' features.
+
+    rows    the rows of MODALITIES that the model will see"""
     file, branches = args.weights[0], nn.ModuleDict()
     with reading(file, "a checkpoint.pt of pretrain.py for these images", "give other --weights"):
         checkpoint = load_checkpoint(file)
         settings, state = checkpoint["settings"], checkpoint["model"]
         K, Kc = settings["K"], settings["Kc"]
+        need(not settings["modality"], f"{file} has one encoder, so no dimension is common. Leave "
+             f"--part out")
         check_equal(vars(args), settings, ["backbone"], "--part", f"{file}. Give its --backbone")
         for m, c in zip(select_modalities(args), channels):
             branches[f"f{m + 1}"] = branch(args.backbone, c, settings["widths"])
@@ -516,7 +522,13 @@ def build_with_projectors(args, channels, num_classes):
          f"are common. Give another --part")
     dims = [stop - start] * len(branches)
     net = LateFusion(branches.values(), dims, num_classes, slice(start, stop))
-    return net, [f"{file}: {args.part} dimensions, {stop - start} of each modality's {K}"]
+    lines = [f"{file}: {args.part} dimensions, {stop - start} of each modality's {K}"]
+    for m, row in zip(select_modalities(args), rows):
+        seen = settings["inputs"][m]
+        if differ(seen, row):
+            lines.append(f"warning: {file} was trained on {describe_input(seen)}. Here it sees "
+                         f"{describe_input(row)}, which may make its features worse")
+    return net, lines
 
 
 # ---- samples ----
@@ -543,7 +555,7 @@ class Labelled:
         if not label:                           # an item of pretraining: take the first views
             x1, x2, label = x1[0], x2[0], [self.read_label(self.ids[i])]
         if x1.shape[-2:] != x2.shape[-2:]:      # own images; one box is cut from both
-            x2 = resize(to_unit_range(x2)[None], x1.shape[-2:])[0]
+            x2 = torch.from_numpy(resize_array(x2.numpy(), x1.shape[-2:]))
         if self.kind == "multi-label":
             return x1, x2, label[0]
         if self.kind == "segmentation":
@@ -762,7 +774,8 @@ def open_own_pairs(args):
         if len(sources) == 1:                   # the model does not see the other modality
             inputs = sources[0]["inputs"]
     pairs = open_dataset("custom", [args.data1, args.data2], args.size,
-                         depth_unit=args.depth_unit, inputs=inputs, declared=(args.as1, args.as2))
+                         depth_unit=args.depth_unit, inputs=inputs, declared=(args.as1, args.as2),
+                         reduce=args.model == "late")
     lines = list(pairs.notes)
     for m, source in zip(select_modalities(args), sources):
         seen = source.get("sees", pairs.inputs[m])["name"]
@@ -864,7 +877,7 @@ def save_prediction(args, data, i, x, target, scores):
     for line, (text, colour) in enumerate(legend):
         draw.text((4, wide.height + 20 * line), text, colour, font)
     (args.out / "images").mkdir(exist_ok=True)
-    sheet.save(args.out / "images" / f"{data.ids[i].replace('/', '_')}.png")
+    sheet.save(args.out / "images" / f"{data.ids[i]}.png")
 
 
 # ---- a run ----
@@ -894,7 +907,7 @@ def main(argv=None):
     optimizer = make_transfer_optimizer(net, args)
     settings = collect_settings(
         args, weights_sha256=[hash_file(file) for file in args.weights if Path(file).is_file()],
-        samples=len(chosen), test_samples=len(test_data), num_classes=len(data.classes))
+        samples=len(chosen), test_samples=len(test_data), class_names=list(data.classes))
     if checkpoint:
         restore(checkpoint, args.out, net, optimizer, settings)
     counts = count_classes(data, chosen[rank::world], args.workers)
@@ -910,6 +923,7 @@ def main(argv=None):
     # `distribute` has given all processes the batch statistics of the first process
     frozen = [copy.deepcopy(E.state_dict()) for E in net.encoders] if args.linear else []
     counts = sum_over_processes(counts.to(device)).cpu()
+    need(counts.any(), "no training sample has a label. Give more --labels, or another --seed")
     if rank == 0:
         make_run_folder(args, settings, process)
     run = Run(args, settings, net, optimizer, loader, step, args.steps,
@@ -918,8 +932,8 @@ def main(argv=None):
     run.print_start(sources, lines, find_warnings(data.data))
     train(run, net, model, args, data.inputs)
     if not run.stopped:
-        result = test(net, test_data, counts, args, device, rank, world)
         check_frozen(net, frozen)
+        result = test(net, test_data, counts, args, device, rank, world)
         finish(run, result, sorted(data.ids[i] for i in chosen))
     leave()
     return 128 + run.stopped if run.stopped else 0  # the exit code of a signal
@@ -992,7 +1006,7 @@ def finish(run, result, ids):
     result |= dict(pretraining=args.pretraining, run=identify_run(args, run.settings))
     if run.rank == 0:
         write_text(args.out / "ids.txt", "".join(f"{name}\n" for name in ids))
-        write_text(args.out / "results.json", json.dumps(result, indent=1, default=str))
+        write_text(args.out / "results.json", json.dumps(result, indent=1))
     trained, tested = result["train_labels"], result["test_labels"]
     run.print(f"  {'class':36s} {'score':>6s} {'labels in training':>20s} {'in test':>14s}")
     for name, score in zip(trained, to_percent(result["classes"].values())):
@@ -1038,6 +1052,8 @@ def name_weights(source):
     """Returns the paper's name of an encoder's pretraining; for weights of others, the file."""
     if "method" not in source:
         return name_file(source["file"])
+    if source.get("modality"):
+        return f"{source['method']} of modality {source['modality']}"
     if source["method"] == "decur":
         return DECUR_NAMES[source["no_intra"], source["common"] == 1]
     return METHOD_NAMES[source["method"]]
@@ -1069,6 +1085,7 @@ def print_table(folders):
             title = "  ".join(run[name] for name in TITLE)
             seeds = [source.get("seed") for source in [result, *result["pretraining"]]]
             format_scores([result])
+            result["test_samples"]
         result["folder"] = str(file.parent)
         # a run that was repeated with the same seeds counts once
         groups.setdefault((title, str(sorted(run.items()))), {})[str(seeds)] = result

@@ -320,8 +320,11 @@ def make_run_folder(args, settings, process):
     mode = "x"                                  # of two runs that begin at once, one is refused
     if args.resume:                             # without a checkpoint, the run begins anew
         mode = "a" if (args.out / "checkpoint.pt").exists() else "w"
+    log = args.out / "log.jsonl"
     try:
-        open(args.out / "log.jsonl", mode).close()  # --out is in use now
+        open(log, mode).close()                 # --out is in use now
+        text = log.read_text("utf-8")           # a full disk may have cut the last line
+        write_text(log, text[:text.rfind("\n") + 1])
     except FileExistsError:
         raise BadInput(f"--out {args.out}: another run has just begun in this folder. Give a new "
                        f"--out") from None

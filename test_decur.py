@@ -661,7 +661,7 @@ def test_resume_equals_no_interruption(signalled, pretrained, scenes, tmp_path):
     assert 4 <= step < 48
     later = dict(log_of(broken)[-1], step=step + 1, pairs_per_s=0, data=0)
     with open(broken / "log.jsonl", "a") as file:  # as if killed later, after the checkpoint
-        file.write(json.dumps(later) + "\n")
+        file.write(json.dumps(later) + "\n" + json.dumps(later)[:20])
     call(pretrain, f"{flags} --resume")
     a, b = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, broken))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
@@ -1445,6 +1445,8 @@ def test_bigearthnet_gives_both_sensors_an_empty_B10_and_19_classes(tmp_path):
     assert (x2[11] == round((100 + 13) / 10000 * 255)).all()            # B11, after the empty band
     assert target.nonzero()[:, 0].tolist() == [0, 18] and task[1][2].sum() == 0
     assert len(data.CLASSES19) == 19 and len(data.CLASSES43) + len(data.DROPPED43) == 43
+    labelled = finetune.Labelled(task, data.CLASSES19, "multi-label", task.labels.get)
+    assert data.Samples(labelled, keep=True).room == 0  # seasons would not change with the epoch
 
 
 def test_s2_names_are_paired_by_the_json_of_the_s1_patches(tmp_path):
@@ -2602,6 +2604,15 @@ def test_parts_of_the_embedding_are_classified(part, dims, probed, pretrained):
     x = [torch.randn(2, C, 48, 48) for C in (3, 1)]
     z = [f(images)[:, dims] for f, images in zip((whole.f1, whole.f2), x)]
     assert torch.allclose(net.eval().encode(*x), torch.cat(z, 1), atol=1e-5)
+    samples.inputs = (MODALITIES["aerial"], MODALITIES["depth"])
+    warnings = [line for line in finetune.build_model(args, samples)[1] if "warning" in line]
+    assert len(warnings) == 1 and "0.485" in warnings[0] and "mean 0 0 0" in warnings[0]
+
+
+def test_barlow_twins_of_one_modality_has_a_name_of_its_own():
+    sources = [dict(method="barlowtwins", modality=m, no_intra=False, common=1) for m in (None, 1)]
+    names = [finetune.name_weights(source) for source in sources]
+    assert names == ["Barlow Twins (w/o intra&decoup.)", "barlowtwins of modality 1"]
 
 
 def test_the_default_out_names_task_model_weights_and_seed():
@@ -2663,6 +2674,37 @@ def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes
     assert list(result["metrics"]) == list(result["yardstick"]) == metrics
     assert list(result["classes"]) == classes
     assert (result["samples"], result["test_samples"]) == samples
+
+
+def test_resume_refuses_labels_with_other_classes(own, tmp_path):
+    """Index 0 of the old classes would get the name of another class."""
+    table = (own / "single.csv").read_text()
+    (own / "renamed.csv").write_text(table)
+    flags = f"{OWN} --target renamed.csv --linear --cached --weights none --out {tmp_path}"
+    fine(f"{flags} --backbone resnet-toy")
+    (own / "renamed.csv").write_text(table.replace("cross", "zebra"))
+    is_refused("class_names", fine, f"{flags} --backbone resnet-toy --resume")
+
+
+def test_training_without_any_label_is_refused(own, tmp_path):
+    shutil.copytree(own / "masks", tmp_path / "masks")
+    for name in (own / "train").read_text().split():
+        save(tmp_path / "masks" / f"{name}.png", np.full((48, 64), 255, np.uint8))
+    flags = f"{OWN} --target {tmp_path}/masks --split train --test-split test --weights none"
+    is_refused("no training sample has a label", fine,
+               f"{flags} --backbone resnet-toy --out {tmp_path}/o")
+
+
+def test_second_images_of_any_size_stay_8_bits(tmp_path):
+    """So a batch has one type, also if only some of its images are resized."""
+    rng = np.random.default_rng(0)
+    one, two = ([rng.integers(0, 256, (size, size, 3)).astype(np.uint8) for size in sizes]
+                for sizes in ((8, 8), (8, 16)))
+    where = save_arrays(tmp_path / "a", *one), save_arrays(tmp_path / "b", *two)
+    pairs = open_dataset("custom", where, 8, declared=("rgb", "rgb"))
+    samples = finetune.Labelled(pairs, ("x", "y"), "single-label", lambda name: torch.tensor(1))
+    assert [(x2.dtype, x2.shape) for _, x2, _ in map(samples.__getitem__, range(2))] == 2 * [
+        (torch.uint8, (3, 8, 8))]
 
 
 def own_task(target, more="", weights="none"):
@@ -3039,7 +3081,8 @@ def test_explain_makes_every_picture_and_its_numbers(explanation):
 def test_explain_leaves_out_unique_dimensions_that_a_run_does_not_have(runs, tmp_path,
                                                                        monkeypatch):
     pages = watched(monkeypatch, explain, "start_page")
-    explained(runs / "nodecoup-1", f"{FEW} --only spatial spectral tsne --out {tmp_path}")
+    explained(runs / "nodecoup-1", f"--steps 2 --tsne-dims 8 --only spatial spectral tsne "
+                                   f"--out {tmp_path}")
     assert list(np.load(tmp_path / "spatial.npz")) == ["common"]
     assert len(pages) == 3 and not re.search("unique'|, unique", str([page[5] for page in pages]))
     common = np.load(tmp_path / "spectral.npz")["modality1_common"]
@@ -3048,7 +3091,8 @@ def test_explain_leaves_out_unique_dimensions_that_a_run_does_not_have(runs, tmp
 
 def test_what_explain_measures_is_the_same_whatever_the_batch_size(explanation, runs, tmp_path):
     names = "alignment gradcam spatial spectral"
-    explained(runs / "decur-0", f"{FEW} --only {names} --batch-size 5 --out {tmp_path}")
+    explained(runs / "decur-0", f"--steps 2 --pairs 2 --only {names} --batch-size 5 "
+                                f"--out {tmp_path}")
     for name in names.split():
         a, b = (np.load(folder / f"{name}.npz") for folder in (explanation, tmp_path))
         assert all(np.allclose(a[key], b[key], atol=1e-3, equal_nan=True) for key in b)
@@ -3178,6 +3222,10 @@ def test_a_sweep_takes_no_mean_over_runs_that_differ_in_more_than_their_seeds(ru
     shutil.copytree(runs / "nodecoup-1", tmp_path / "decur-1")
     is_refused("/decur-1: common is 1.0, but 0.75 in .*/decur-0.* Rename", call, explain,
                f"--sweep {runs}/decur-0 {tmp_path}/decur-1 --out {tmp_path}/out")
+    altered(runs, tmp_path / "decur-1", batch_size=8, seed=1)
+    is_refused("batch_size is 8, but 16", call, explain,
+               f"--sweep {runs}/decur-0 {tmp_path}/decur-1 --out {tmp_path}/out")
+    is_refused("Give each run once", call, explain, f"--sweep {runs}/decur-0 {runs}/decur-0")
 
 
 def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path, monkeypatch):
@@ -3193,7 +3241,30 @@ def test_explain_knows_ones_own_pairs_by_folder_or_pattern(runs, own, tmp_path, 
     checkpoint = torch.load(runs / "own" / "checkpoint.pt", weights_only=True)
     checkpoint["settings"]["split"] = "train"   # a list that does not name these images
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    explained(tmp_path, f"--data './*1_rgb.png' './*1_depth.png' --only embeddings")
+    four = "--data './*1_rgb.png' './*1_depth.png'"
+    explained(tmp_path, f"{four} --only embeddings")
+    is_refused("4 pairs.* 8 or more", explained, tmp_path, f"{four} --only tsne")
+
+
+def test_photos_of_several_sizes_become_one_size_in_every_script(tmp_path):
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 256, (H, 60, 3)).astype(np.uint8) for H in (40, 48)]
+    where = [str(save_arrays(tmp_path / name, *photos)) for name in "ab"]
+    settings = dict(scenario="custom", size=16, depth_unit=None, seed=0, modalities=["rgb", "rgb"],
+                    channels=[3, 3], inputs=[MODALITIES["rgb"], MODALITIES["rgb"]])
+    (tmp_path / "table.csv").write_text("0,a\n1,b\n")
+    args, _ = finetune.get_args(f"--task custom --data1 {where[0]} --data2 {where[1]} --as1 rgb "
+                                f"--as2 rgb --target {tmp_path}/table.csv --size 16 "
+                                f"--weights none".split())
+    for opened in (explain.open_explained_data(settings, where, "all"),
+                   finetune.open_own_pairs(args)[0]):
+        assert opened[0][0][0].shape == opened[1][0][0].shape
+
+
+@pytest.mark.parametrize("flags", ["--sweep {run} --seed 1", "--sweep {run} --only alignment",
+                                   "--checkpoint {run}/checkpoint.pt --only tsne --pairs 2"])
+def test_explain_refuses_flags_without_effect(flags, runs):
+    is_refused("no effect", call, explain, flags.format(run=runs / "decur-0"))
 
 
 @pytest.mark.parametrize("changes, flags, words", (
