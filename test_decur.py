@@ -761,6 +761,8 @@ def test_a_damaged_file_ends_the_run_in_one_line_and_loses_nothing(batch, worker
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.fullmatch(rf"error: .*{name} .*", result.stderr.splitlines()[-1])
     assert out.exists() == (batch > 0)          # the first batch is read before --out is made
+    steps = [pretrain.load_checkpoint(path)["step"] for path in out.glob("checkpoint.pt")]
+    assert steps == [batch] * (batch > 0)
     shutil.copy(scenes / "Depth" / name, root / "Depth")
     call(pretrain, f"{flags} --resume")
     assert log_of(out) == log_of(pretrained[0])
