@@ -165,18 +165,19 @@ def test(net, data, train_counts, args, device, rank=0, world=1):
     if data.kind == "multi-label":
         # scores and labels; rows of other processes' samples stay 0, so a sum joins all processes
         total = torch.zeros(2, n, C, device=device)
+    i = first                                   # the index of the next sample
     for x, target in read_batches(data, np.arange(first, last), args, device, world, "test"):
         scores = compute_scores(net, x, args.test_scales)           # NxC, or NxCxHxW
         if target.ndim == 3 and scores.shape[2:] != target.shape[1:]:
             scores = F.interpolate(scores, target.shape[1:], mode="bilinear")
         if data.kind == "multi-label":
-            total[:, first:first + len(scores)] = torch.stack((scores, target))
+            total[:, i:i + len(scores)] = torch.stack((scores, target))
         else:
             total += count_confusions(scores.argmax(1), target, C, -1)
-        for k in range(min(len(scores), args.save_images - first)):
+        for k in range(min(len(scores), args.save_images - i)):
             images = [batch[k] for batch in x]
-            save_prediction(args, data, first + k, images, target[k], scores[k])
-        first += len(scores)
+            save_prediction(args, data, i + k, images, target[k], scores[k])
+        i += len(scores)
     return summarise(data, sum_over_processes(total).cpu(), train_counts)
 
 
@@ -455,7 +456,7 @@ def iou_and_accuracy(pred, gt, num_classes, ignore):
 
 
 def summarise(data, total, train_counts):
-    """Returns the results as a dict: `metrics`; `yardstick`, the same metrics of a guess that never
+    """Returns the results as a dict: `metrics`; `guess`, the same metrics of a guess that never
     looks at the image; `classes`, the score of each class; `train_labels` and `test_labels`, the
     number of labels of each class.
 
@@ -466,17 +467,17 @@ def summarise(data, total, train_counts):
     if data.kind == "multi-label":
         scores, labels = total                                      # NxC each
         metrics, each = compute_ranking_metrics(scores, labels)
-        yardstick, _ = compute_ranking_metrics(train_counts.float().expand_as(labels), labels)
+        guess, _ = compute_ranking_metrics(train_counts.float().expand_as(labels), labels)
         test_counts = labels.sum(0).long()
     else:
         metrics, each = compute_counting_metrics(total, data.kind)
         test_counts, guessed = total.sum(1), torch.zeros_like(total)
         guessed[:, train_counts.argmax()] = test_counts
-        yardstick, _ = compute_counting_metrics(guessed, data.kind)
+        guess, _ = compute_counting_metrics(guessed, data.kind)
     columns = dict(classes=each, train_labels=train_counts.tolist(),
                    test_labels=test_counts.tolist())
     result = {name: dict(zip(data.classes, values)) for name, values in columns.items()}
-    return dict(metrics=metrics, yardstick=yardstick, **result)
+    return dict(metrics=metrics, guess=guess, **result)
 
 
 # ---- the model of a run, and weights into it ----
@@ -768,17 +769,17 @@ def open_own_pairs(args):
 
     If the encoders were pretrained on own images, images are normalised as in that pretraining.
     Otherwise --as1 and --as2 say what the images are."""
-    sources, inputs = args.pretraining, None
-    if all(source.get("scenario") == "custom" for source in sources):
-        inputs = [source["sees"] for source in sources]
-        if len(sources) == 1:                   # the model does not see the other modality
-            inputs = sources[0]["inputs"]
+    inputs, reduced = None, args.model == "late"  # a mask has the full size of its image
+    if all(pretraining.get("scenario") == "custom" for pretraining in args.pretraining):
+        inputs = [pretraining["sees"] for pretraining in args.pretraining]
+        if len(inputs) == 1:                    # the model does not see the other modality
+            inputs = args.pretraining[0]["inputs"]
     pairs = open_dataset("custom", [args.data1, args.data2], args.size,
                          depth_unit=args.depth_unit, inputs=inputs, declared=(args.as1, args.as2),
-                         reduce=args.model == "late")
+                         reduce=reduced)
     lines = list(pairs.notes)
-    for m, source in zip(select_modalities(args), sources):
-        seen = source.get("sees", pairs.inputs[m])["name"]
+    for m, pretraining in zip(select_modalities(args), args.pretraining):
+        seen = pretraining.get("sees", pairs.inputs[m])["name"]
         if seen in MODALITIES and seen != pairs.inputs[m]["name"]:
             lines.append(f"warning: the encoder of modality {m + 1} was trained on {seen}. If the "
                          f"images of --data{m + 1} are {seen}, give --as{m + 1} {seen}")
@@ -844,10 +845,13 @@ def split_names(args, ids, named):
     ids, named    the names of the pairs, and {name: label}"""
     if not args.split:
         ids = [name for name in ids if name in named]
-        test = [ids[i] for i in sorted(choose_subset(len(ids), 0.2, args.seed))]
-        return sorted(set(ids) - set(test)), test
-    both = [read_list(Path(file), dict.fromkeys(ids)) for file in (args.split, args.test_split)]
-    return [[name for name in names if name in named] for names in both]
+        held_out = [ids[i] for i in sorted(choose_subset(len(ids), 0.2, args.seed))]
+        return sorted(set(ids) - set(held_out)), held_out
+    both = []
+    for file in (args.split, args.test_split):
+        listed = read_list(Path(file), dict.fromkeys(ids))
+        both.append([name for name in listed if name in named])
+    return both
 
 
 # ---- pictures ----
@@ -1095,11 +1099,11 @@ def print_table(folders):
          f"--out of runs of finetune.py that have ended")
     for (title, _), by_seeds in sorted(groups.items()):
         results = list(by_seeds.values())
-        folders = ", ".join(result["folder"] for result in results)
+        where = ", ".join(result["folder"] for result in results)
         differences = [f"{name} {value}" for name, value in results[0]["run"].items()
                        if len(values[title, name]) > 1]
         print(title, *differences, format_scores(results), f"seeds: {len(results)}",
-              f"test samples: {results[0]['test_samples']}", f"in {folders}", sep="  ")
+              f"test samples: {results[0]['test_samples']}", f"in {where}", sep="  ")
 
 
 def format_scores(results):
@@ -1108,7 +1112,7 @@ def format_scores(results):
     words = []
     for name in results[0]["metrics"]:
         scores = to_percent(result["metrics"][name] for result in results)
-        guesses = to_percent(result["yardstick"][name] for result in results)
+        guesses = to_percent(result["guess"][name] for result in results)
         deviation = f" +- {scores.std(ddof=1):.1f}" if len(results) > 1 else ""
         words.append(f"{name} {scores.mean():.1f}{deviation} (a guess: {guesses.mean():.1f})")
     return "  ".join(words)
@@ -1184,7 +1188,7 @@ def get_args(argv=None):
          "runs")
     need(args.weights, "--weights is missing. Give the checkpoint.pt of a pretraining, the files "
          "of encoders, imagenet or none")
-    args.pretraining = read_sources(args.weights)
+    args.pretraining = read_pretrainings(args.weights)
     choose_data_and_model(args)
     sources = fill_in(args, list_settings(args))
     if args.modality and len(args.pretraining) == 2:
@@ -1197,19 +1201,19 @@ def get_args(argv=None):
     return args, sources
 
 
-def read_sources(files):
+def read_pretrainings(files):
     """Returns a dict for each encoder in --weights: its `file`, the settings of its pretraining,
     and `sees`, the row of MODALITIES that it was trained on.  Weights of others have no more than
     the file."""
-    sources = []
+    pretrainings = []
     for file in files:
         settings, rows = read_pretraining(file)
         for row in rows:
-            sources.append({"stopped": None, **settings, "file": file, "sees": row,
-                            "input": describe_input(row)})
+            pretrainings.append({"stopped": None, **settings, "file": file, "sees": row,
+                                 "input": describe_input(row)})
         if not rows:
-            sources.append(dict(file=file))
-    return sources
+            pretrainings.append(dict(file=file))
+    return pretrainings
 
 
 def choose_data_and_model(args):

@@ -2267,18 +2267,18 @@ def test_iou_and_accuracy_are_counts_of_pixels(seed):
     assert finetune.iou_and_accuracy(pred + 36, mask, 40, 255)[1] == pytest.approx(right)
 
 
-def test_the_yardstick_of_masks_and_single_labels_is_the_most_frequent_training_class():
+def test_the_guess_of_masks_and_single_labels_is_the_most_frequent_training_class():
     task = argparse.Namespace(classes=["a", "b"], kind="segmentation")
     matrix = torch.tensor([[30, 10], [20, 40]])                     # row: label
     result = finetune.summarise(task, matrix, torch.tensor([5, 4]))
-    assert result["yardstick"] == pytest.approx({"mIoU": 0.2, "accuracy": 0.4})  # a: 40 of 100
+    assert result["guess"] == pytest.approx({"mIoU": 0.2, "accuracy": 0.4})  # a: 40 of 100
     assert result["train_labels"] == dict(a=5, b=4) and result["test_labels"] == dict(a=40, b=60)
     task.kind = "single-label"
     result = finetune.summarise(task, matrix, torch.tensor([4, 5]))
-    assert result["yardstick"] == pytest.approx({"mean accuracy": 0.5, "accuracy": 0.6})
+    assert result["guess"] == pytest.approx({"mean accuracy": 0.5, "accuracy": 0.6})
 
 
-def test_the_yardstick_of_multi_label_ranks_every_image_by_the_training_frequencies():
+def test_the_guess_of_multi_label_ranks_every_image_by_the_training_frequencies():
     """2 images, 2 classes; b is the more frequent.  Ranked are b b, of which one is positive, then
     a a, of which both are: 0.5 at recall 1/3, then 3/4 at recall 1."""
     task = argparse.Namespace(classes=["a", "b"], kind="multi-label")
@@ -2286,7 +2286,7 @@ def test_the_yardstick_of_multi_label_ranks_every_image_by_the_training_frequenc
     result = finetune.summarise(task, torch.stack((labels, labels)), torch.tensor([3, 9]))
     assert result["metrics"] == {"mAP micro": 1, "mAP macro": 1}
     expected = {"mAP micro": 0.5 / 3 + 0.75 * 2 / 3, "mAP macro": 0.75}
-    assert result["yardstick"] == pytest.approx(expected)
+    assert result["guess"] == pytest.approx(expected)
 
 
 # ---- heads ----
@@ -2673,7 +2673,7 @@ def test_own_labels_train_and_are_scored_by_class(target, more, metrics, classes
     """Class 0 counts; 255 and negative values do not."""
     weights = pretrained[0] / "checkpoint.pt"
     result = fine(f"{OWN} {DECLARED} --target {target} {more} --weights {weights} --out {tmp_path}")
-    assert list(result["metrics"]) == list(result["yardstick"]) == metrics
+    assert list(result["metrics"]) == list(result["guess"]) == metrics
     assert list(result["classes"]) == classes
     assert (result["samples"], result["test_samples"]) == samples
 
@@ -2810,7 +2810,7 @@ def list_runs(folder, capsys, *runs):
             args.pretraining.append(pretrain.collect_settings(pretrain.get_args(words.split())[0]))
         settings = pretrain.collect_settings(args)
         result = dict(settings, run=finetune.identify_run(args, settings), test_samples=10,
-                      metrics={"mIoU": score}, yardstick={"mIoU": 0.1},
+                      metrics={"mIoU": score}, guess={"mIoU": 0.1},
                       pretraining=args.pretraining)
         (folder / f"run{i}").mkdir()
         (folder / f"run{i}" / "results.json").write_text(json.dumps(result, default=str))
