@@ -2487,7 +2487,7 @@ def test_tests_of_bigearthnet_see_the_middle_224_of_256():
 
 def test_a_picture_of_a_prediction_has_inputs_label_and_prediction_from_left_to_right(tmp_path):
     """The label is class 0 everywhere, the prediction is class 1."""
-    task = argparse.Namespace(ids=["a/b"], classes=["sky", "sea"], inputs=[MODALITIES["rgb"]] * 2)
+    task = argparse.Namespace(ids=["a_b"], classes=["sky", "sea"], inputs=[MODALITIES["rgb"]] * 2)
     args = argparse.Namespace(modality=0, out=tmp_path)
     scores = torch.stack((torch.zeros(256, 256), torch.ones(256, 256)))
     finetune.save_prediction(args, task, 0, [torch.zeros(3, 256, 256)] * 2,
@@ -2829,7 +2829,8 @@ def test_runs_that_differ_only_by_their_seeds_are_one_line(tmp_path, capsys):
         ("--task geonrw --seed 1", [f"{RGB_DEM} --seed 1"] * 2, 0.4),
         ("--task geonrw --labels 0.01 --linear", [RGB_DEM] * 2, None))
     assert len(lines) == 2
-    words = r"geonrw  fcn  DeCUR  fine-tuned  100% of .*mIoU 35.0 \+- 7.1 .*10.0.*seeds: 2 .*: 10"
+    words = (r"geonrw  fcn  DeCUR  fine-tuned  100% of .*mIoU 35.0 \+- 7.1 .*10.0.*seeds: 2 .*: 10"
+             r"  in .*run1, .*run2")
     assert re.fullmatch(words, lines[0])
     assert re.fullmatch("geonrw  fcn  DeCUR  linear  1% of .*mIoU nan .*seeds: 1 .*", lines[1])
 
