@@ -1100,6 +1100,8 @@ def reading(path, what, remedy="copy or download it again, or remove it"):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, FileNotFoundError):
             raise BadInput(f"no file {path}. {list_contents(Path(path).parent)}") from None
+        if "weights_only" in reason:            # torch's advice would run code of the file
+            reason = "it is damaged, or holds more than tensors and plain values"
         if "imagecodecs" in reason:             # the TIFF has LZW, zstd, JPEG or predictor 3
             remedy = "pip install imagecodecs, or save the file without compression"
         raise BadInput(f"{path} cannot be read as {what} ({reason}); {remedy}") from None

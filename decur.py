@@ -506,8 +506,9 @@ def read_weights(file, backbone):
                          f"torch.save(s.load_file('{file}'), 'w.pth')\"")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        raise ValueError(f"{file} cannot be opened ({error.strerror}). Give a checkpoint.pt, or the "
+                         f"file of an encoder") from None
     except Exception:                           # a damaged file raises nearly anything
         raise ValueError(f"{file} is damaged, or holds more than tensors and plain values. Such a "
                          f"file could run code, so it is not loaded. Give another file") from None

@@ -730,6 +730,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(scenes, tmp_pa
     ("--projector 32-x", "--projector 32-x"), ("--out {scenes}/train.txt/out", "--out .*/out"),
     ("--bgr --weights {run}/checkpoint.pt", "--bgr .*checkpoint.pt"),
     ("--weights {run}/encoder1.pth", "encoder1.pth"), ("--weights nowhere.pth", "nowhere.pth"),
+    ("--weights {run}", "Is a directory.* Give a checkpoint.pt"),
     ("--out {run}", "--out .*--resume"),
     ("--out {run} --resume --epochs 20", "epochs is 20, .*--weights .*/checkpoint.pt")])
 def test_bad_input_is_refused_in_one_line(flags, words, scenes, pretrained, tmp_path):
