@@ -2318,7 +2318,8 @@ def prepare_tiles(where, args):
     patterns = [*where, args.target] if args.target else where
     files, ids, unpaired = find_samples(patterns, strict=False)
     jobs = {name: (name, [side.get(name) for side in files]) for name in sorted(ids + unpaired)}
-    settings = json.dumps([*patterns, args.size, nodata, declared, seed, share, *jobs])
+    masks = sorted(files[2]) if args.target else []
+    settings = json.dumps([*patterns, args.size, nodata, declared, seed, share, masks, *jobs])
     scene_bytes = sum(read_first([side[name] for name in ids])[1].nbytes for side in files)
     with fill_folder(args.out, settings, len(jobs) * scene_bytes) as part:
         cut = functools.partial(cut_own, part, args.size, nodata, declared)
@@ -2556,8 +2557,8 @@ COMMAND_FLAGS = DATA_FLAGS | {
                                         "default: train with --task, otherwise all"),
     "workers": dict(type=number(int, 0), default=count_cores(),
                     help="the number of processes that read files; default: one per core"),
-    "target": OWN_IMAGES | dict(help="with custom: masks to cut as well, a "
-                   "folder or a pattern in quotes; default: none"),
+    "target": OWN_IMAGES | dict(help="with custom: masks to cut as well, a folder or a pattern in "
+                                "quotes; some scenes may lack a mask; default: none"),
     "nodata1": dict(type=float, metavar="VALUE", help="with custom: a pixel of --data1 has no data "
                     "if all its channels have this value; default: none. Write a negative "
                     "value with =, such as --nodata1=-9999. NaN and the no-data value of a TIFF "

@@ -1946,6 +1946,15 @@ def test_a_scene_without_a_partner_can_be_completed_and_prepared_by_the_same_com
     assert (tmp_path / "tiles" / "train.txt").is_file()
 
 
+def test_a_mask_that_is_added_to_a_scene_that_is_done_is_not_missed(tmp_path):
+    flags = f"{write_large(tmp_path)} --target {tmp_path}/m"
+    mask = (tmp_path / "m" / "s0.png").rename(tmp_path / "s0.png")
+    (tmp_path / "b" / "s1.tif").rename(tmp_path / "s1.tif")         # so the first run stops
+    is_refused("cannot be prepared: 1", prepare, flags)
+    mask.rename(tmp_path / "m" / "s0.png")
+    is_refused("begun with other samples", prepare, flags)
+
+
 def test_a_full_disk_is_no_damaged_sample():
     """numpy's words; the error has no number."""
     def work(job):
