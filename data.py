@@ -678,7 +678,7 @@ def read_input(path, row):
     elif name == "depth":
         fits = stored.kind in "uif" and stored.itemsize > 1 and C == 1
         expected = "1 channel of 16 bits or of floats, in --depth-unit steps per metre"
-        a = np.where((a > 0) & (a < 65535), a.astype(float), np.nan)
+        a = np.where((a > 0) & (a != 65535) & np.isfinite(a), a.astype(float), np.nan)
     elif name == "dem":                         # no land is below -500 m or above 9000 m
         fits, expected = C == 1, "1 channel, heights in metres"
         a = np.where((a > -500) & (a < 9000), a, np.array([np.nan], np.float32))
@@ -1039,6 +1039,9 @@ def find_images(where, suffixes=IMAGES):
             continue
         name = "_".join(form.fullmatch(stem if not parts[-1] else stem + suffix).groups())
         name = unicodedata.normalize("NFC", name)  # Unicode can write an accent in two ways
+        need(name.strip() == name and name[:1] not in ("", "."), f"{path} would have the name "
+             f"{name!r}. Names cannot be empty, or begin with a dot, or have spaces at an end. "
+             f"Rename the file, or give a pattern such as 'rgb.*.png' instead of 'rgb*.png'")
         need(name not in files, f"{path} and {files.get(name)} have the same name {name}. Remove "
              f"one of these two files")
         files[name] = path
@@ -1116,6 +1119,7 @@ def open_image(path):
         need(not image.tile or not re.fullmatch("(RGBA?|LA);16B", str(image.tile[0][3])),
              f"{path} has several channels of 16 bits, of which Pillow reads only 8. Save it as "
              f"TIFF or npy")
+        image.info["rawmode"] = str(image.tile[0][3]) if image.tile else ""
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -1132,6 +1136,7 @@ def read_image(path, indices=False):
     elif suffix == ".npy":
         with reading(path, "a numpy array"), open(path, "rb") as file:
             a = np.lib.format.read_array(file, allow_pickle=False)
+            a = a.astype(a.dtype.newbyteorder("="), copy=False)
     else:
         image = open_image(path)
         need(image.format == "PNG" or not indices, f"{path} is a {image.format} image, which has "
@@ -1141,13 +1146,18 @@ def read_image(path, indices=False):
         if image.mode == "LA":
             image = image.convert("L")
         a = np.array(image)
+        if indices:                             # Pillow has multiplied grey values of 2 or 4 bits
+            a = a // {"L;2": 85, "L;4": 17}.get(image.info["rawmode"], 1)
     if a.dtype == bool:
         a = a.astype(np.uint8) * (1 if indices else 255)
     need(a.dtype.kind in "uif" and a.ndim in (2, 3) and a.size, f"{path} holds {a.dtype} of the "
          f"shape {a.shape}. Give real numbers of the shape HxW, HxWxC or CxHxW")
     if suffix not in (".tif", ".tiff") and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
         a = a.transpose(2, 0, 1)                # HxWxC -> CxHxW; `read_tiff` orders axes itself
-    return a.reshape(-1, *a.shape[-2:])
+    a = a.reshape(-1, *a.shape[-2:])
+    need(len(a) < 16 or len(a) != a.shape[1] or a.shape[1] == a.shape[2], f"{path} has the shape "
+         f"{a.shape}, which could be HxWxC or CxHxW. Save it as CxHxW")
+    return a
 
 
 def read_tiff(path, indices):
@@ -1164,15 +1174,23 @@ def read_tiff(path, indices):
         # If HxWxC was written by tifffile.imwrite, it can look like many bands with few rows.
         need(axes[-1] != "X" or len(shape) < 3 or shape[-1] >= min(shape[:-1]), f"{path} has the "
              f"shape {shape}, which could be HxWxC or CxHxW. Save it as CxHxW")
+        need(274 not in page.tags or page.tags[274].value == 1, f"{path} has the tag Orientation, "
+             f"which turns the image. Save it upright, without this tag")
         a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
-        if photometric == "RGB" and set(page.extrasamples) & {1, 2}:
-            a = a[:3]                           # the alpha channel is left out, as in a png
+        if a.ndim == 3 and len(a) == page.samplesperpixel:
+            # extrasamples says what the last channels are; 1 and 2 are alpha, as in a png left out
+            usual = (0,) * (len(a) - len(page.extrasamples))
+            a = a[[what not in (1, 2) for what in (*usual, *page.extrasamples)]]
         if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
-            missing = np.isclose(a.astype(float), nodata, rtol=1e-6, atol=0)
-            a = np.where(missing, np.nan, a.astype(np.result_type(a, np.float32)))
+            a = np.where(is_nodata(a, nodata), np.nan, a.astype(np.result_type(a, np.float32)))
         return a
+
+
+def is_nodata(a, value):
+    """Returns where an array has a no-data value.  Floats may differ from it by rounding."""
+    return np.isclose(a.astype(float), value, rtol=1e-6 if a.dtype.kind == "f" else 0, atol=0)
 
 
 def read_band(path, indices=False):
@@ -1502,6 +1520,13 @@ def describe_inputs(data, indices, workers=0):
         warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
                         f"images of different width / height. Both images are resized to one "
                         f"shape, so one of them is distorted. Cut both images to the same scene")
+    for m, canvas in enumerate(getattr(data, "canvases", ())):
+        bent = [data.ids[i] for i, pair in zip(indices, looks)
+                if canvas and abs(math.log(pair[m][2] * canvas[0] / canvas[1])) > 0.05]
+        if bent:
+            warnings.append(f"{len(bent)} of {len(indices)} images of modality {m + 1}, such as "
+                            f"{bent[0]}, are distorted, because all are resized to the shape "
+                            f"{canvas}. Cut all images to one width / height")
     return table, warnings
 
 
@@ -2095,9 +2120,9 @@ def fill_folder(out, settings, n_bytes):
         if fcntl:                               # the lock ends with this process in any case
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise BadInput(f"another `data.py prepare` is writing {part}. Wait until it "
-                               f"ends") from None
+            except OSError as error:            # some file systems have no locks: then go on
+                need(error.errno not in (errno.EACCES, errno.EAGAIN), f"another `data.py prepare` "
+                     f"is writing {part}. Wait until it ends")
         need(not settings_file.is_file() or settings_file.read_text("utf-8") == settings, f"{part} "
              f"was begun with other samples or settings. Give the settings of that run, or delete "
              f"{part}")
@@ -2199,10 +2224,12 @@ def prepare_bigearthnet(root, out, args):
         if (out / split).exists():
             print(f"{out / split} exists, so it is prepared already")
             continue
-        lines = read_lines(root / f"{split}.csv")  # `S2 name,S1 name`, or only the S2 name
-        partners = partners or find_partners(folders[0])
-        s2_names = [line.split(",")[0].strip() for line in lines]
-        jobs = {s2: (s2, partners.get(s2)) for s2 in s2_names}
+        jobs = {}
+        for line in read_lines(root / f"{split}.csv"):  # `S2 name,S1 name`, or only the S2 name
+            s2, s1 = [cell.strip() for cell in f"{line},".split(",")][:2]
+            if not s1:
+                partners = partners or find_partners(folders[0])
+            jobs[s2] = s2, s1 or partners.get(s2)
         read = functools.partial(read_patch, folders)
         try:
             pack(out / split, jobs, read, ["season0.npy", "labels.npy"], args)
@@ -2292,8 +2319,10 @@ def write_tile(path, a, dtype):
     """
     settings, missing = {}, np.isnan(a)
     if dtype.kind != "f" and missing.any():
-        values = range(np.iinfo(dtype).max, np.iinfo(dtype).min - 1, -1)
-        nodata = next((value for value in values if not (a == value).any()), 0)
+        values = range(min(np.iinfo(dtype).max, 2 ** 53), np.iinfo(dtype).min - 1, -1)
+        nodata = next((value for value in values if not (a == value).any()), None)
+        if nodata is None:                      # all 256 values occur: 0 becomes 1, not a hole
+            a, nodata = np.where(a == 0, 1, a), 0
         a = np.where(missing, nodata, a)
         settings["extratags"] = [(42113, "s", 0, str(nodata), True)]
     a = a.astype(dtype)
@@ -2317,6 +2346,12 @@ def prepare_tiles(where, args):
     seed, share = args.seed or 0, args.test_share or 0.2
     patterns = [*where, args.target] if args.target else where
     files, ids, unpaired = find_samples(patterns, strict=False)
+    if args.target:                             # masks whose palettes are not equal end the run
+        readable = {}                           # damaged masks are listed later
+        for name, path in show_progress(files[2].items(), "masks"):
+            if attempt(read_mask, path)[1] is None:
+                readable[name] = path
+        count_mask_values(readable)
     jobs = {name: (name, [side.get(name) for side in files]) for name in sorted(ids + unpaired)}
     masks = sorted(files[2]) if args.target else []
     settings = json.dumps([*patterns, args.size, nodata, declared, seed, share, masks, *jobs])
@@ -2328,22 +2363,23 @@ def prepare_tiles(where, args):
         need(tiles, f"every tile for {args.out} is left out, because more than half of its values "
              f"are missing. Check --nodata1 and --nodata2")
         scenes = sorted({name.rsplit("_", 2)[0] for name in tiles})
-        n = min(max(1, round(share * len(scenes))), len(scenes) - 1)
-        order = np.random.default_rng((seed, len(scenes))).permutation(len(scenes))
-        write_lists(part, tiles, {scenes[k] for k in order[:n]})
-    left_out, resized, unmasked, uncovered = np.sum(counts, 0)
+        tested = [name for name in scenes if not args.target or name in files[2]]  # with labels
+        n = min(max(1, round(share * len(tested))), len(tested) - 1)
+        order = np.random.default_rng((seed, len(tested))).permutation(len(tested))
+        write_lists(part, tiles, {tested[k] for k in order[:n]})
+    left_out, resized, unmasked, uncovered, area = np.sum(counts, 0)
     print(f"tiles: {len(tiles)}, of {len(scenes)} scenes; scenes in test.txt: {n}",
           f"tiles that are left out, because more than half of their values are missing: "
           f"{left_out:.0f}",
-          f"area at the right and lower borders that no tile covers: {uncovered / len(counts):.0%}",
+          f"area at the right and lower borders that no tile covers: {uncovered / area:.0%}",
           f"scenes whose second image was resized to the size of the first: {resized:.0f}",
           sep="\n")
     if unmasked:
         print(f"scenes without a mask: {unmasked:.0f}. Their tiles have no label, so only "
               f"pretraining uses them")
     if n == 0:
-        print("warning: there is only one scene, so test.txt is empty. Cut the scene into two "
-              "images to test on one of them")
+        print("warning: there is only one scene (with a mask), so test.txt is empty. Cut the scene "
+              "into two images to test on one of them")
 
 
 def cut_own(part, size, nodata, declared, job):
@@ -2351,8 +2387,8 @@ def cut_own(part, size, nodata, declared, job):
     and cuts all of them into tiles.  A scene may lack a mask.  job: the name of the scene, and its
     files.
 
-    Returns four numbers: how many tiles are left out; 1 if the second image was resized; 1 if there
-    is no mask; the share of the scene's area that no tile covers."""
+    Returns five numbers: how many tiles are left out; 1 if the second image was resized; 1 if there
+    is no mask; how many pixels no tile covers; how many pixels the scene has."""
     name, paths = job
     need(paths[0] and paths[1], f"{name} has no partner. Add the file, or remove the others")
     images, types = {}, {}
@@ -2361,7 +2397,7 @@ def cut_own(part, size, nodata, declared, job):
         types[folder] = stored_type(path, a)
         missing = ~np.isfinite(a)
         if value is not None:                   # in all channels, because black can be a colour
-            missing = missing | np.isclose(a.astype(float), value, rtol=1e-6, atol=0).all(0)
+            missing = missing | is_nodata(a, value).all(0)
         if kind:                                # values of depth or dem can mean no reading
             missing = missing | ~np.isfinite(read_input(path, MODALITIES[kind]))
         if missing.any():
@@ -2369,16 +2405,16 @@ def cut_own(part, size, nodata, declared, job):
         images[folder] = a
     (H, W), (H2, W2) = (a.shape[1:] for a in images.values())
     # The two images have one aspect ratio, except for one pixel of the coarser image.
-    need(abs(H / H2 * W2 - W) <= max(1, H / H2), f"{name}: the images have {H}x{W} and {H2}x{W2} "
-         f"pixels. Images of different shapes cannot show the same area. Crop both images to the "
-         f"same area")
+    need(abs(H * W2 - W * H2) <= max(H, W, H2, W2), f"{name}: the images have {H}x{W} and "
+         f"{H2}x{W2} pixels. Images of different shapes cannot show the same area. Crop both "
+         f"images to the same area")
     if (H, W) != (H2, W2):
         images["2"] = resize_array(images["2"], (H, W), types["2"])
     if paths[2:] and paths[2]:
         images["label"] = read_small_mask(paths[2])
     left_out = write_tiles(part, name, images, types, size)
     covered = (H // size * size) * (W // size * size)
-    return left_out, (H, W) != (H2, W2), None in paths, 1 - covered / (H * W)
+    return left_out, (H, W) != (H2, W2), None in paths, H * W - covered, H * W
 
 
 def prepare_rgbd(root, out, args):
@@ -2412,6 +2448,8 @@ def write_hha(part, job):
     name, depth, raw, unit, camera = job
     need(raw, f"{name} has no file in RawDepth/. Add it, or remove RawDepth/")
     filled, raw_m = fill_holes(read_metres(depth, unit)), read_metres(raw, unit)
+    need(filled.shape == raw_m.shape, f"{name}: Depth/ has {filled.shape} pixels, but RawDepth/ "
+         f"has {raw_m.shape}. Give images of one size, or remove RawDepth/")
     image = Image.fromarray(hha(filled, raw_m, camera))
     write_atomically(part / f"{name}.png", lambda file: image.save(file, "png"))
 
@@ -2454,6 +2492,10 @@ def find_sunrgbd_masks(root, frames):
     if not (root / "labels").is_dir():
         return {}
     order = read_list(root / "test.txt", frames) + read_list(root / "train.txt", frames)
+    n = len(list((root / "labels").glob("img-*.png")))
+    need(n <= len(order), f"{root}/labels has {n} masks, but test.txt and train.txt have "
+         f"{len(order)} frames, so the numbers of the masks belong to other lists. Give the whole "
+         f"lists")
     files = {frame: root / f"labels/img-{k:06d}.png" for k, frame in enumerate(order, 1)}
     return {frame: path for frame, path in files.items() if path.is_file()}
 

@@ -507,8 +507,8 @@ def read_weights(file, backbone):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{file} cannot be opened ({error.strerror}). Give a checkpoint.pt, or the "
-                         f"file of an encoder") from None
+        raise ValueError(f"{file} cannot be opened ({error.strerror}). Give a checkpoint.pt, or "
+                         f"the file of an encoder") from None
     except Exception:                           # a damaged file raises nearly anything
         raise ValueError(f"{file} is damaged, or holds more than tensors and plain values. Such a "
                          f"file could run code, so it is not loaded. Give another file") from None

@@ -928,12 +928,13 @@ def main(argv=None):
     frozen = [copy.deepcopy(E.state_dict()) for E in net.encoders] if args.linear else []
     counts = sum_over_processes(counts.to(device)).cpu()
     need(counts.any(), "no training sample has a label. Give more --labels, or another --seed")
+    warnings = find_warnings(data.data)         # reads images, so before --out is made
     if rank == 0:
         make_run_folder(args, settings, process)
     run = Run(args, settings, net, optimizer, loader, step, args.steps,
               len(indices) // args.batch_size, partial(scale_rate, args.schedule), process)
     lines += more + describe_training(args, data, counts.tolist(), len(chosen))
-    run.print_start(sources, lines, find_warnings(data.data))
+    run.print_start(sources, lines, warnings)
     train(run, net, model, args, data.inputs)
     if not run.stopped:
         check_frozen(net, frozen)

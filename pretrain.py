@@ -214,10 +214,11 @@ def main(argv=None):
                 f". With --weights {args.out / 'checkpoint.pt'} a new run starts from its encoders")
 
     # ---- run ----
+    warnings = find_warnings(data)              # reads images, so before --out is made
     if rank == 0:
         make_run_folder(args, settings, process)
     run = Run(args, settings, net, optimizer, loader, step, steps, steps_per_epoch, cosine, process)
-    run.print_start(sources, lines, find_warnings(data))
+    run.print_start(sources, lines, warnings)
     augment1, augment2 = [partial(augment, row=row, size=args.size, draws=run.draws)
                           for row in data.inputs]
     pretrain(run, model, augment1, augment2, Kc)
@@ -267,6 +268,10 @@ def make_loader(args, data, indices, step, steps, process):
         Samples(data, keep=args.workers == 0), num_workers=args.workers,
         batch_sampler=order_batches(indices, args.batch_size, args.seed, rows, step, steps),
         worker_init_fn=leave_group, pin_memory=device.type == "cuda"))
+    if args.workers and hasattr(signal, "SIGCHLD"):
+        # If a worker is killed, torch's handler would raise an error anywhere.  Without this
+        # handler, next(loader) raises the error, and the run can save.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     first = next(loader, None)                  # None if all steps are done
     # chain([first], loader) would keep the first batch in memory until the end
     return chain(iter([first]), loader)
@@ -430,9 +435,8 @@ class Run:
             reason, saved = describe_error(error), ""
             if reason is None:                  # the cause is an error in the code
                 raise
-            if self.rank == 0:
-                self.save()
-                saved = f" Step {self.step} is saved."
+            self.save(from_any=True)            # the other processes wait for this one
+            saved = f" Step {self.step} is saved."
             raise BadInput(f"{reason}.{saved} Mend the cause (`data.py check` lists damaged "
                            f"files), then give the same command with --resume") from None
 
@@ -470,9 +474,10 @@ class Run:
         with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def save(self):
-        """Writes checkpoint.pt.  Ends the run if a weight is not finite."""
-        if self.rank > 0:
+    def save(self, from_any=False):
+        """Writes checkpoint.pt, on the first process or from_any.  Ends the run if a weight is not
+        finite."""
+        if self.rank > 0 and not from_any:
             return
         if not all(p.isfinite().all() for p in self.net.parameters()):
             sys.exit(f"a weight is not finite after step {self.step}. A checkpoint that was saved "

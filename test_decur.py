@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -750,6 +750,16 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(pretrained, scenes, tmp_pa
     assert (tmp_path / "checkpoint.pt").read_bytes() == half
 
 
+def test_a_damaged_file_of_the_second_process_loses_nothing(scenes, tmp_path):
+    root, out = shutil.copytree(scenes, tmp_path / "scenes"), tmp_path / "out"
+    name = f"{data.epoch_batches(48, 16, 0, 0)[2][12]:04d}.png"     # 8 to 15 are of process 1
+    (root / "Depth" / name).write_bytes(b"not a picture")
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    result = subprocess.run(**command(flags_of(root, out, "--epochs 2"), torchrun))
+    assert re.search(rf"error: .*{name} .*Step 2 is saved", result.stderr)
+    assert pretrain.load_checkpoint(out / "checkpoint.pt")["step"] == 2
+
+
 @pytest.mark.parametrize("batch, workers", [(0, 1), (2, 0), (2, 1)])
 def test_a_damaged_file_ends_the_run_in_one_line_and_loses_nothing(batch, workers, scenes,
                                                                    pretrained, tmp_path):
@@ -1193,6 +1203,20 @@ def sunrgbd(tmp_path):
     return tmp_path
 
 
+def test_masks_of_sun_rgbd_that_are_numbered_by_other_lists_are_refused(tmp_path):
+    write_sunrgbd(tmp_path)
+    save(tmp_path / "labels" / "img-000003.png", np.eye(8) > 0)
+    is_refused("3 masks, .* 2 frames", prepare, f"--scenario rgbd --data {tmp_path}")
+
+
+def test_raw_depth_of_another_size_is_named(tmp_path):
+    for folder, size in (("Depth", (24, 32)), ("RawDepth", (12, 16))):
+        save(tmp_path / folder / "7.png", np.full(size, 2000, np.uint16))
+    (tmp_path / "intrinsics.txt").write_text("30 0 16  0 30 12  0 0 1")
+    is_refused("cannot be prepared: 1", prepare, f"--scenario rgbd --data {tmp_path}")
+    assert "RawDepth/" in (tmp_path / "HHA.part" / "bad-ids.txt").read_text()
+
+
 def test_prepare_of_sun_rgbd_gives_folders_of_equal_names(sunrgbd):
     for folder, suffix in (("RGB", ".JPG"), ("HHA", ".png"), ("Label", ".png")):
         assert sorted(os.listdir(sunrgbd / folder)) == [name + suffix for name in SUNRGBD_NAMES]
@@ -1458,6 +1482,12 @@ def test_s2_names_are_paired_by_the_json_of_the_s1_patches(tmp_path):
     assert open_dataset("bigearthnet", tmp_path, 8, "val").ids == [s2 for s2, _ in pairs[::-1]]
 
 
+def test_s1_names_in_a_list_count(tmp_path):
+    (s2, _), *_ = write_bigearthnet(tmp_path)
+    (tmp_path / "train.csv").write_text(f"{s2},nowhere\n")
+    is_refused("nowhere_VV.tif", prepare, f"--task bigearthnet --data {tmp_path}")
+
+
 def test_a_patch_whose_labels_are_unknown_is_bad(tmp_path):
     (s2, _), *_ = write_bigearthnet(tmp_path)
     (tmp_path / f"BigEarthNet-v1.0/{s2}/{s2}_labels_metadata.json").write_text('{"labels": ["x"]}')
@@ -1567,6 +1597,8 @@ def png_header(W, H, bits=8):
     ("a.npy", npy(np.zeros((2, 2), complex))), ("a.npy", npy(np.zeros((0, 3)))),
     ("a.tif", tiff(np.zeros((2, 3, 8, 8), np.uint16), photometric="minisblack")),
     ("a.tif", tiff(np.zeros((32, 32, 13), np.uint16))),                     # HxWxC or CxHxW
+    ("a.npy", npy(np.zeros((32, 32, 50)))),                                 # HxWxC or CxHxW
+    ("a.tif", tiff(np.eye(8, dtype=np.uint8), extratags=[(274, "H", 1, 3, True)])),  # upside down
     ("a.tif", tiff(np.eye(8, dtype=np.uint8), photometric="miniswhite")),
     ("a.tif", lambda path: Image.new("L", (8, 8)).save(
         path, save_all=True, append_images=[Image.new("L", (9, 9))])),      # two images
@@ -1589,6 +1621,31 @@ def test_an_image_is_read_without_its_alpha(name, tmp_path):
     assert (read_image(save(tmp_path / name, rgba)) == rgba[..., :3].transpose(2, 0, 1)).all()
 
 
+@pytest.mark.parametrize("C, kept, settings", [
+    (5, 4, dict(photometric="rgb", extrasamples=(0, 2))),           # near infrared, then alpha
+    (2, 1, dict(photometric="minisblack", planarconfig="contig", extrasamples=(2,)))])
+def test_bands_beside_an_alpha_are_kept(C, kept, settings, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (6, 7, C)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", x, **settings)
+    assert (read_image(tmp_path / "a.tif") == x[..., :kept].transpose(2, 0, 1)).all()
+
+
+def test_arrays_of_either_byte_order_have_one_type(tmp_path):
+    np.save(tmp_path / "a.npy", np.eye(4).astype(">u2"))
+    a = read_image(tmp_path / "a.npy")
+    assert a.dtype == data.stored_type(tmp_path / "a.npy", a) == np.dtype("=u2")
+
+
+def test_integers_near_a_no_data_value_are_data():
+    assert data.is_nodata(np.array([9999998, 9999999], np.int32), 9999999).tolist() == [False, True]
+    assert data.is_nodata(np.array([0.1], np.float32), 0.1).all()
+
+
+def test_patterns_that_give_odd_names_are_refused(tmp_path):
+    save(tmp_path / "rgb.000.png", np.eye(8) > 0)
+    is_refused(r"'\.000'.* 'rgb\.\*\.png'", find_images, f"{tmp_path}/rgb*.png")
+
+
 def test_a_jpeg_that_says_it_lies_on_its_side_is_turned_upright(tmp_path):
     image, exif = Image.new("RGB", (8, 4)), Image.Exif()
     exif[0x0112] = 6
@@ -1599,6 +1656,18 @@ def test_a_jpeg_that_says_it_lies_on_its_side_is_turned_upright(tmp_path):
 # ---- masks ----
 
 INDICES = np.array([[0, 1], [5, 255]])
+
+
+@pytest.mark.parametrize("bits, row", [(2, [0, 1, 2, 3]), (4, [3, 2])])
+def test_grey_masks_of_few_bits_keep_their_indices(bits, row, tmp_path):
+    """Pillow stretches grey values of 2 or 4 bits to 8 bits."""
+    byte = sum(value << 8 - bits * (k + 1) for k, value in enumerate(row))
+    header = struct.pack(">IIBBBBB", len(row), 1, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(bytes([0, byte])), b"IEND"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(png)
+    assert data.read_mask(tmp_path / "a.png").tolist() == [row]
 
 
 def with_palette(indices, colours=range(768)):
@@ -1821,6 +1890,23 @@ def test_without_as_the_run_says_what_it_took_images_for(folder, kind, tmp_path)
     assert f"{tmp_path}/{folder}: " in pairs.notes[0] and "--as2" in pairs.notes[0]
 
 
+def test_depth_beyond_the_range_is_far_and_not_missing(tmp_path):
+    """70 m in floats or 32 bits of mm: x is 1.  65535, infinite values and NaN mean no reading."""
+    steps = np.array([[[70000, 65535, np.inf, np.nan, 5000]]]).repeat(8, 1)
+    where = save_arrays(tmp_path / "a", steps), save_arrays(tmp_path / "b", steps)
+    pairs = open_dataset("custom", where, 8, declared=("depth", "depth"))
+    assert pairs[0][0][0][0, 0].tolist() == pytest.approx([1, 0.238, 0.238, 0.238, 0.5])
+
+
+def test_photos_of_another_shape_than_the_first_are_told(tmp_path):
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in ((60, 80), (80, 60))]
+    where = save_arrays(tmp_path / "a", *photos), save_arrays(tmp_path / "b", *photos)
+    pairs = open_dataset("custom", where, 16, declared=("rgb", "rgb"), reduce=True)
+    warnings = [line for line in data.find_warnings(pairs) if "distorted" in line]
+    assert len(warnings) == 2 and "1 of 2 images of modality 1, such as 1," in warnings[0]
+
+
 def test_frames_much_larger_than_the_crop_are_reduced_as_those_of_rgbd(tmp_path):
     """480 x 640 for crops of 64: 96 x 128, the same values; but not what is seen from above."""
     rng = np.random.default_rng(0)
@@ -1875,7 +1961,8 @@ def test_tiles_that_are_mostly_no_data_are_left_out_and_counted(tmp_path, capsys
     assert [line.split(": ")[1] for line in (left_out, border, resized)] == ["4", "26%", "4"]
 
 
-@pytest.mark.parametrize("size, fits", [((51, 41), True), ((50, 40), True), ((33, 27), True),
+@pytest.mark.parametrize("size, fits", [((51, 41), True), ((50, 41), True), ((51, 40), True),
+                                        ((50, 40), True), ((33, 27), True),
                                         ((100, 40), False), ((48, 41), False), ((202, 162), True)])
 def test_images_of_different_shapes_are_not_stretched_onto_each_other(size, fits, tmp_path):
     one = save_arrays(tmp_path / "a", np.random.default_rng(0).random((1, 101, 81)))
@@ -1944,6 +2031,37 @@ def test_a_scene_without_a_partner_can_be_completed_and_prepared_by_the_same_com
     away.rename(other)
     prepare(flags)
     assert (tmp_path / "tiles" / "train.txt").is_file()
+
+
+def test_test_scenes_have_masks_if_some_scenes_have(tmp_path, capsys):
+    flags = f"{write_large(tmp_path)} --target {tmp_path}/m --test-share 0.5"
+    for name in ("s0", "s3"):
+        (tmp_path / "m" / f"{name}.png").unlink()
+    for seed in range(3):
+        prepare(f"{flags} --seed {seed} --out {tmp_path}/{seed}")
+        tested = (tmp_path / str(seed) / "test.txt").read_text().split()
+        assert {name[:2] for name in tested} in ({"s1"}, {"s2"})
+
+
+def test_palettes_that_contradict_each_other_end_prepare(tmp_path):
+    flags = f"{write_large(tmp_path)} --target {tmp_path}/m"
+    for name, colours in (("s0", "red green"), ("s1", "green red")):
+        image = Image.fromarray(np.eye(20, 26, dtype=np.uint8)).convert("P")
+        image.putpalette([v for colour in colours.split() for v in ImageColor.getrgb(colour)])
+        image.save(tmp_path / "m" / f"{name}.png")
+    is_refused("index 0 has the colour", prepare, flags)
+    (tmp_path / "m" / "s1.png").write_bytes(b"damaged")
+    is_refused("cannot be prepared: 1", prepare, flags)
+
+
+@pytest.mark.parametrize("dtype, low", [(np.int64, -2 ** 40), (np.uint64, 0), (np.uint8, 0)])
+def test_no_valid_value_of_a_tile_becomes_missing(dtype, low, tmp_path):
+    """float64 has no 2^63 - 1, and 8 bits may have no value left for the holes."""
+    x = np.resize(np.arange(256), (1, 64, 64)).astype(float)
+    x[0, 0] = np.nan
+    data.write_tile(tmp_path / "t", x + low, np.dtype(dtype))
+    y = read_image(tmp_path / "t.tif")
+    assert (np.isnan(y) == np.isnan(x)).all() and np.nanmax(np.abs(y - x - low)) <= 1
 
 
 def test_a_mask_that_is_added_to_a_scene_that_is_done_is_not_missed(tmp_path):
