@@ -1027,7 +1027,7 @@ def find_images(where, suffixes=IMAGES):
 
     The name of an image is the text for which the stars stand, joined by _.  A folder counts as the
     pattern folder/*.  If a star is at the end of the pattern, the name is without the suffix.
-    Hidden files are left out."""
+    Hidden files are left out.  Names that a list or a hidden file could not have are refused."""
     files, where = {}, Path(where).as_posix()
     parts = where.split("*")
     if len(parts) == 1 or os.path.isdir(where):
@@ -1116,10 +1116,10 @@ def open_image(path):
     Only these four formats are tried, because other formats (EPS) start a program."""
     with reading(path, "an image"):
         image = Image.open(path, formats=("PNG", "JPEG", "JPEG2000", "TIFF"))
-        need(not image.tile or not re.fullmatch("(RGBA?|LA);16B", str(image.tile[0][3])),
-             f"{path} has several channels of 16 bits, of which Pillow reads only 8. Save it as "
-             f"TIFF or npy")
-        image.info["rawmode"] = str(image.tile[0][3]) if image.tile else ""
+        rawmode = str(image.tile[0][3]) if image.tile else ""  # how the file stores its pixels
+        need(not re.fullmatch("(RGBA?|LA);16B", rawmode), f"{path} has several channels of 16 "
+             f"bits, of which Pillow reads only 8. Save it as TIFF or npy")
+        image.info["rawmode"] = rawmode         # `load` forgets it
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -1155,6 +1155,8 @@ def read_image(path, indices=False):
     if suffix not in (".tif", ".tiff") and a.ndim == 3 and a.shape[2] < min(a.shape[:2]):
         a = a.transpose(2, 0, 1)                # HxWxC -> CxHxW; `read_tiff` orders axes itself
     a = a.reshape(-1, *a.shape[-2:])
+    # 64x64x100 (HxWxC) looks like 64 channels of 64x100 (CxHxW).  If there are fewer than 16, they
+    # are channels, because no image is so small.
     need(len(a) < 16 or len(a) != a.shape[1] or a.shape[1] == a.shape[2], f"{path} has the shape "
          f"{a.shape}, which could be HxWxC or CxHxW. Save it as CxHxW")
     return a
@@ -1179,9 +1181,10 @@ def read_tiff(path, indices):
         a = np.moveaxis(image.asarray(), (axes.index("Y"), axes.index("X")), (-2, -1))
         a = a.astype(a.dtype.newbyteorder("="), copy=False)
         if a.ndim == 3 and len(a) == page.samplesperpixel:
-            # extrasamples says what the last channels are; 1 and 2 are alpha, as in a png left out
+            # extrasamples says what each of the last channels is: 1 and 2 mean alpha.  As for a
+            # png, alpha is left out.
             usual = (0,) * (len(a) - len(page.extrasamples))
-            a = a[[what not in (1, 2) for what in (*usual, *page.extrasamples)]]
+            a = a[[sample not in (1, 2) for sample in (*usual, *page.extrasamples)]]
         if 42113 in page.tags:                  # GDAL_NODATA
             nodata = float(str(page.tags[42113].value).strip("\0 "))
             a = np.where(is_nodata(a, nodata), np.nan, a.astype(np.result_type(a, np.float32)))
@@ -1520,6 +1523,7 @@ def describe_inputs(data, indices, workers=0):
         warnings.append(f"{len(uneven)} of {len(indices)} pairs, such as {uneven[0]}, have two "
                         f"images of different width / height. Both images are resized to one "
                         f"shape, so one of them is distorted. Cut both images to the same scene")
+    # All photos of a side get the shape of the first photo.
     for m, canvas in enumerate(getattr(data, "canvases", ())):
         bent = [data.ids[i] for i, pair in zip(indices, looks)
                 if canvas and abs(math.log(pair[m][2] * canvas[0] / canvas[1])) > 0.05]

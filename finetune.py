@@ -46,9 +46,9 @@ from data import (CLASSES19, MODALITIES, SCENE_CLASSES, SHAPES, add_flags, check
                   resize, resize_array, run_main, show_progress, to_unit_range, write_text)
 from decur import MITS, branch, mit, start_as_segformer
 from pretrain import (FLAGS, Run, check_batch, check_equal, collect_settings, describe_input,
-                      differ, distribute, fill_in, find_checkpoint, join, leave, load_checkpoint,
+                      distribute, fill_in, find_checkpoint, join, leave, load_checkpoint,
                       make_loader, make_run_folder, measure_statistics, mixed_precision,
-                      read_environment, read_pretraining, restore, start_from)
+                      read_environment, read_pretraining, restore, start_from, warn_of_other_input)
 
 GEONRW = ("forest", "water", "agricultural", "residential, commercial, industrial",
           "grassland, swamp, shrubbery", "railway", "highway, squares", "airport, shipyard",
@@ -525,10 +525,7 @@ def build_with_projectors(args, channels, num_classes, rows):
     net = LateFusion(branches.values(), dims, num_classes, slice(start, stop))
     lines = [f"{file}: {args.part} dimensions, {stop - start} of each modality's {K}"]
     for m, row in zip(select_modalities(args), rows):
-        seen = settings["inputs"][m]
-        if differ(seen, row):
-            lines.append(f"warning: {file} was trained on {describe_input(seen)}. Here it sees "
-                         f"{describe_input(row)}, which may make its features worse")
+        lines += warn_of_other_input(file, settings["inputs"][m], row)
     return net, lines
 
 
@@ -937,7 +934,7 @@ def main(argv=None):
     run.print_start(sources, lines, warnings)
     train(run, net, model, args, data.inputs)
     if not run.stopped:
-        check_frozen(net, frozen)
+        check_frozen(net, frozen)               # `test` may change batch statistics on CPUs
         result = test(net, test_data, counts, args, device, rank, world)
         finish(run, result, sorted(data.ids[i] for i in chosen))
     leave()
@@ -1089,6 +1086,7 @@ def print_table(folders):
             run = result["run"]
             title = "  ".join(run[name] for name in TITLE)
             seeds = [source.get("seed") for source in [result, *result["pretraining"]]]
+            # If one of these entries is missing, `reading` names the file.
             format_scores([result])
             result["test_samples"]
         result["folder"] = str(file.parent)

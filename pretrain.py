@@ -432,13 +432,13 @@ class Run:
         try:
             return next(self.loader)
         except Exception as error:              # such as a damaged file, or a worker was killed
-            reason, saved = describe_error(error), ""
+            reason = describe_error(error)
             if reason is None:                  # the cause is an error in the code
                 raise
             self.save(from_any=True)            # the other processes wait for this one
-            saved = f" Step {self.step} is saved."
-            raise BadInput(f"{reason}.{saved} Mend the cause (`data.py check` lists damaged "
-                           f"files), then give the same command with --resume") from None
+            raise BadInput(f"{reason}. Step {self.step} is saved. Mend the cause (`data.py check` "
+                           f"lists damaged files), then give the same command with --resume"
+                           ) from None
 
     def log(self, loss, terms=None, measure=dict):
         """Logs every 50th step.  A run of fewer than 2,500 steps logs 50 to 100 steps; a run of
@@ -475,8 +475,9 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def save(self, from_any=False):
-        """Writes checkpoint.pt, on the first process or from_any.  Ends the run if a weight is not
-        finite."""
+        """Writes checkpoint.pt.  Ends the run if a weight is not finite.
+
+        from_any    True: any process writes; False: only the first process writes"""
         if self.rank > 0 and not from_any:
             return
         if not all(p.isfinite().all() for p in self.net.parameters()):
@@ -672,8 +673,9 @@ def load_checkpoint(path):
                  "give another file, or with --resume a new --out"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         wanted = "model", "optimizer", "step", "settings", "data"
-        need(set(wanted) <= set(checkpoint), f"{path} is not a checkpoint.pt of this project, "
-             f"because it lacks {', '.join(set(wanted) - set(checkpoint))}. Give another file")
+        missing = [name for name in wanted if name not in checkpoint]
+        need(not missing, f"{path} is not a checkpoint.pt of this project, because it lacks "
+             f"{', '.join(missing)}. Give another file")
         return {name: checkpoint[name] for name in wanted}
 
 
@@ -724,12 +726,22 @@ def start_from(files, encoders, args, inputs):
         lines = []
         for E, row, (source, state, seen) in zip(encoders, inputs, states):
             lines.append(f"{source}: {load_encoder(E, state, bgr=args.bgr and E.channels == 3)}")
-            if seen and differ(seen, row):
-                lines.append(f"warning: {source} was trained on {describe_input(seen)}. Here it "
-                             f"sees {describe_input(row)}, which may make its features worse")
+            if seen:
+                lines += warn_of_other_input(source, seen, row)
         return lines
     except (OSError, ValueError) as error:
         raise BadInput(f"--weights {' '.join(files)}: {error}") from None
+
+
+def warn_of_other_input(source, seen, row):
+    """Returns a list: one warning if an encoder was trained on other inputs, otherwise nothing.
+
+    source      a text that names the encoder
+    seen, row   what the encoder was trained on, and what it sees here: rows of data.MODALITIES"""
+    if not differ(seen, row):
+        return []
+    return [f"warning: {source} was trained on {describe_input(seen)}. Here it sees "
+            f"{describe_input(row)}, which may make its features worse"]
 
 
 def describe_pretraining(settings):

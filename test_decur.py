@@ -750,6 +750,19 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(pretrained, scenes, tmp_pa
     assert (tmp_path / "checkpoint.pt").read_bytes() == half
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+def test_a_worker_that_is_killed_loses_nothing(scenes, tmp_path):
+    process = subprocess.Popen(**command(flags_of(scenes, tmp_path, "--epochs 64 --workers 1")))
+    while "step 000003" not in process.stdout.readline():
+        assert process.poll() is None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in error
+    step, = re.findall(r"Step (\d+) is saved", error)
+    assert pretrain.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == int(step)
+
+
 def test_a_damaged_file_of_the_second_process_loses_nothing(scenes, tmp_path):
     root, out = shutil.copytree(scenes, tmp_path / "scenes"), tmp_path / "out"
     name = f"{data.epoch_batches(48, 16, 0, 0)[2][12]:04d}.png"     # 8 to 15 are of process 1
